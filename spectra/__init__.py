@@ -1,0 +1,37 @@
+"""Spectra: what did this fine-tune do to the spectrum of the weights?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from spectra.analysis import Findings, find_intruders
+    from spectra.errors import SpectraError
+    from spectra.pipeline import audit, audit_many
+    from spectra.report import Report
+
+_HOMES = {
+    "Findings": "spectra.analysis",
+    "Report": "spectra.report",
+    "SpectraError": "spectra.errors",
+    "audit": "spectra.pipeline",
+    "audit_many": "spectra.pipeline",
+    "find_intruders": "spectra.analysis",
+}
+
+__all__ = ["Findings", "Report", "SpectraError", "__version__", "audit", "audit_many", "find_intruders"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used, so that ``import spectra`` costs nothing."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'spectra' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,80 @@
+"""Full fine-tuning: a whole checkpoint, whose update is W1 − W0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
+from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.orientation import Layout, as_matrix
+
+if TYPE_CHECKING:
+    import torch
+
+    from spectra.updates import Dense
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor stored whole, with the base's own layout."""
+
+    module: str
+    targets: tuple[str, ...]
+    info: TensorInfo
+    may_be_new: bool = True
+    kind: UpdateKind = "dense"
+    layout: Layout | None = None
+    shape: tuple[int, int] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    scaling: float | None = None
+    base_copy: str | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.info.name,)
+
+    @property
+    def parameters(self) -> int:
+        return self.info.size
+
+    def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Dense:
+        from spectra.updates import Dense
+
+        stored = checkpoint.read(self.info.name, digest=True)[:rows]
+        return Dense(as_matrix(stored.to(device=device, dtype=dtype), layout))
+
+
+def whole_tensor(info: TensorInfo, name: str) -> PlannedUpdate | Skipped:
+    """How a tensor that is stored whole, under the module name ``name``, is treated."""
+    module = name.removesuffix(".weight")
+    if len(info.shape) < 2:
+        return Skipped(name, "not a matrix: a vector or scalar has no spectrum")
+    if not info.is_float:
+        return Skipped(name, f"stored as {info.dtype}: integers and quantised weights are not analysed")
+    if info.size == 0:
+        return Skipped(name, "empty")
+    if len(info.shape) == 3 and "expert" in name:
+        return Skipped(name, "stacked experts are not split in this version")
+    return WholeTensor(module, (name,), info)
+
+
+class FullCheckpoint:
+    """Anything with whole tensors and no adapter's keys."""
+
+    name = "full"
+
+    def recognises(self, tuned: Checkpoint) -> bool:
+        return tuned.adapter_config is None
+
+    def plan(self, tuned: Checkpoint) -> Plan:
+        updates: list[PlannedUpdate] = []
+        skipped: list[Skipped] = []
+        for name, info in tuned.tensors.items():
+            planned = whole_tensor(info, name)
+            if isinstance(planned, Skipped):
+                skipped.append(planned)
+            else:
+                updates.append(planned)
+        return Plan("full", tuple(updates), tuple(skipped), {"rank": None, "alpha": None}, complete=True)

@@ -1,0 +1,331 @@
+"""PEFT adapter folders: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+LoRA in all its forms is read here: ``lora_alpha / r`` and rsLoRA scaling, rank and alpha patterns,
+Linear, Conv1D, embeddings, convolutions, ``lora_bias``, ``modules_to_save``, attention's in and out
+projections, DoRA.  Names, formulas and defaults are those of peft 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spectra.adapters.full import whole_tensor
+from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
+from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.errors import AdapterError, UnsupportedMethodError
+from spectra.orientation import Layout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spectra.updates import LowRank, RowScaled
+
+PREFIX = "base_model.model."
+
+# Config fields that are read here, or that do not change what the stored tensors mean.
+KNOWN_FIELDS = frozenset(
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "use_dora",
+        "alora_invocation_tokens",
+        "qalora_group_size",
+        "lora_bias",
+        "ensure_weight_tying",
+    ]
+)
+# Initialisations that leave the base as it was; all others move part of it into the adapter.
+NEUTRAL_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+# Methods that train no weight of the model.
+PROMPT_METHODS = frozenset(
+    ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"]
+)
+PATTERN_SECONDS = 1.0  # for all matches of one adapter's patterns, which are not ours to trust
+
+_KEY = re.compile(
+    r"^(?P<module>.+?)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?P<tail>(\.[^.]+)*)$"
+)
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """The stored factors of one module: A (r, in), B (out, r) and, for DoRA, the magnitudes."""
+
+    module: str
+    targets: tuple[str, ...]
+    A: TensorInfo
+    B: TensorInfo
+    rank: int
+    alpha: float
+    scaling: float
+    layout: Layout | None
+    magnitude: TensorInfo | None = None
+    base_copy: str | None = None
+    may_be_new: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        own = [self.A.name, self.B.name]
+        return tuple(own + ([self.magnitude.name] if self.magnitude else []))
+
+    @property
+    def kind(self) -> UpdateKind:
+        return "row_scaled" if self.magnitude else "low_rank"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], math.prod(self.A.shape[1:])
+
+    @property
+    def parameters(self) -> int:
+        return self.A.size + self.B.size + (self.magnitude.size if self.magnitude else 0)
+
+    def read(
+        self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
+    ) -> LowRank | RowScaled:
+        from spectra.updates import LowRank, RowScaled
+
+        def factor(info: TensorInfo) -> Tensor:
+            # Factors are small and kept in float64: only the weight has the working dtype.
+            return checkpoint.read(info.name, digest=True).to(device=device).double()
+
+        A, B = factor(self.A).flatten(1), factor(self.B).flatten(1)
+        if self.magnitude is None:
+            return LowRank(B, A, self.scaling)
+        return RowScaled(B, A, self.scaling, factor(self.magnitude).flatten())
+
+
+class PeftAdapter:
+    """Adapters that ``peft`` writes; today LoRA and its variants."""
+
+    name = "peft"
+
+    def recognises(self, tuned: Checkpoint) -> bool:
+        return tuned.adapter_config is not None
+
+    def plan(self, tuned: Checkpoint) -> Plan:
+        assert tuned.adapter_config is not None
+        config = _Config(tuned)
+        factors: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        plain: dict[str, TensorInfo] = {}
+        skipped: list[Skipped] = []
+        for key, info in tuned.tensors.items():
+            name = key.removeprefix(PREFIX)
+            match = _KEY.match(name)
+            if match is None:
+                plain[name] = info
+                continue
+            tail = [part for part in match["tail"].split(".") if part]
+            if tail and tail[-1] == "bias":
+                skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum"))
+                continue
+            adapter = [part for part in tail if part != "weight"]
+            slot = factors[match["module"]]
+            if match["factor"] in slot:
+                raise AdapterError(
+                    info.file, f"{match['factor']} occurs twice for one module (a second adapter {adapter}?)", key
+                )
+            slot[match["factor"]] = info
+        updates: list[PlannedUpdate] = []
+        for module, slot in factors.items():
+            copy = plain.pop(f"{module}.base_layer.weight", None)
+            updates.append(_lora_update(config, module, slot, copy))
+            if copy is not None:
+                skipped.append(Skipped(copy.name, "a copy of the base weight that peft stores beside the adapter"))
+        for name, info in plain.items():
+            planned = _saved_module(name, info)
+            if isinstance(planned, Skipped):
+                skipped.append(Skipped(info.name, planned.reason))
+            else:
+                updates.append(planned)
+        return Plan(config.format, tuple(updates), tuple(skipped), config.facts(updates))
+
+
+def _saved_module(name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
+    """A tensor stored whole: a module to save, a bias, or something peft keeps beside them."""
+    if ".original_module." in name:
+        return Skipped(info.name, "the untrained original that peft keeps beside a saved module")
+    name = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)
+    return whole_tensor(info, name.replace(".base_layer.", "."))
+
+
+def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy: TensorInfo | None) -> LoraUpdate:
+    embedding = "lora_embedding_A" in slot or "lora_embedding_B" in slot
+    kind = "lora_embedding_" if embedding else "lora_"
+    present = next(iter(slot.values()))
+    for factor in (kind + "A", kind + "B"):
+        if factor not in slot:
+            raise AdapterError(present.file, f"its partner {module}.{factor} is missing", present.name)
+    A, B, magnitude = slot[kind + "A"], slot[kind + "B"], slot.get("lora_magnitude_vector")
+    rank, alpha, scaling = config.scaling_of(module)
+    for info in slot.values():
+        if not info.is_float:
+            raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
+    for info in (A, B):
+        if len(info.shape) < 2 or info.size == 0:
+            raise AdapterError(
+                info.file,
+                f"expected a matrix, found shape {list(info.shape)}: the adapter was saved incompletely",
+                info.name,
+            )
+    if A.shape[0] != rank:
+        raise AdapterError(
+            A.file, f"its first dimension is {A.shape[0]}, but the config gives this module r = {rank}", A.name
+        )
+    if B.shape[1] != rank:
+        raise AdapterError(
+            B.file, f"its second dimension is {B.shape[1]}, but the config gives this module r = {rank}", B.name
+        )
+    if any(size != 1 for size in B.shape[2:]):
+        raise AdapterError(B.file, f"expected a 1×1 convolution, found shape {list(B.shape)}", B.name)
+    if config.use_dora != (magnitude is not None):
+        found = "there is none" if magnitude is None else "there is one"
+        raise AdapterError(
+            A.file,
+            f"use_dora is {str(config.use_dora).lower()}, but of lora_magnitude_vector {found} for this module",
+            A.name,
+        )
+    if magnitude is not None and magnitude.size != B.shape[0]:
+        raise AdapterError(
+            magnitude.file, f"expected {B.shape[0]} magnitudes, found shape {list(magnitude.shape)}", magnitude.name
+        )
+    layout: Layout | None = "embedding" if embedding else "conv" if len(A.shape) > 2 else None
+    plain_name = module.replace(".base_layer", "")
+    targets = (f"{plain_name}.weight", f"{plain_name}.in_proj_weight")
+    return LoraUpdate(plain_name, targets, A, B, rank, alpha, scaling, layout, magnitude, copy.name if copy else None)
+
+
+class _Config:
+    """``adapter_config.json``, checked: anything that is not understood is refused by name."""
+
+    def __init__(self, tuned: Checkpoint):
+        assert tuned.adapter_config is not None
+        self.file = (
+            tuned.path / "adapter_config.json" if tuned.path.is_dir() else tuned.path.parent / "adapter_config.json"
+        )
+        self.values = tuned.adapter_config
+        method = self.values.get("peft_type")
+        if method in PROMPT_METHODS:
+            raise UnsupportedMethodError(
+                self.file, f"{method} changes no weight of the model, so there is no spectrum to compare"
+            )
+        if method != "LORA":
+            raise UnsupportedMethodError(
+                self.file, f"the method {method or 'of this adapter (no peft_type)'} cannot be read by this version"
+            )
+        init = self.values.get("init_lora_weights", True)
+        if not any(init is value or init == value for value in NEUTRAL_INIT):
+            raise UnsupportedMethodError(
+                self.file,
+                f"init_lora_weights = {init!r} changed the base weights when training began; convert the adapter "
+                "to plain LoRA with peft (save_pretrained(path_initial_model_for_weight_conversion=…)) first",
+            )
+        for key, value in self.values.items():
+            if key not in KNOWN_FIELDS and value:
+                raise UnsupportedMethodError(self.file, f"the option {key} = {value!r} cannot be read by this version")
+        self.rank = self._number("r", 8)
+        self.alpha = self._number("lora_alpha", 8)
+        self.use_rslora = bool(self.values.get("use_rslora"))
+        self.use_dora = bool(self.values.get("use_dora"))
+        self.rank_pattern = self._pattern("rank_pattern")
+        self.alpha_pattern = self._pattern("alpha_pattern")
+        self._deadline_left = PATTERN_SECONDS
+
+    @property
+    def format(self) -> str:
+        return "peft-dora" if self.use_dora else "peft-rslora" if self.use_rslora else "peft-lora"
+
+    def scaling_of(self, module: str) -> tuple[int, float, float]:
+        """(r, alpha, scaling) of a module: alpha / r, or alpha / √r for rsLoRA (arXiv 2312.03732)."""
+        rank = int(self._lookup(self.rank_pattern, module, self.rank))
+        alpha = self._lookup(self.alpha_pattern, module, self.alpha)
+        if rank <= 0:
+            raise AdapterError(self.file, f"r = {rank} for module {module}; expected at least 1")
+        return rank, alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def facts(self, updates: list[PlannedUpdate]) -> dict[str, Any]:
+        """What the report says of the fine-tune as a whole; null where modules differ."""
+        lora = [update for update in updates if update.rank is not None]
+        return {
+            "rank": _common(update.rank for update in lora),
+            "alpha": _common(update.alpha for update in lora),
+            "scaling": _common(update.scaling for update in lora),
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "conditional": bool(self.values.get("alora_invocation_tokens")),
+            "base_model_name_or_path": self.values.get("base_model_name_or_path"),
+        }
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(self.file, f"{key} = {value!r}; expected a number")
+        return value
+
+    def _pattern(self, key: str) -> dict[str, float]:
+        pattern = self.values.get(key) or {}
+        if not isinstance(pattern, Mapping):
+            raise AdapterError(self.file, f"{key} is not an object")
+        for name, value in pattern.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise AdapterError(self.file, f"{key} gives {name!r} the value {value!r}; expected a number")
+        return dict(pattern)
+
+    def _lookup(self, pattern: dict[str, float], module: str, default: float) -> float:
+        """The first entry whose key, a regular expression, matches the module's name or its end.
+
+        Whoever made the file wrote the expression, so it runs on an engine with a time limit.
+        """
+        import regex
+
+        for key, value in pattern.items():
+            started = time.monotonic()
+            try:
+                if len(key) > 1000:
+                    raise TimeoutError
+                match = regex.match(rf"(.*\.)?({key})$", module, timeout=self._deadline_left)
+            except TimeoutError:
+                raise AdapterError(self.file, f"the pattern {key[:80]!r} takes too long to match") from None
+            except regex.error as error:
+                raise AdapterError(self.file, f"the pattern {key[:80]!r} is no regular expression: {error}") from None
+            self._deadline_left = max(self._deadline_left - (time.monotonic() - started), 1e-3)
+            if match:
+                return value
+        return default
+
+
+def _common(values: Any) -> Any:
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None

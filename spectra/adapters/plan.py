@@ -1,0 +1,89 @@
+"""What a dialect hands on: which update belongs to which module, known from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from spectra.checkpoint import Checkpoint
+from spectra.orientation import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from spectra.updates import Update
+
+UpdateKind = Literal["low_rank", "row_scaled", "dense"]
+
+
+class PlannedUpdate(Protocol):
+    """One update that a checkpoint holds, not yet read.
+
+    Attributes
+    ----------
+    module : the module's name as the fine-tune calls it.
+    targets : names the base's tensor may have, most likely first.
+    tensors : the names of all tensors this update consumes.
+    layout : the layout the base must have, or None where the base decides.
+    shape : (out, in) as analysed, or None where the base decides.
+    """
+
+    module: str
+    targets: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]: ...
+    @property
+    def kind(self) -> UpdateKind: ...
+    @property
+    def layout(self) -> Layout | None: ...
+    @property
+    def shape(self) -> tuple[int, int] | None: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def scaling(self) -> float | None: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def may_be_new(self) -> bool: ...  # a module the base need not have
+    @property
+    def base_copy(self) -> str | None: ...  # a copy of the base weight stored beside the update
+    def read(
+        self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
+    ) -> Update: ...
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor or module that is not analysed, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a fine-tuned checkpoint holds: each tensor is in an update or skipped.
+
+    ``facts`` describes the fine-tune for the report (rank, alpha and so on); ``complete`` says
+    that the checkpoint is a whole model, so that what only the base has is worth naming.
+    """
+
+    format: str
+    updates: tuple[PlannedUpdate, ...]
+    skipped: tuple[Skipped, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+
+class Dialect(Protocol):
+    """How one kind of writer names and stores its updates; one file each, one registry line."""
+
+    name: str
+
+    def recognises(self, tuned: Checkpoint) -> bool: ...
+    def plan(self, tuned: Checkpoint) -> Plan: ...

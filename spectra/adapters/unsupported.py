@@ -1,0 +1,53 @@
+"""Adapters that are recognised, so that the error can name them, but not read yet.
+
+A method that gets its own dialect leaves this table.
+"""
+
+from __future__ import annotations
+
+import re
+
+from spectra.adapters.plan import Plan
+from spectra.checkpoint import Checkpoint
+from spectra.errors import UnsupportedMethodError
+
+# (pattern of a tensor's name, what its presence means); the first that matches decides
+SIGNATURES: tuple[tuple[str, str], ...] = (
+    (r"\.hada_w[12]", "LyCORIS LoHa"),
+    (r"\.lokr_[wt]", "LyCORIS LoKr"),
+    (r"\.dora_scale$", "LyCORIS DoRA"),
+    (r"\.oft_blocks|\.oft_diag|\.oft_R", "OFT"),
+    (r"\.lora_(down|up)\.", "a kohya (sd-scripts) LoRA"),
+    (r"\.ia3_l|\.on_input$", "IA3"),
+    (r"\.vera_lambda_[bd]", "VeRA"),
+    (r"\.lora_[ab]$", "an MLX LoRA"),
+    (
+        r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)|lora_magnitude_vector",
+        "a LoRA without its adapter_config.json (alpha is not known)",
+    ),
+)
+
+
+class Unsupported:
+    """Recognises adapters by their tensors' names and says what they are."""
+
+    name = "unsupported"
+
+    def recognises(self, tuned: Checkpoint) -> bool:
+        return tuned.adapter_config is None and self._method(tuned) is not None
+
+    def plan(self, tuned: Checkpoint) -> Plan:
+        found = self._method(tuned)
+        assert found is not None
+        tensor, method = found
+        raise UnsupportedMethodError(
+            tuned.tensors[tensor].file, f"this is {method}, which this version cannot read", tensor
+        )
+
+    @staticmethod
+    def _method(tuned: Checkpoint) -> tuple[str, str] | None:
+        for pattern, method in SIGNATURES:
+            for name in tuned.tensors:
+                if re.search(pattern, name):
+                    return name, method
+        return None

@@ -1,0 +1,177 @@
+"""One layer from W0 and an update to its findings; also for plain arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.detect import Vector, detect, is_noise_like, random_floor
+from spectra.errors import UsageError
+from spectra.measures import layer_measures
+from spectra.svd import Engine, Question, check_finite, choose_engine
+from spectra.updates import Dense, LowRank, TunedWeight
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one layer's analysis found.
+
+    Attributes
+    ----------
+    status : "analysed", or "unchanged" where W1 equals W0 and nothing was decomposed.
+    shape : (m, n) of the weight.
+    vectors : the compared singular vectors of W1, by falling singular value.
+    measures : see :func:`spectra.measures.layer_measures`.
+    random_floor : the mean max |cos| of a random direction.
+    noise_like_base : W0's spectrum is plain noise, so that its intruders say little.
+    flags : "settled_in_float64", "zero_base".
+    residual, orthogonality : of the decompositions, relative to σ₁; None where there was none.
+    """
+
+    status: Literal["analysed", "unchanged"]
+    shape: tuple[int, int]
+    vectors: tuple[Vector, ...] = ()
+    measures: dict[str, float | None] = field(default_factory=dict)
+    random_floor: float | None = None
+    noise_like_base: bool | None = None
+    flags: tuple[str, ...] = ()
+    engine: str | None = None
+    methods: tuple[str, ...] = ()
+    residual: float | None = None
+    orthogonality: float | None = None
+
+    @property
+    def intruders(self) -> tuple[int, ...]:
+        """The indices of the intruder dimensions."""
+        return tuple(vector.index for vector in self.vectors if vector.intruder)
+
+
+class LayerAnalysis:
+    """The analysis of one base weight, for any number of updates of it.
+
+    The base is decomposed at most once, and only if some update changes it.
+    """
+
+    def __init__(self, W0: Tensor, question: Question, engine: Engine):
+        check_finite(W0)
+        self._W0, self._question, self._engine = W0, question, engine
+        self._prepared = engine.prepare(W0, question.side)
+
+    def of(self, tuned: TunedWeight) -> Findings:
+        """Findings for W1.
+
+        Raises
+        ------
+        NonFiniteError, ConvergenceError
+        """
+        if tuned.is_unchanged():
+            return Findings("unchanged", tuned.shape)
+        question = self._question
+        comparison = self._engine.compare(self._prepared, tuned, question)
+        vectors = detect(comparison, question)
+        measures = layer_measures(tuned, comparison, vectors)
+        m, n = tuned.shape
+        flags = ["settled_in_float64"] if comparison.settled_in_float64 else []
+        top, size = measures["base_norm_spectral"], measures["base_norm_fro"]
+        if top == 0:
+            flags.append("zero_base")
+        return Findings(
+            status="analysed",
+            shape=(m, n),
+            vectors=vectors,
+            measures=measures,
+            random_floor=random_floor(m if question.side == "left" else n, min(m, n)),
+            noise_like_base=None if top is None or size is None else is_noise_like((m, n), size, top),
+            flags=tuple(flags),
+            engine=comparison.engine,
+            methods=comparison.methods,
+            residual=comparison.residual,
+            orthogonality=comparison.orthogonality,
+        )
+
+
+def find_intruders(
+    W0: Any,
+    W1: Any = None,
+    *,
+    B: Any = None,
+    A: Any = None,
+    scaling: float = 1.0,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: Literal["left", "right"] = "left",
+    engine: str = "auto",
+    dtype: Literal["float32", "float64"] = "float32",
+) -> Findings:
+    """Intruder dimensions of one fine-tuned weight.
+
+    Parameters
+    ----------
+    W0 : the base weight, (out, in); an array or tensor.
+    W1 : the tuned weight, (out, in); or give the factors of its update instead:
+    B, A : (out, r) and (r, in), with W1 = W0 + scaling · B · A.
+    top_k : how many of the largest singular values of W1 to look at.
+    epsilon : a vector is an intruder when its |cos| with every base vector is strictly below.
+    side : "left" as in the paper, or "right".
+    engine, dtype : how to compute; all engines give the same verdicts.
+
+    Raises
+    ------
+    UsageError : shapes that do not fit, or options out of range.
+    NonFiniteError, ConvergenceError : the weights cannot be decomposed.
+
+    Examples
+    --------
+    >>> import numpy as np, spectra
+    >>> rng = np.random.default_rng(0)
+    >>> W0 = rng.normal(size=(200, 200)) / 14
+    >>> u, v = rng.normal(size=(2, 200)) / 14
+    >>> spectra.find_intruders(W0, W0 + 30 * np.outer(u, v)).intruders
+    (0,)
+    """
+    question = checked_question(top_k, epsilon, side)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
+    base = _matrix("W0", W0, DTYPES[dtype])
+    if (W1 is None) == (B is None and A is None) or (B is None) != (A is None):
+        raise UsageError("give either W1, or both B and A")
+    tuned: TunedWeight
+    if W1 is not None:
+        dense = _matrix("W1", W1, DTYPES[dtype])
+        if dense.shape != base.shape:
+            raise UsageError(f"W0 has shape {tuple(base.shape)}, W1 {tuple(dense.shape)}; expected the same")
+        tuned = Dense(dense).tuned(base)
+    else:
+        left, right = _matrix("B", B, torch.float64), _matrix("A", A, torch.float64)
+        if (left.shape[0], right.shape[1]) != tuple(base.shape) or left.shape[1] != right.shape[0]:
+            raise UsageError(
+                f"B {tuple(left.shape)} and A {tuple(right.shape)} do not make an update of {tuple(base.shape)}"
+            )
+        tuned = LowRank(left, right, scaling).tuned(base)
+    return LayerAnalysis(base, question, choose_engine(engine)).of(tuned)
+
+
+def checked_question(top_k: int, epsilon: float, side: str) -> Question:
+    """The question with its options checked; raises UsageError."""
+    if top_k < 1:
+        raise UsageError(f"top-k = {top_k}; expected at least 1")
+    if not 0 < epsilon <= 1:
+        raise UsageError(f"epsilon = {epsilon}; expected a cosine above 0, at most 1")
+    if side == "left":
+        return Question(top_k, epsilon, "left")
+    if side == "right":
+        return Question(top_k, epsilon, "right")
+    raise UsageError(f"side = {side!r}; expected left or right")
+
+
+def _matrix(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise UsageError(f"{name} has shape {tuple(tensor.shape)}; expected a matrix")
+    return tensor.to(dtype)

@@ -1,0 +1,334 @@
+"""Reading checkpoints: headers first, tensors one at a time, never anything that runs code.
+
+A :class:`Checkpoint` is what a path on disk holds: the names, dtypes and shapes of its tensors
+(read from the safetensors headers when it is opened) and its config.  A tensor's bytes are read
+when :meth:`Checkpoint.read` asks for them and are not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra.errors import (
+    AmbiguousFilesError,
+    CorruptFileError,
+    MissingFileError,
+    UnsafeFileError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what can be analysed
+SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_ADVICE = (
+    "this is a pickle, which can run code when it is read; convert it to safetensors where you "
+    "trust it: save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about one tensor: ``shape`` is as stored, ``dtype`` safetensors' name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in BYTES_PER_ELEMENT
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors and the configuration found at a path.
+
+    Attributes
+    ----------
+    path : the folder or file, as resolved.
+    layout : "safetensors", "sharded safetensors" or "peft folder".
+    tensors : name → :class:`TensorInfo`, in the files' order.
+    config : ``config.json`` beside the weights, or {}.
+    adapter_config : ``adapter_config.json`` beside the weights, or None.
+    """
+
+    path: Path
+    layout: str
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    adapter_config: Mapping[str, Any] | None = None
+    _digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    def read(self, name: str, *, digest: bool = False) -> torch.Tensor:
+        """The tensor as stored (dtype and shape of its header), on the CPU.
+
+        With ``digest`` its bytes also enter :meth:`fingerprint`.
+
+        Raises
+        ------
+        CorruptFileError : the file changed or shrank since its header was read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        info = self.tensors[name]
+        try:
+            # Opened for this one tensor: a map that stays open would count every page ever touched.
+            with safe_open(info.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(info.file, f"could not be read: {error}", name) from None
+        if tuple(tensor.shape) != info.shape:
+            raise CorruptFileError(info.file, "the file changed while it was being read", name)
+        if digest and name not in self._digests:
+            self._digests[name] = _digest(tensor)
+        return tensor
+
+    def fingerprint(self, *, verify: bool = False) -> tuple[str, str]:
+        """(sha256, what it covers): "contents", or "headers" where not every byte was seen.
+
+        Contents are covered when every tensor was read with ``digest``, when ``verify`` asks for
+        the rest to be read now, or when the files are a hub cache's blobs, which are named by
+        their hash.
+        """
+        blobs = [file.resolve().name for file in self.files]
+        hashed_by_hub = all(re.fullmatch(r"[0-9a-f]{64}", blob) for blob in blobs)
+        if verify:
+            for name in self.tensors:
+                if name not in self._digests:
+                    self.read(name, digest=True)
+        covered = len(self._digests) == len(self.tensors)
+        lines = []
+        for name, info in sorted(self.tensors.items()):
+            content = self._digests[name] if covered else ""
+            lines.append(f"{name}\t{info.dtype}\t{list(info.shape)}\t{content}\n")
+        if hashed_by_hub and not covered:
+            lines += sorted(blobs)
+        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return f"sha256:{digest}", "contents" if covered or hashed_by_hub else "headers"
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    import torch
+
+    flat = tensor.contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a safetensors file, a folder with one, a sharded folder, or a PEFT adapter folder.
+
+    Only headers and small JSON files are read.
+
+    Raises
+    ------
+    MissingFileError, CorruptFileError, UnsafeFileError, AmbiguousFilesError
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise MissingFileError(path, "no such file or folder")
+    if path.name.endswith(".index.json"):
+        return _open_sharded(path)
+    if path.suffix == ".json":
+        raise CorruptFileError(path, "this is a configuration, not weights; give the folder it is in")
+    tensors = read_header(path)
+    is_adapter = path.name == "adapter_model.safetensors"
+    return Checkpoint(
+        path,
+        "peft folder" if is_adapter else "safetensors",
+        tensors,
+        read_json(path.parent / "config.json"),
+        read_json(path.parent / "adapter_config.json") if is_adapter else None,
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+        return _open_adapter(folder)
+    config = read_json(folder / "config.json")
+    for name in SINGLE_FILES:
+        if (folder / name).exists():
+            return Checkpoint(folder, "safetensors", read_header(folder / name), config)
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        if len(indices) > 1:
+            raise AmbiguousFilesError(folder, f"several indices: {_names(indices)}; name one of them")
+        return _open_sharded(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return Checkpoint(folder, "safetensors", read_header(files[0]), config)
+    if files:
+        raise AmbiguousFilesError(folder, f"several weight files and no index: {_names(files)}; name one of them")
+    adapters = sorted(child.parent for child in folder.glob("*/adapter_config.json"))
+    if len(adapters) == 1:
+        return _open_adapter(adapters[0])
+    if adapters:
+        raise AmbiguousFilesError(folder, f"several adapters: {_names(adapters)}; name one of them")
+    pickles = sorted(child for child in folder.iterdir() if child.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise UnsafeFileError(pickles[0], PICKLE_ADVICE)
+    raise MissingFileError(
+        folder,
+        "no safetensors weights here (expected model.safetensors, an index with shards, or adapter_model.safetensors)",
+    )
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        if (folder / "adapter_model.bin").exists():
+            raise UnsafeFileError(folder / "adapter_model.bin", PICKLE_ADVICE)
+        raise MissingFileError(weights, "the adapter's weights are missing")
+    config_file = folder / "adapter_config.json"
+    if not config_file.exists():
+        raise MissingFileError(
+            config_file, "the adapter's configuration is missing; without it r, alpha and the method are unknown"
+        )
+    return Checkpoint(folder, "peft folder", read_header(weights), {}, read_json(config_file))
+
+
+def _open_sharded(index: Path) -> Checkpoint:
+    folder = index.parent
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(index, "no weight_map in this index")
+    suffix = ".safetensors"
+    for tensor, shard in weight_map.items():
+        if (
+            not isinstance(shard, str)
+            or re.search(r"[/\\:\x00]", shard)
+            or not shard.endswith(suffix)
+            or shard.startswith(".")
+        ):
+            raise UnsafeFileError(index, f"shard name {shard!r} is not a plain {suffix} file name", tensor)
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        file = folder / shard
+        if not file.exists():
+            raise MissingFileError(file, f"the index {index.name} names this shard, but it is not there")
+        _check_link(file, folder)
+        headers[shard] = read_header(file)
+    for tensor, shard in weight_map.items():
+        if tensor not in headers[shard]:
+            raise CorruptFileError(folder / shard, f"{index.name} says it is in this shard, but it is not", tensor)
+    for shard, header in headers.items():
+        for tensor in header:
+            if weight_map.get(tensor) != shard:
+                raise CorruptFileError(folder / shard, f"it is in this shard, but {index.name} says otherwise", tensor)
+    tensors = {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
+    return Checkpoint(folder, "sharded safetensors", tensors, read_json(folder / "config.json"))
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """A shard may be a link inside its folder or into the hub cache's own blobs, nowhere else."""
+    target, home = file.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"  # models--org--name/snapshots/<commit>
+    inside = home in target.parents or (home.parent.name == "snapshots" and blobs in target.parents)
+    if not inside:
+        raise UnsafeFileError(file, f"this shard is a link that leads out of its folder, to {target}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where the file does not exist."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptFileError(path, f"not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptFileError(path, f"expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file says it holds, checked against its size.
+
+    Beyond what the safetensors library checks, names that occur twice are refused, and the usual
+    things that are mistaken for safetensors are recognised: git-LFS pointers and pickles.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            _sniff(path, start + file.read(48))
+            length = int.from_bytes(start, "little")
+            size = path.stat().st_size
+            if length > MAX_HEADER_BYTES:
+                raise CorruptFileError(
+                    path, f"not a safetensors file: a header of {length:,} bytes is over the format's limit"
+                )
+            if 8 + length > size:
+                raise CorruptFileError(path, f"truncated: the header says {length:,} bytes, the file has {size:,}")
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
+    try:
+        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise CorruptFileError(path, "not a safetensors file: its header is not JSON") from None
+    try:
+        with safe_open(path, framework="np"):
+            pass  # the library checks dtypes, offsets and overlaps on opening
+    except (SafetensorError, OSError) as error:
+        problem = str(error)
+        if "incomplete" in problem.lower() or "not fully covered" in problem.lower():
+            problem = f"truncated or swapped: its size does not fit its header ({error})"
+        raise CorruptFileError(path, problem) from None
+    header.pop("__metadata__", None)
+    tensors = {name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path) for name, entry in header.items()}
+    if not tensors:
+        raise CorruptFileError(path, "holds no tensors")
+    return tensors
+
+
+def _unique(path: Path, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise CorruptFileError(path, "this name occurs twice in the header", name)
+        found[name] = value
+    return found
+
+
+def _sniff(path: Path, start: bytes) -> None:
+    if not start:
+        raise CorruptFileError(path, "the file is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise CorruptFileError(path, "this is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if start[8:9] == b"{" and path.suffix not in PICKLE_SUFFIXES:
+        return
+    # A zip (torch.save since 1.6), or a pickle's PROTO opcode where a length should be.
+    pickled = start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] in b"\2\3\4\5")
+    if pickled or path.suffix in PICKLE_SUFFIXES:
+        raise UnsafeFileError(path, PICKLE_ADVICE)
+    if start.startswith(b"GGUF"):
+        raise CorruptFileError(path, "this is a GGUF file, which this version cannot read")
+    if len(start) < 8:
+        raise CorruptFileError(path, f"truncated: {len(start)} bytes are too few for a safetensors file")
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths)

@@ -1,0 +1,342 @@
+"""The command line: parse, call, render, exit code.
+
+Nothing heavy is imported before a command runs, so that ``spectra --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectra import __version__
+from spectra.errors import MissingFileError, SpectraError, UsageError
+
+if TYPE_CHECKING:
+    from spectra.pipeline import Progress
+    from spectra.report import Report
+
+OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
+REPORT_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  a --fail-above gate was crossed
+  2  bad usage, unreadable input, or a layer that could not be analysed
+     (the report of the rest is still written)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except SpectraError as error:
+        print(f"spectra: error: {error}", file=sys.stderr)
+        return BAD
+    except KeyboardInterrupt:
+        print("spectra: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more can be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spectra",
+        description="What did this fine-tune do to the spectrum of the weights?",
+        epilog="`spectra COMMAND --help` tells more.",
+    )
+    parser.add_argument("--version", action="version", version=f"spectra {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_audit(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="flag the intruder dimensions of fine-tunes, per layer and per singular index",
+        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are "
+        "nearly orthogonal to every singular vector of the base. Several TUNED give a summary table.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    audit.add_argument(
+        "tuned", nargs="+", metavar="TUNED", help="adapter folder, checkpoint folder or safetensors file"
+    )
+    audit.add_argument(
+        "--base", metavar="BASE", help="the model it was tuned from (default: the one the adapter's config names)"
+    )
+    definition = audit.add_argument_group("what counts as an intruder")
+    definition.add_argument(
+        "-k",
+        "--top-k",
+        type=int,
+        default=10,
+        metavar="K",
+        help="how many leading singular vectors to look at (default: 10)",
+    )
+    definition.add_argument(
+        "-e",
+        "--epsilon",
+        type=float,
+        default=0.5,
+        metavar="E",
+        help="an intruder's |cos| with every base vector is below this (default: 0.5)",
+    )
+    definition.add_argument(
+        "--side",
+        choices=("left", "right"),
+        default="left",
+        help="which singular vectors (default: left, as in the paper)",
+    )
+    layers = audit.add_argument_group("which layers")
+    layers.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only modules whose name matches, e.g. 'layers.*.q_proj' (repeatable)",
+    )
+    layers.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out modules whose name matches (repeatable)",
+    )
+    how = audit.add_argument_group("how to compute")
+    how.add_argument("--engine", choices=("auto", "exact"), default="auto", help="default: auto")
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="precision of the decompositions (default: float32)",
+    )
+    how.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    how.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="weights worked on at a time; memory grows with it (default: 1)",
+    )
+    how.add_argument(
+        "--threads", type=int, metavar="N", help="threads for one weight (default: the cores, shared among workers)"
+    )
+    how.add_argument("--verify", action="store_true", help="hash every byte of the files into the fingerprints")
+    gate = audit.add_argument_group("gate")
+    gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
+    gate.add_argument(
+        "--fail-on",
+        choices=("all", "paper", "trained", "new"),
+        help="which total --fail-above looks at: all, paper (no embeddings, no heads), trained (outside noise-like "
+        "bases), new (since --baseline); default: all, or new with --baseline",
+    )
+    gate.add_argument(
+        "--baseline",
+        metavar="REPORT.json",
+        help="an earlier report; unless --fail-above says otherwise, any new intruder fails",
+    )
+    output = audit.add_argument_group("output")
+    output.add_argument(
+        "--format",
+        choices=("table", "json", "jsonl", "csv"),
+        default="table",
+        help="default: table; several TUNED as json give one report a line",
+    )
+    output.add_argument("-o", "--output", metavar="FILE", help="write there instead of to standard output")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    output.add_argument("--verbose", action="store_true", help="draw every layer, list every skipped tensor")
+    audit.set_defaults(run=_audit)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what files hold and how they would be read, from headers alone",
+        description="Says what each path holds, how it would be read, and which base it belongs to. "
+        "Reads headers and configs only.",
+    )
+    inspect.add_argument(
+        "paths", nargs="+", metavar="PATH", help="adapter folder, checkpoint folder or safetensors file"
+    )
+    inspect.add_argument(
+        "--base", metavar="BASE", help="match against this base (default: the one the adapter's config names)"
+    )
+    inspect.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    inspect.add_argument("--verbose", action="store_true", help="list every tensor")
+    inspect.set_defaults(run=_inspect)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    if options.baseline is not None and len(options.tuned) > 1:
+        raise UsageError("--baseline compares one fine-tune with one earlier report; give one TUNED")
+    if options.fail_on == "new" and options.baseline is None:
+        raise UsageError("--fail-on new needs --baseline REPORT.json")
+    if options.fail_on is not None and options.fail_above is None and options.baseline is None:
+        raise UsageError("--fail-on needs --fail-above N")
+    target = _check_output(options.output, [*options.tuned, options.base])
+
+    from spectra.report import load_report
+
+    baseline = load_report(options.baseline) if options.baseline is not None else None
+    from spectra.pipeline import audit_many
+
+    with _progress(options.quiet) as progress:
+        reports = audit_many(
+            options.tuned,
+            options.base,
+            top_k=options.top_k,
+            epsilon=options.epsilon,
+            side=options.side,
+            include=options.include,
+            exclude=options.exclude,
+            engine=options.engine,
+            dtype=options.dtype,
+            device=options.device,
+            workers=options.workers,
+            threads=options.threads,
+            verify=options.verify,
+            progress=progress,
+        )
+    if baseline is not None:
+        reports = [report.against(baseline) for report in reports]
+    _emit(_rendered(reports, options), target)
+    return _verdict(reports, options)
+
+
+def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
+    if options.format == "json" and len(reports) == 1:
+        return reports[0].to_json() + "\n"
+    if options.format in ("json", "jsonl"):
+        return "".join(report.to_json(indent=None) + "\n" for report in reports)
+    if options.format == "csv":
+        from spectra.render.table import to_csv
+
+        return to_csv(reports)
+    from spectra.render.text import render_report, render_summary
+
+    if len(reports) > 1:
+        return render_summary(reports)
+    encoding = "utf-8" if options.output else sys.stdout.encoding or "ascii"
+    return render_report(reports[0], verbose=options.verbose, ascii_only=not encoding.lower().startswith("utf"))
+
+
+def _verdict(reports: Sequence[Report], options: argparse.Namespace) -> int:
+    failed = [layer for report in reports for layer in report.failed]
+    for layer in failed:
+        print(f"spectra: error: {layer.name}: {layer.status}: {layer.error}", file=sys.stderr)
+    if failed:
+        return BAD
+    limit = options.fail_above
+    if limit is None and options.baseline is not None:
+        limit = 0
+    if limit is None:
+        return OK
+    scope = options.fail_on or ("new" if options.baseline is not None else "all")
+    code = OK
+    for report in reports:
+        total = report.total(scope)
+        if total > limit:
+            print(
+                f"spectra: gate: {report.tuned['path']}: {total} intruders ({scope}), more than {limit}",
+                file=sys.stderr,
+            )
+            code = GATE
+    return code
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from spectra.inspection import inspect, render_inspection, to_json
+
+    # Every path is looked at, also after one that cannot be read.
+    found, code = [], OK
+    for path in options.paths:
+        try:
+            found.append(inspect(path, options.base))
+        except SpectraError as error:
+            print(f"spectra: error: {error}", file=sys.stderr)
+            code = BAD
+    if found:
+        text = to_json(found) if options.format == "json" else render_inspection(found, verbose=options.verbose)
+        _emit(text, None)
+    return code
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """A bar with a time estimate on standard error, where somebody may be looking."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    # The unit is arithmetic work, not layers, so that the estimate holds with unequal layers.
+    with tqdm(
+        total=1.0,
+        file=sys.stderr,
+        leave=False,
+        bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left  {desc}",
+    ) as bar:
+
+        def show(done: float, work: float, layer: str) -> None:
+            bar.set_description_str(layer, refresh=False)
+            bar.update(done / work - bar.n)
+
+        yield show
+
+
+def _check_output(output: str | None, inputs: Sequence[str | None]) -> Path | None:
+    """Where to write, checked before any work: nothing but an earlier report is ever replaced."""
+    if output is None:
+        return None
+    target = Path(output)
+    if not target.parent.is_dir():
+        raise MissingFileError(target.parent, "no such folder to write into")
+    if target.is_dir():
+        raise UsageError(f"{target}: this is a folder; name a file to write")
+    if not target.exists():
+        return target
+    homes = [Path(item).resolve() for item in inputs if item is not None]
+    inside = any(home == target.resolve() or home in target.resolve().parents for home in homes)
+    if inside or target.suffix not in REPORT_SUFFIXES:
+        raise UsageError(f"{target}: exists and does not look like a report, so it is not overwritten")
+    return target
+
+
+def _emit(text: str, target: Path | None) -> None:
+    """Writes to standard output, or to a file that appears whole or not at all."""
+    if target is None:
+        sys.stdout.write(text)
+        return
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)  # mkstemp's own mode is for secrets
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+    except OSError as error:
+        raise UsageError(f"{target}: could not be written: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Every error Spectra raises on purpose.
+
+    SpectraError
+    ├── UsageError                    (ValueError)           an argument makes no sense
+    ├── CheckpointError
+    │   ├── MissingFileError          (FileNotFoundError)    nothing there, or nothing readable
+    │   ├── CorruptFileError          (ValueError)           truncated, swapped, malformed
+    │   ├── UnsafeFileError           (PermissionError)      reading it could run code or leave the folder
+    │   └── AmbiguousFilesError       (ValueError)           several candidates, none preferred
+    ├── AdapterError                  (ValueError)           an adapter contradicts itself
+    │   └── UnsupportedMethodError    (NotImplementedError)  a method this version cannot read
+    ├── WrongBaseError                (ValueError)           base and tuned do not belong together
+    └── NumericError
+        ├── NonFiniteError            (ArithmeticError)      NaN or infinity in a weight
+        └── ConvergenceError          (ArithmeticError)      no driver converged
+
+The message says what arrived, what was expected and what to do; for files it begins with the path
+and names the tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class SpectraError(Exception):
+    """The root of all errors raised on purpose."""
+
+
+class UsageError(SpectraError, ValueError):
+    """An argument makes no sense."""
+
+
+class CheckpointError(SpectraError):
+    """Something is wrong with a file; the message begins with its path.
+
+    Parameters
+    ----------
+    path : the file or folder.
+    problem : what is wrong, and what to do.
+    tensor : the tensor concerned, where there is one.
+    """
+
+    def __init__(self, path: str | Path, problem: str, tensor: str | None = None):
+        self.path = Path(path)
+        self.tensor = tensor
+        where = f"{path}: tensor {tensor!r}" if tensor else f"{path}"
+        super().__init__(f"{where}: {problem}")
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """Nothing is there, or nothing that could be read."""
+
+    def __str__(self) -> str:  # OSError would format its own
+        return str(self.args[0])
+
+
+class CorruptFileError(CheckpointError, ValueError):
+    """A file is truncated, swapped or malformed."""
+
+
+class UnsafeFileError(CheckpointError, PermissionError):
+    """Reading the file could run code, or would leave the folder it belongs to."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class AmbiguousFilesError(CheckpointError, ValueError):
+    """Several files could be meant."""
+
+
+class AdapterError(CheckpointError, ValueError):
+    """An adapter contradicts itself."""
+
+
+class UnsupportedMethodError(AdapterError, NotImplementedError):
+    """A fine-tuning method, or an option of one, that this version cannot read."""
+
+
+class WrongBaseError(CheckpointError, ValueError):
+    """The base and the fine-tune do not belong together."""
+
+
+class NumericError(SpectraError, ArithmeticError):
+    """A weight cannot be decomposed."""
+
+
+class NonFiniteError(NumericError):
+    """NaN or infinity in a weight."""
+
+
+class ConvergenceError(NumericError):
+    """No driver converged."""

@@ -1,0 +1,358 @@
+"""Base and fine-tune matched into layer pairs, and everything else accounted for.
+
+Matching uses headers only, so every name, shape and dtype of a run is checked before the first
+decomposition.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spectra.adapters import Plan, PlannedUpdate, Skipped
+from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.errors import AdapterError, WrongBaseError
+from spectra.orientation import Layout, Orientation, Role, as_matrix, matrix_shape, role_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spectra.updates import Update
+
+# What model classes put before the names of one and the same network.
+WRAPPERS = frozenset(
+    [
+        "model",
+        "transformer",
+        "language_model",
+        "base_model",
+        "backbone",
+        "module",
+        "_orig_mod",
+        "bert",
+        "roberta",
+        "distilbert",
+        "electra",
+        "deberta",
+        "albert",
+        "camembert",
+        "xlm_roberta",
+        "mpnet",
+        "vit",
+        "gpt_neox",
+    ]
+)
+# transformers 5 renamed these; (tuned prefix, base prefix), tried in both directions
+RENAMES = (("language_model.model.", "model.language_model."),)
+# A head that shares the embedding's weight has no tensor of its own in the file.
+TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """One base weight and the update that belongs to it.
+
+    ``shape`` is (out, in) as analysed, ``stored_shape`` as on disk; ``rows`` limits both sides to
+    the leading rows they share where a vocabulary was resized.
+    """
+
+    name: str
+    base: TensorInfo
+    update: PlannedUpdate
+    layout: Layout
+    role: Role
+    shape: tuple[int, int]
+    rows: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def base_key(self) -> tuple[str, Layout, int | None]:
+        """Pairs with the same key share the same W0."""
+        return self.base.name, self.layout, self.rows
+
+    def read_base(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Tensor:
+        """W0 as analysed, upcast to ``dtype`` before any arithmetic."""
+        stored = checkpoint.read(self.base.name)[: self.rows]
+        return as_matrix(stored.to(device=device, dtype=dtype), self.layout)
+
+    def read_update(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Update:
+        return self.update.read(checkpoint, self.layout, self.rows, dtype, device)
+
+    def base_copy_differs(self, checkpoint: Checkpoint, W0: Tensor) -> bool:
+        """Whether the copy of the base that came with the adapter is another weight than W0."""
+        if self.update.base_copy is None:
+            return False
+        stored = checkpoint.read(self.update.base_copy, digest=True)
+        copy = as_matrix(stored.to(device=W0.device, dtype=W0.dtype), self.layout)
+        # Copies are often kept in half precision; anything beyond that rounding is another base.
+        return copy.shape != W0.shape or bool((copy - W0).norm() > 1e-2 * W0.norm())
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Every pair to analyse and everything that is not, each with its reason."""
+
+    pairs: tuple[LayerPair, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def pair_layers(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    plan: Plan,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Pairing:
+    """Finds the base weight of every planned update, one to one.
+
+    ``include`` and ``exclude`` are shell patterns over module names; a name that contains a
+    pattern's match counts.
+
+    Raises
+    ------
+    WrongBaseError : an adapter's factor has no base weight, or shapes do not fit.
+    AdapterError : the orientation of a weight cannot be decided.
+    """
+    matcher = _Matcher(base, plan.updates)
+    orientation = Orientation(base.tensors, base.config)
+    skipped = list(plan.skipped)
+    pairs: list[LayerPair] = []
+    for update in plan.updates:
+        tensor = update.tensors[0]
+        if not _selected(update.module, include, exclude):
+            skipped.append(Skipped(update.module, "left out by --include or --exclude"))
+            continue
+        info, notes = matcher.find(update)
+        if info is None:
+            if update.may_be_new:
+                skipped.append(Skipped(update.module, "new module: the base has no such weight"))
+                continue
+            raise WrongBaseError(
+                tuned.tensors[tensor].file,
+                f"its base weight is not in {base.path}: is this the wrong base? (looked for {update.targets[0]!r})",
+                tensor,
+            )
+        if not info.is_float:
+            skipped.append(
+                Skipped(
+                    update.module,
+                    f"its base weight is stored as {info.dtype}: quantised bases are not read by this version",
+                )
+            )
+            continue
+        made = _make_pair(base, tuned, update, info, orientation, notes)
+        if isinstance(made, Skipped):
+            skipped.append(made)
+        else:
+            pairs.append(made)
+    _check_one_to_one(tuned, pairs)
+    pairs.sort(key=lambda pair: _natural(pair.name))
+    if plan.complete:
+        if plan.updates and not pairs and not any("left out" in item.reason for item in skipped):
+            raise WrongBaseError(
+                tuned.path, f"no weight of it has a counterpart in {base.path}: is this the wrong base?"
+            )
+        skipped += _only_in_base(base, pairs, skipped)
+    return Pairing(tuple(pairs), tuple(skipped))
+
+
+def _make_pair(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    update: PlannedUpdate,
+    info: TensorInfo,
+    orientation: Orientation,
+    notes: tuple[str, ...],
+) -> LayerPair | Skipped:
+    role = role_of(update.module, len(info.shape))
+    if update.shape is None:  # stored whole, as the base is
+        return _pair_whole(base, tuned, update, info, orientation, role, notes)
+    file, stored = tuned.tensors[update.tensors[0]].file, info.shape
+    groups = _groups(update, stored)
+    if groups > 1:
+        return Skipped(
+            update.module,
+            f"convolution in {groups} groups: its factors are ungrouped, and peft cannot merge them either",
+        )
+    layout = orientation.layout_of_update(update.module, update.shape, update.layout, stored)
+    if layout is None:
+        raise WrongBaseError(
+            file,
+            f"an update of shape {list(update.shape)} does not fit the base weight {info.name!r} of shape "
+            f"{list(stored)} in {info.file}: is this the wrong base?",
+            update.tensors[0],
+        )
+    square_linear = layout == "linear" and update.layout is None and stored[0] == stored[1]
+    if square_linear and _claims_transposed(tuned) and not orientation.is_known:
+        raise AdapterError(
+            file,
+            "fan_in_fan_out is set and the weight is square, so its orientation cannot be told; put the base's "
+            "config.json beside its weights",
+            update.tensors[0],
+        )
+    return LayerPair(update.module, info, update, layout, role, matrix_shape(stored, layout), notes=notes)
+
+
+def _groups(update: PlannedUpdate, stored: tuple[int, ...]) -> int:
+    """How many groups the base's convolution has; 1 where it is none or does not fit."""
+    if update.layout != "conv" or update.shape is None or len(stored) < 3 or stored[0] != update.shape[0]:
+        return 1
+    columns = matrix_shape(stored, "conv")[1]
+    return update.shape[1] // columns if columns and update.shape[1] % columns == 0 else 1
+
+
+def _claims_transposed(tuned: Checkpoint) -> bool:
+    return bool((tuned.adapter_config or {}).get("fan_in_fan_out"))
+
+
+def _pair_whole(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    update: PlannedUpdate,
+    info: TensorInfo,
+    orientation: Orientation,
+    role: Role,
+    notes: tuple[str, ...],
+) -> LayerPair | Skipped:
+    mine = tuned.tensors[update.tensors[0]]
+    layout = orientation.layout_of(update.module, info.shape)
+    if mine.shape == info.shape:
+        return LayerPair(update.module, info, update, layout, role, matrix_shape(info.shape, layout), notes=notes)
+    resizable = role == "embedding" or update.module.split(".")[-1] in ("lm_head", "embed_out", "decoder")
+    if resizable and len(mine.shape) == len(info.shape) == 2 and mine.shape[1] == info.shape[1]:
+        rows = min(mine.shape[0], info.shape[0])
+        change = f"vocabulary resized from {info.shape[0]} to {mine.shape[0]} rows: the {rows} shared ones are compared"
+        shape = matrix_shape((rows, info.shape[1]), layout)
+        return LayerPair(update.module, info, update, layout, role, shape, rows, (*notes, change))
+    if role == "head":
+        return Skipped(update.module, f"replaced head: shape {list(mine.shape)} here, {list(info.shape)} in the base")
+    raise WrongBaseError(
+        mine.file,
+        f"its shape is {list(mine.shape)}, but {info.name!r} in {info.file} has {list(info.shape)}: "
+        "is this the wrong base?",
+        mine.name,
+    )
+
+
+def _only_in_base(base: Checkpoint, pairs: Sequence[LayerPair], skipped: Sequence[Skipped]) -> Iterator[Skipped]:
+    used = {pair.base.name for pair in pairs}
+    named = {item.name for item in skipped}
+    for name, info in base.tensors.items():
+        module = name.removesuffix(".weight")
+        if len(info.shape) >= 2 and name not in used and module not in named and name not in named:
+            yield Skipped(module, "only in the base: the fine-tune has no such weight")
+
+
+def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair]) -> None:
+    owners: dict[str, LayerPair] = {}
+    for pair in pairs:
+        other = owners.setdefault(pair.base.name, pair)
+        if other is not pair and "tied" not in " ".join(pair.notes + other.notes):
+            raise WrongBaseError(
+                tuned.path,
+                f"{other.update.tensors[0]!r} and {pair.update.tensors[0]!r} both match the base weight "
+                f"{pair.base.name!r}",
+            )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _selected(module: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(module, f"*{pattern}*") for pattern in patterns)
+
+    return (not include or matches(include)) and not matches(exclude)
+
+
+class _Matcher:
+    """Finds base tensors for target names that differ by what a model class puts before them.
+
+    One prefix is taken off and another put on; which ones is decided by all targets together: the
+    change of prefix that serves most of them wins, and a tie between two that lead to different
+    weights is an error, not a guess.
+    """
+
+    def __init__(self, base: Checkpoint, updates: Sequence[PlannedUpdate]):
+        self.base = base
+        by_end: dict[str, list[str]] = defaultdict(list)
+        for name in base.tensors:
+            by_end[_end(name)].append(name)
+        votes: Counter[tuple[str, str]] = Counter()
+        self._options: dict[str, list[tuple[tuple[str, str], str]]] = {}
+        for update in updates:
+            options = []
+            for target in update.targets:
+                if target in base.tensors:
+                    options = [(("", ""), target)]
+                    break
+                for name in by_end[_end(target)]:
+                    change = _prefix_change(target, name)
+                    if change is not None and self._could_fit(update, base.tensors[name]):
+                        options.append((change, name))
+            self._options[update.module] = options
+            votes.update(change for change, _ in options)
+        self._votes = votes
+
+    @staticmethod
+    def _could_fit(update: PlannedUpdate, info: TensorInfo) -> bool:
+        if update.shape is None:
+            return True  # shapes are compared, and differences explained, when the pair is made
+        if update.layout == "conv":
+            return len(info.shape) > 2
+        return sorted(info.shape) == sorted(update.shape)
+
+    def find(self, update: PlannedUpdate) -> tuple[TensorInfo | None, tuple[str, ...]]:
+        options = self._options[update.module]
+        if not options:
+            return self._tied(update)
+        best = max(self._votes[change] for change, _ in options)
+        names = list(dict.fromkeys(name for change, name in options if self._votes[change] == best))
+        if len(names) > 1:
+            raise WrongBaseError(
+                self.base.path,
+                f"{update.module!r} could be any of {', '.join(map(repr, sorted(names)))}; Spectra does not guess",
+            )
+        return self.base.tensors[names[0]], ()
+
+    def _tied(self, update: PlannedUpdate) -> tuple[TensorInfo | None, tuple[str, ...]]:
+        if update.module.split(".")[-1] not in ("lm_head", "embed_out"):
+            return None, ()
+        embeddings = [name for name in self.base.tensors if name.endswith(TIED)]
+        if len(embeddings) != 1:
+            return None, ()
+        return self.base.tensors[embeddings[0]], (f"tied: the base stores this weight as {embeddings[0]!r}",)
+
+
+def _end(name: str) -> str:
+    """The last two parts of a name, which two names of one weight always share."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _prefix_change(target: str, name: str) -> tuple[str, str] | None:
+    """(prefix to take off ``target``, prefix to put on) that gives ``name``, if it is plausible.
+
+    Plausible is: one of the two is empty, both are made of wrappers alone, or it is a known rename.
+    """
+    for here, there in [*RENAMES, *((b, a) for a, b in RENAMES)]:
+        if target.startswith(here) and name == there + target.removeprefix(here):
+            return here, there
+    mine, theirs = target.split("."), name.split(".")
+    shared = 0
+    while shared < min(len(mine), len(theirs)) and mine[-1 - shared] == theirs[-1 - shared]:
+        shared += 1
+    off, on = mine[: len(mine) - shared], theirs[: len(theirs) - shared]
+    if (off and on) and not WRAPPERS.issuperset(off + on):
+        return None
+    return ".".join(off), ".".join(on)

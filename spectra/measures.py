@@ -1,0 +1,78 @@
+"""Measures of one layer's update beyond the count of intruders.
+
+Plain functions of singular values (float64, descending), so that each can be checked by hand.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spectra.detect import Vector
+from spectra.svd import Comparison
+from spectra.updates import TunedWeight
+
+
+def effective_rank(s: np.ndarray) -> float:
+    """exp of the Shannon entropy of p_i = σ_i / Σσ (Roy & Vetterli 2007); 0 for a zero matrix."""
+    total = float(s.sum())
+    if total <= 0:
+        return 0.0
+    p = s[s > 0] / total
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def stable_rank(s: np.ndarray) -> float:
+    """‖W‖_F² / ‖W‖₂²; 0 for a zero matrix."""
+    return float(((s / s[0]) ** 2).sum()) if s.size and s[0] > 0 else 0.0
+
+
+def norm_fro(s: np.ndarray) -> float:
+    """The Frobenius norm from the singular values; scaled, so that tiny ones do not underflow."""
+    return float(s[0] * np.sqrt(((s / s[0]) ** 2).sum())) if s.size and s[0] > 0 else 0.0
+
+
+def update_singular_values(tuned: TunedWeight) -> np.ndarray:
+    """Singular values of dW = W1 − W0, float64, descending.
+
+    From the factors where there are any (two QR and an r × r SVD in float64), else from dW itself
+    in the working dtype.
+    """
+    factors = tuned.low_rank()
+    if factors is None:
+        s = torch.linalg.svdvals(tuned.delta())
+    else:
+        B, A = factors
+        s = torch.linalg.svdvals(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T)
+    values: np.ndarray = s.double().cpu().numpy()
+    return values
+
+
+def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:
+    """Σ σ² over intruders / Σ σ² over all compared vectors: unlike a count, it does not saturate."""
+    top = max((vector.sigma for vector in vectors), default=0.0)
+    if top <= 0:
+        return 0.0
+    energy = {True: 0.0, False: 0.0}
+    for vector in vectors:
+        energy[vector.intruder] += (vector.sigma / top) ** 2
+    return energy[True] / (energy[True] + energy[False])
+
+
+def layer_measures(tuned: TunedWeight, comparison: Comparison, vectors: tuple[Vector, ...]) -> dict[str, float | None]:
+    """All measures of one analysed layer, by the names the report uses; ratios are of W0's norms."""
+    update = update_singular_values(tuned)
+    base = comparison.base_singular_values
+    size, base_size = norm_fro(update), norm_fro(base) if base is not None else None
+    top, base_top = float(update[0]), float(base[0]) if base is not None else None
+    return {
+        "base_norm_fro": base_size,
+        "base_norm_spectral": base_top,
+        "update_norm_fro": size,
+        "update_norm_spectral": top,
+        "update_norm_relative": size / base_size if base_size else None,
+        "update_norm_spectral_relative": top / base_top if base_top else None,
+        "effective_rank": effective_rank(update),
+        "stable_rank": stable_rank(update),
+        "intruder_energy_share": intruder_energy_share(vectors),
+    }

@@ -1,0 +1,120 @@
+"""From a tensor as stored to the matrix that is analysed, ``(out_features, in_features)``.
+
+What decides is the *layout* of the module a tensor belongs to:
+
+=============  ======================  =========================================
+layout         stored as               analysed as
+=============  ======================  =========================================
+``linear``     (out, in)               as it is
+``conv1d``     (in, out), GPT-2's own  transposed
+``embedding``  (V, d)                  transposed to (d, V): it maps tokens to d
+``conv``       (out, in/groups, k…)    flattened to (out, in/groups · k…)
+=============  ======================  =========================================
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from spectra.checkpoint import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Layout = Literal["linear", "conv1d", "embedding", "conv"]
+Role = Literal["linear", "embedding", "head", "conv"]
+
+# Families whose transformers implementation stores its projections as (in, out).
+CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
+_EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|wte|wpe|shared)(_|$)|^embed_|embeddings?$|relative_attention_bias$")
+_HEAD = re.compile(
+    r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|seq_relationship|vocab_projector|logits)$"
+)
+_HEAD_PARENTS = frozenset({"classifier", "cls", "predictions", "lm_head", "score"})
+
+
+def role_of(module: str, ndim: int) -> Role:
+    """What a module is, from its name: the paper counts no embeddings and no heads."""
+    parts = module.split(".")
+    if ndim > 2:
+        return "conv"
+    if _HEAD.match(parts[-1]) or _HEAD_PARENTS.intersection(parts[:-1]):
+        return "head"
+    return "embedding" if _EMBEDDING.search(parts[-1]) else "linear"
+
+
+def matrix_shape(stored: tuple[int, ...], layout: Layout) -> tuple[int, int]:
+    """The shape of :func:`as_matrix` of a tensor stored with this shape."""
+    if layout == "conv":
+        return stored[0], math.prod(stored[1:])
+    rows, columns = stored
+    return (rows, columns) if layout == "linear" else (columns, rows)
+
+
+def as_matrix(tensor: Tensor, layout: Layout) -> Tensor:
+    """The stored tensor as the matrix that is analysed; a view where possible."""
+    if layout == "conv":
+        return tensor.flatten(1)
+    return tensor if layout == "linear" else tensor.T
+
+
+class Orientation:
+    """Decides, from a base's headers and config, which of its modules are stored transposed.
+
+    The family (``model_type``) decides where the config names it.  Without one the biases do: a
+    module whose bias is as long as its weight's second dimension, and not as its first, stores
+    (in, out), and square modules of the same name follow what their siblings show.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]):
+        family = config.get("model_type")
+        self._family_transposed = family in CONV1D_FAMILIES
+        self._known_family = isinstance(family, str)
+        self._seen_transposed = False
+        for name, info in tensors.items():
+            if name.endswith(".weight") and len(info.shape) == 2:
+                bias = tensors.get(name.removesuffix("weight") + "bias")
+                leaf = name.split(".")[-2] if "." in name else ""
+                if bias and bias.shape == info.shape[1:] != info.shape[:1] and leaf in CONV1D_MODULES:
+                    self._seen_transposed = True
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether this linear module of the base stores (in, out)."""
+        if module.split(".")[-1] not in CONV1D_MODULES:
+            return False
+        return self._family_transposed or (self._seen_transposed and not self._known_family)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the config names the family, or the biases gave it away."""
+        return self._known_family or self._seen_transposed
+
+    def layout_of_update(
+        self, module: str, shape: tuple[int, int], wanted: Layout | None, stored: tuple[int, ...]
+    ) -> Layout | None:
+        """The layout in which a stored base tensor fits an update of ``shape`` (out, in), or None.
+
+        ``wanted`` is what the update's own form demands; without it the shapes decide, and for
+        square weights what is known of the base.  (``fan_in_fan_out`` as saved is that of the last
+        module wrapped, so it decides nothing.)
+        """
+        if wanted is not None:
+            fits = (wanted == "conv") == (len(stored) > 2) and matrix_shape(stored, wanted) == shape
+            return wanted if fits else None
+        if stored == shape and (shape[0] != shape[1] or not self.is_transposed(module)):
+            return "linear"
+        return "conv1d" if stored == shape[::-1] else None
+
+    def layout_of(self, module: str, shape: tuple[int, ...]) -> Layout:
+        """The layout of a base tensor that belongs to ``module``."""
+        role = role_of(module, len(shape))
+        if role == "conv":
+            return "conv"
+        if role == "embedding":
+            return "embedding"
+        return "conv1d" if self.is_transposed(module) else "linear"

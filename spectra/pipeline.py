@@ -1,0 +1,316 @@
+"""The one composition: paths in, reports out.
+
+Everything is matched and checked from headers before the first weight is read.  Then the run goes
+base weight by base weight: each is read, upcast and decomposed once, however many fine-tunes it
+has, and let go before the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectra import __version__
+from spectra.adapters import Plan, plan_updates
+from spectra.analysis import DTYPES, Findings, LayerAnalysis, checked_question
+from spectra.checkpoint import Checkpoint
+from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError
+from spectra.layers import LayerPair, Pairing, pair_layers
+from spectra.report import LayerReport, Report, VectorReport, module_type
+from spectra.resolve import open_base, open_tuned
+from spectra.svd import ENGINES, Question, choose_engine
+
+# Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to analyse; what the report records under ``settings``."""
+
+    question: Question
+    engine: str
+    dtype: str
+    device: str
+    threads: int
+    workers: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    verify: bool
+
+    def record(self) -> dict[str, Any]:
+        record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
+        del record["question"]
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
+
+
+def audit(tuned: str | Path, base: str | Path | None = None, **options: Any) -> Report:
+    """Audits one fine-tune; see :func:`audit_many`."""
+    return audit_many([tuned], base, **options)[0]
+
+
+def audit_many(
+    tuned: Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    engine: str = "auto",
+    dtype: str = "float32",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Flags the intruder dimensions of fine-tunes, layer by layer.
+
+    Parameters
+    ----------
+    tuned : adapter folders, checkpoints or files.
+    base : the base checkpoint of all of them; None takes each adapter's from its config.
+    top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
+    include, exclude : shell patterns over module names.
+    engine : "auto" or "exact".
+    dtype : "float32" or "float64", the precision of the decompositions.
+    device : "cpu", "cuda" or any torch device.
+    workers : how many base weights are worked on at a time (memory grows with it).
+    threads : threads for one weight; part of the settings, since it may change last digits.
+        By default the cores shared out among the workers.
+    verify : hash every byte of all files into the fingerprints.
+    progress : called after each layer.
+
+    Returns
+    -------
+    list of Report : in the order of ``tuned``.
+
+    Raises
+    ------
+    SpectraError : bad options, unreadable or mismatched files.  What goes wrong with one layer's
+        values is no exception but that layer's status.
+    """
+    settings = _settings(top_k, epsilon, side, include, exclude, engine, dtype, device, workers, threads, verify)
+    runs = [_Run(path, base, settings) for path in tuned]
+    jobs = _jobs(runs)
+    work = sum(job.work for job in jobs)
+    done = 0.0
+    for job, results in _in_order(jobs, settings):
+        for run, pair, report in results:
+            run.results[pair.name] = report
+            done += job.work / len(results)
+            if progress is not None:
+                progress(done, work, pair.name)
+    return [run.report() for run in runs]
+
+
+def _settings(
+    top_k: int, epsilon: float, side: str, include: Iterable[str], exclude: Iterable[str],
+    engine: str, dtype: str, device: str, workers: int, threads: int | None, verify: bool,
+) -> Settings:  # fmt: skip
+    if engine not in ("auto", *ENGINES):
+        raise UsageError(f"engine = {engine!r}; expected auto or {' or '.join(ENGINES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"device = {device!r}; expected cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device = {device!r}, but torch finds no CUDA device here")
+    if workers < 1 or (threads is not None and threads < 1):
+        raise UsageError("workers and threads are at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Settings(
+        question=checked_question(top_k, epsilon, side),
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        threads=threads or max(1, cores // workers),
+        workers=workers,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        verify=verify,
+    )
+
+
+class _Run:
+    """One fine-tune of an audit: opened, matched and checked before any work."""
+
+    def __init__(self, path: str | Path, base: str | Path | None, settings: Settings):
+        self.settings = settings
+        self.started = time.perf_counter()
+        self.tuned: Checkpoint = open_tuned(path)
+        self.base: Checkpoint = open_base(base, self.tuned)
+        self.plan: Plan = plan_updates(self.tuned)
+        self.pairing: Pairing = pair_layers(
+            self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude
+        )
+        if not self.pairing.pairs:
+            reasons = sorted({item.reason for item in self.pairing.skipped})
+            raise UsageError(f"{self.tuned.path}: nothing to analyse ({'; '.join(reasons[:3]) or 'no tensors'})")
+        self.results: dict[str, LayerReport] = {}
+
+    def report(self) -> Report:
+        base_print, base_covers = self.base.fingerprint(verify=self.settings.verify)
+        tuned_print, tuned_covers = self.tuned.fingerprint(verify=self.settings.verify)
+        return Report(
+            base={
+                "path": str(self.base.path),
+                "format": self.base.layout,
+                "fingerprint": base_print,
+                "fingerprint_covers": base_covers,
+            },
+            tuned={
+                "path": str(self.tuned.path),
+                "format": self.plan.format,
+                "fingerprint": tuned_print,
+                "fingerprint_covers": tuned_covers,
+                **self.plan.facts,
+            },
+            settings=self.settings.record(),
+            layers=tuple(self.results[pair.name] for pair in self.pairing.pairs),
+            skipped=tuple(asdict(item) for item in self.pairing.skipped),
+            spectra_version=__version__,
+            seconds=round(time.perf_counter() - self.started, 3),
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One base weight and every pair that starts from it."""
+
+    parts: tuple[tuple[_Run, LayerPair], ...]
+
+    @property
+    def work(self) -> float:
+        m, n = self.parts[0][1].shape
+        return float(m) * n * min(m, n) * (1 + len(self.parts))
+
+    def do(self) -> list[tuple[_Run, LayerPair, LayerReport]]:
+        run, first = self.parts[0]
+        settings = run.settings
+        started = time.perf_counter()
+        try:
+            W0 = first.read_base(run.base, DTYPES[settings.dtype], settings.device)
+            analysis = LayerAnalysis(W0, settings.question, choose_engine(settings.engine))
+        except SpectraError as error:
+            problem = _explain(error, f"the base's {first.base.name}")
+            return [(run, pair, _failure(pair, *problem)) for run, pair in self.parts]
+        results = []
+        for run, pair in self.parts:
+            results.append((run, pair, _analyse(run, pair, W0, analysis, started)))
+            started = time.perf_counter()
+        return results
+
+
+def _jobs(runs: Sequence[_Run]) -> list[_Job]:
+    groups: dict[Any, list[tuple[_Run, LayerPair]]] = defaultdict(list)
+    for run in runs:
+        for pair in run.pairing.pairs:
+            groups[(run.base.path.resolve(), pair.base_key)].append((run, pair))
+    return [_Job(tuple(parts)) for parts in groups.values()]
+
+
+def _in_order(
+    jobs: Sequence[_Job], settings: Settings
+) -> Iterator[tuple[_Job, list[tuple[_Run, LayerPair, LayerReport]]]]:
+    """Each job with its results; ``workers`` of them at a time, none kept waiting in memory."""
+    before = torch.get_num_threads()
+    if settings.workers == 1:
+        torch.set_num_threads(settings.threads)
+        try:
+            for job in jobs:
+                yield job, job.do()
+        finally:
+            torch.set_num_threads(before)
+        return
+    # The number of threads is each worker thread's own setting.
+    with ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(settings.threads,)) as pool:
+        waiting = iter(jobs)
+        running: dict[Future[Any], _Job] = {}
+        try:
+            while True:
+                for job in waiting:
+                    running[pool.submit(job.do)] = job
+                    if len(running) == settings.workers:
+                        break
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def _analyse(run: _Run, pair: LayerPair, W0: torch.Tensor, analysis: LayerAnalysis, started: float) -> LayerReport:
+    try:
+        update = pair.read_update(run.tuned, W0.dtype, run.settings.device)
+        differs = pair.base_copy_differs(run.tuned, W0)
+        findings = analysis.of(update.tuned(W0))
+    except SpectraError as error:
+        return _failure(pair, *_explain(error, f"{run.tuned.path}: {', '.join(pair.update.tensors)}"))
+    return _layer_report(pair, findings, differs, time.perf_counter() - started)
+
+
+def _explain(error: SpectraError, what: str) -> tuple[str, str]:
+    """(status, message) of a layer that could not be analysed."""
+    if isinstance(error, NonFiniteError):
+        return "non_finite", f"{what}: {error}"
+    if isinstance(error, ConvergenceError):
+        return "not_converged", f"{what}: {error}"
+    return "failed", str(error)
+
+
+def _describe(pair: LayerPair) -> dict[str, Any]:
+    return {
+        "name": pair.name,
+        "module_type": module_type(pair.name),
+        "role": pair.role,
+        "shape": pair.shape,
+        "stored_shape": pair.stored_shape,
+        "notes": pair.notes,
+        "update": {
+            "kind": pair.update.kind,
+            "rank": pair.update.rank,
+            "alpha": pair.update.alpha,
+            "scaling": pair.update.scaling,
+            "parameters": pair.update.parameters,
+            "dense_parameters": pair.shape[0] * pair.shape[1],
+        },
+    }
+
+
+def _failure(pair: LayerPair, status: str, message: str) -> LayerReport:
+    return LayerReport(**_describe(pair), status=status, error=message)
+
+
+def _layer_report(pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:
+    flags = (*findings.flags, "base_copy_differs") if base_differs else findings.flags
+    return LayerReport(
+        **_describe(pair),
+        status=findings.status,
+        vectors=tuple(VectorReport(**asdict(vector)) for vector in findings.vectors),
+        intruders=len(findings.intruders),
+        intruder_indices=findings.intruders,
+        measures=findings.measures,
+        random_floor=findings.random_floor,
+        noise_like_base=findings.noise_like_base,
+        flags=flags,
+        engine=findings.engine,
+        methods=findings.methods,
+        residual=findings.residual,
+        orthogonality=findings.orthogonality,
+        seconds=round(seconds, 4),
+    )

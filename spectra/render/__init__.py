@@ -1,0 +1,1 @@
+"""Pure functions from a :class:`~spectra.report.Report` to what people and programs read."""

@@ -1,0 +1,264 @@
+"""The report for people, as plain text: what matters first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from spectra.report import LayerReport, Report
+
+PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
+WORST_ROWS = 8
+MARKS = {"intruder": "█", "borderline": "▒", "none": "·", "absent": " "}
+ASCII_MARKS = {"intruder": "#", "borderline": "+", "none": ".", "absent": " "}
+# What else stands in the text, where a terminal knows no more than ASCII.
+ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "×": "x", "…": "...", "–": "-", "—": "-"}
+
+MEANING = {
+    "none": "none of the leading singular vectors is new",
+    "slight": "hardly any of the leading singular vectors is new",
+    "moderate": "some of the leading singular vectors are new directions",
+    "strong": "many of the leading singular vectors are new directions",
+}
+
+
+def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = False) -> str:
+    """One report: verdict, totals, worst layers, module types, and the layer × index picture."""
+    sections = [
+        _verdict(report),
+        _facts(report),
+        _problems(report),
+        _worst(report),
+        _module_types(report),
+        _picture(report, verbose, ASCII_MARKS if ascii_only else MARKS),
+        _skipped(report, verbose),
+    ]
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    if ascii_only:
+        for word, plain in ASCII_WORDS.items():
+            text = text.replace(word, plain)
+        text = text.encode("ascii", "replace").decode()
+    return text
+
+
+def render_summary(reports: Sequence[Report]) -> str:
+    """Several reports as one table, a row each."""
+    header = ["fine-tune", "method", "rank", "alpha", "‖dW‖/‖W0‖", "intruders", "trained", "layers", "verdict"]
+    rows = []
+    for report in reports:
+        summary = report.summary
+        rows.append([
+            report.tuned["path"], report.tuned["format"],
+            _number(report.tuned.get("rank")), _number(report.tuned.get("alpha")),
+            _number(mean_update_size(report), 3), str(summary["intruders"]),
+            str(summary["intruders_outside_noise_like_base"]),
+            f"{summary['layers_with_intruders']} of {summary['layers_analysed']}", summary["severity"],
+        ])  # fmt: skip
+    notes = "‖dW‖/‖W0‖ is the mean over layers; “trained” leaves out layers whose base is plain noise."
+    return _table(header, rows, left=(0, 1, 8)) + "\n\n" + notes + "\n"
+
+
+def mean_update_size(report: Report) -> float | None:
+    """Mean over analysed layers of ‖dW‖_F / ‖W0‖_F."""
+    sizes = [layer.measures.get("update_norm_relative") for layer in report.layers if layer.status == "analysed"]
+    known = [size for size in sizes if size is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _verdict(report: Report) -> str:
+    summary = report.summary
+    trained = summary["intruders_outside_noise_like_base"]
+    layers = [layer for layer in report.layers if not layer.noise_like_base and layer.status == "analysed"]
+    vectors = sum(len(layer.vectors) for layer in layers)
+    if not vectors:
+        return "Verdict: nothing changed." if not report.failed else "Verdict: no layer could be analysed."
+    share = f"{trained} of {vectors} ({trained / vectors:.1%})"
+    word = summary["severity"]
+    lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} are intruder dimensions."]
+    noisy = summary["intruders"] - trained
+    if noisy:
+        lines.append(f"Another {noisy} lie in layers whose base is plain noise, where anything moves the vectors.")
+    if report.baseline is not None:
+        lines.append(
+            f"Against the baseline: {summary['intruders_new']} new, {report.baseline['intruders']} known before."
+        )
+    return "\n".join(lines)
+
+
+def _facts(report: Report) -> str:
+    summary, settings, tuned = report.summary, report.settings, report.tuned
+    method = tuned["format"]
+    if tuned.get("rank") is not None:
+        method += f", rank {tuned['rank']}"
+    if tuned.get("alpha") is not None:
+        method += f", alpha {_number(tuned['alpha'])}, scaling {_number(tuned['scaling'], 3)}"
+    if tuned.get("conditional"):
+        method += " (conditional: active only after its invocation tokens)"
+    floors = [layer.random_floor for layer in report.layers if layer.random_floor is not None]
+    floor = f"{min(floors):.2f}–{max(floors):.2f}" if floors else "unknown"
+    sizes = mean_update_size(report)
+    counts = [f"{summary['layers_analysed']} analysed", f"{summary['layers_unchanged']} unchanged"]
+    if summary["layers_failed"]:
+        counts.append(f"{summary['layers_failed']} FAILED")
+    counts.append(f"{summary['layers_skipped']} skipped")
+    rows = [
+        ("fine-tune", f"{tuned['path']}  ({method})"),
+        ("base", report.base["path"]),
+        ("looked at", f"the top {settings['top_k']} {settings['side']} singular vectors of each layer, "
+                      f"epsilon {settings['epsilon']}"),
+        ("", f"(a random direction would show a cosine of about {floor})"),
+        ("layers", ", ".join(counts)),
+        ("intruders", f"{summary['intruders']} in {summary['layers_with_intruders']} layers"),
+        ("", f"{summary['intruders_as_in_paper']} as the paper counts (no embeddings, no heads), "
+             f"{summary['intruders_outside_noise_like_base']} outside noise-like bases"),
+        ("update", f"mean ‖dW‖/‖W0‖ {_number(sizes, 3)}, {summary['trainable_parameters']:,} trained parameters"),
+    ]  # fmt: skip
+    if summary["borderline"]:
+        rows.append(("borderline", f"{summary['borderline']} cosines within 0.001 of epsilon"))
+    return "\n".join(f"{label:<11}{text}".rstrip() for label, text in rows)
+
+
+def _problems(report: Report) -> str:
+    lines = [f"{layer.status}: {layer.name}: {layer.error}" for layer in report.failed]
+    lines += [
+        f"note: {layer.name}: the copy of its base weight that came with the adapter is another weight; "
+        "is this the wrong base?"
+        for layer in report.layers
+        if "base_copy_differs" in layer.flags
+    ]
+    small = [layer.name for layer in report.layers if layer.status == "analysed" and min(layer.shape) < 128]
+    if small:
+        lines.append(
+            f"note: {len(small)} layer{'s' * (len(small) > 1)} narrower than 128: by chance alone a cosine comes close to epsilon there"
+        )
+    return "\n".join(lines)
+
+
+def _worst(report: Report) -> str:
+    layers = sorted((layer for layer in report.layers if layer.intruders), key=lambda layer: -layer.intruders)
+    if not layers:
+        return ""
+    rows = []
+    for layer in layers[:WORST_ROWS]:
+        lowest = min(
+            v.max_cosine if v.max_cosine is not None else v.max_cosine_bounds[1] for v in layer.vectors if v.intruder
+        )
+        rows.append([
+            layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), _ranges(layer.intruder_indices),
+            f"{lowest:.2f}", _number(layer.measures["update_norm_relative"], 3),
+            _number(layer.measures["effective_rank"], 3), _number(layer.update["rank"]),
+        ])  # fmt: skip
+    header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "eff. rank", "rank"]
+    text = _table(header, rows, left=(0, 2))
+    if any(layer.noise_like_base for layer in layers[:WORST_ROWS]):
+        text += "\n* its base is plain noise"
+    return text
+
+
+def _module_types(report: Report) -> str:
+    table = report.summary["by_module_type"]
+    if not any(row["intruders"] for row in table.values()):
+        return ""
+    ordered = sorted(table.items(), key=lambda item: (-item[1]["intruders"], item[0]))
+    rows = [
+        [name, str(row["layers"]), str(row["intruders"]), f"{row['intruders'] / max(row['vectors'], 1):.0%}"]
+        for name, row in ordered
+    ]
+    return _table(["by module type", "layers", "intruders", "of vectors"], rows, left=(0,))
+
+
+def _picture(report: Report, verbose: bool, marks: dict[str, str]) -> str:
+    analysed = [layer for layer in report.layers if layer.status == "analysed"]
+    if not analysed:
+        return ""
+    shown = analysed
+    hidden = ""
+    if len(analysed) > PICTURE_ROWS and not verbose:
+        shown = sorted((layer for layer in analysed if layer.intruders), key=lambda layer: -layer.intruders)[
+            :PICTURE_ROWS
+        ]
+        shown.sort(key=analysed.index)
+        hidden = f"({len(analysed) - len(shown)} more layers; --verbose draws all)"
+        if not shown:
+            return ""
+    count = max(len(layer.vectors) for layer in analysed)
+    if count > 60:
+        return ""
+    prefix = _common_prefix([layer.name for layer in shown])
+    width = max(len(layer.name) - len(prefix) for layer in shown)
+    width = max(width, len("intruders by index"))
+    index = "".join(str(i % 10) for i in range(count))
+    lines = [f"{'layer × index':<{width}}  {index}"]
+    for layer in shown:
+        lines.append(f"{layer.name[len(prefix) :]:<{width}}  {_row(layer, count, marks)}".rstrip())
+    key = f"{marks['intruder']} intruder, {marks['borderline']} borderline, {marks['none']} not; "
+    key += "index 0 is the largest singular value"
+    if prefix:
+        key += f"; names without {prefix!r}"
+    by_index = ", ".join(
+        f"{row['index']}: {row['intruders']}" for row in report.summary["by_index"] if row["intruders"]
+    )
+    lines += [key, f"intruders by index: {by_index or 'none'}", hidden]
+    return "\n".join(line for line in lines if line)
+
+
+def _row(layer: LayerReport, count: int, marks: dict[str, str]) -> str:
+    row = [marks["absent"]] * count
+    for vector in layer.vectors:
+        kind = "intruder" if vector.intruder else "borderline" if "borderline" in vector.flags else "none"
+        row[vector.index] = marks[kind]
+    return "".join(row)
+
+
+def _skipped(report: Report, verbose: bool) -> str:
+    if not report.skipped:
+        return ""
+    if verbose:
+        return "\n".join(["skipped", *(f"  {item['name']}: {item['reason']}" for item in report.skipped)])
+    reasons = Counter(item["reason"] for item in report.skipped)
+    examples = {item["reason"]: item["name"] for item in reversed(report.skipped)}
+    lines = [
+        f"  {count} × {reason} ({examples[reason]}{', …' if count > 1 else ''})"
+        for reason, count in reasons.most_common()
+    ]
+    return "\n".join([f"skipped: {len(report.skipped)}", *lines])
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared) + "." if shared else ""
+
+
+def _ranges(indices: Iterable[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _number(value: Any, digits: int | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if digits else f"{value:g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for line in [header, *rows]:
+        cells = [
+            f"{cell:<{w}}" if i in left else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,367 @@
+"""The report: everything an audit found, versioned (``spectra.report/1``) and serialisable.
+
+Renderers and gates read this record alone.  ``report.schema.json`` beside this file describes its
+JSON form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra.errors import CorruptFileError, MissingFileError, UsageError
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = "spectra.report/1"
+FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
+# Which layers a total counts; the paper looks at no embeddings and no heads.
+SCOPES = ("all", "paper", "trained", "new")
+
+# The severity scale: the largest share of compared vectors, outside noise-like bases, that may be
+# intruders at each level.  A convention of this project, to put a number into words; it says how
+# much of the top of the spectrum is new, not how much was forgotten.
+SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong"))
+
+
+@dataclass(frozen=True)
+class VectorReport:
+    """One singular vector of W1; the fields of :class:`spectra.detect.Vector`."""
+
+    index: int
+    sigma: float
+    max_cosine: float | None
+    max_cosine_bounds: tuple[float, float]
+    base_index: int | None
+    base_sigma: float | None
+    base_capture: float | None
+    decided_by: str
+    intruder: bool
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings."""
+
+    name: str
+    module_type: str
+    role: str
+    shape: tuple[int, int]
+    stored_shape: tuple[int, ...]
+    status: str
+    update: Mapping[str, Any]
+    vectors: tuple[VectorReport, ...] = ()
+    intruders: int = 0
+    intruder_indices: tuple[int, ...] = ()
+    measures: Mapping[str, float | None] = field(default_factory=dict)
+    random_floor: float | None = None
+    noise_like_base: bool | None = None
+    flags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+    engine: str | None = None
+    methods: tuple[str, ...] = ()
+    residual: float | None = None
+    orthogonality: float | None = None
+    seconds: float | None = None
+
+    @property
+    def in_paper_scope(self) -> bool:
+        return self.role not in ("embedding", "head")
+
+    @property
+    def borderline(self) -> int:
+        return sum("borderline" in vector.flags for vector in self.vectors)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one fine-tune did to the spectrum of its base."""
+
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Mapping[str, str], ...]
+    spectra_version: str
+    seconds: float | None = None
+    baseline: Mapping[str, Any] | None = None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Totals over layers; see ``report.schema.json`` for each field."""
+        analysed = [layer for layer in self.layers if layer.status == "analysed"]
+        vectors = sum(len(layer.vectors) for layer in analysed)
+        by_status: dict[str, int] = defaultdict(int)
+        for layer in self.layers:
+            by_status[layer.status] += 1
+        return {
+            "layers_analysed": by_status["analysed"],
+            "layers_unchanged": by_status["unchanged"],
+            "layers_proved_small": by_status["proved_small"],
+            "layers_failed": sum(by_status[status] for status in FAILED_STATUSES),
+            "layers_skipped": len(self.skipped),
+            "layers_with_intruders": sum(layer.intruders > 0 for layer in analysed),
+            "layers_noise_like_base": sum(bool(layer.noise_like_base) for layer in analysed),
+            "vectors_compared": vectors,
+            "intruders": self.total("all"),
+            "intruders_as_in_paper": self.total("paper"),
+            "intruders_outside_noise_like_base": self.total("trained"),
+            "intruders_new": self.total("new") if self.baseline is not None else None,
+            "borderline": sum(layer.borderline for layer in analysed),
+            "severity": self.severity,
+            "trainable_parameters": sum(int(layer.update["parameters"]) for layer in self.layers),
+            "by_module_type": self._by_module_type(analysed),
+            "by_index": self._by_index(analysed),
+        }
+
+    def total(self, scope: str) -> int:
+        """Intruders over "all" layers, as the "paper" counts (no embeddings, no heads), in "trained"
+        layers only (outside noise-like bases), or "new" since the baseline."""
+        if scope == "new":
+            if self.baseline is None:
+                raise UsageError("new intruders are counted against a baseline, and there is none")
+            return int(self.baseline["intruders_new"])
+        chosen = {
+            "all": lambda layer: True,
+            "paper": lambda layer: layer.in_paper_scope,
+            "trained": lambda layer: not layer.noise_like_base,
+        }[scope]
+        return sum(layer.intruders for layer in self.layers if chosen(layer))
+
+    @property
+    def severity(self) -> str:
+        """ "none", "slight" (up to 1 % of the vectors compared), "moderate" (10 %) or "strong",
+        outside noise-like bases."""
+        trained = [layer for layer in self.layers if not layer.noise_like_base]
+        vectors = sum(len(layer.vectors) for layer in trained)
+        share = self.total("trained") / vectors if vectors else 0.0
+        return next(word for limit, word in SEVERITIES if share <= limit)
+
+    @property
+    def failed(self) -> tuple[LayerReport, ...]:
+        """Layers that could not be analysed."""
+        return tuple(layer for layer in self.layers if layer.status in FAILED_STATUSES)
+
+    @staticmethod
+    def _by_module_type(analysed: Sequence[LayerReport]) -> dict[str, dict[str, int]]:
+        table: dict[str, dict[str, int]] = {}
+        for layer in analysed:
+            row = table.setdefault(layer.module_type, {"layers": 0, "vectors": 0, "intruders": 0})
+            row["layers"] += 1
+            row["vectors"] += len(layer.vectors)
+            row["intruders"] += layer.intruders
+        return dict(sorted(table.items()))
+
+    @staticmethod
+    def _by_index(analysed: Sequence[LayerReport]) -> list[dict[str, Any]]:
+        rows: dict[int, dict[str, Any]] = {}
+        for layer in analysed:
+            for vector in layer.vectors:
+                row = rows.setdefault(
+                    vector.index, {"index": vector.index, "layers": 0, "intruders": 0, "by_module_type": {}}
+                )
+                row["layers"] += 1
+                if vector.intruder:
+                    row["intruders"] += 1
+                    kinds = row["by_module_type"]
+                    kinds[layer.module_type] = kinds.get(layer.module_type, 0) + 1
+        for row in rows.values():
+            row["by_module_type"] = dict(sorted(row["by_module_type"].items()))
+        return [rows[index] for index in sorted(rows)]
+
+    def against(self, baseline: Report) -> Report:
+        """This report with the intruders that are new since ``baseline`` counted.
+
+        Singular vectors have no identity across runs, so what counts is each layer's number: new
+        are those above the baseline's for the same layer.
+
+        Raises
+        ------
+        UsageError : the two were made with different settings or bases.
+        """
+        for key in ("top_k", "epsilon", "side"):
+            mine, theirs = self.settings[key], baseline.settings[key]
+            if mine != theirs:
+                raise UsageError(
+                    f"the baseline was made with {key} = {theirs}, this run with {mine}; they cannot be compared"
+                )
+        if self.base.get("fingerprint") != baseline.base.get("fingerprint"):
+            raise UsageError("the baseline was made with another base model; they cannot be compared")
+        known = {layer.name: layer.intruders for layer in baseline.layers}
+        new = {layer.name: layer.intruders - known.get(layer.name, 0) for layer in self.layers}
+        new = {name: count for name, count in new.items() if count > 0}
+        return replace(
+            self,
+            baseline={
+                "tuned": dict(baseline.tuned),
+                "intruders": baseline.total("all"),
+                "intruders_new": sum(new.values()),
+                "new_by_layer": new,
+            },
+        )
+
+    def to_dict(self, *, canonical: bool = False) -> dict[str, Any]:
+        """The report as JSON-ready objects (schema ``spectra.report/1``).
+
+        ``canonical`` leaves out what differs between runs of the same work: seconds, the number of
+        workers, and the paths of this machine.
+        """
+        value: dict[str, Any] = {
+            "schema": SCHEMA,
+            "spectra_version": self.spectra_version,
+            "base": dict(self.base),
+            "tuned": dict(self.tuned),
+            "settings": dict(self.settings),
+            "summary": self.summary,
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [dict(item) for item in self.skipped],
+            "seconds": self.seconds,
+        }
+        if self.baseline is not None:
+            value["baseline"] = dict(self.baseline)
+        if canonical:
+            del value["seconds"], value["base"]["path"], value["tuned"]["path"]
+            value["settings"].pop("workers", None)
+            for layer in value["layers"]:
+                del layer["seconds"]
+        return value
+
+    def to_json(self, *, canonical: bool = False, indent: int | None = 1) -> str:
+        """The report as JSON text; infinities and NaN cannot occur in it."""
+        return json.dumps(self.to_dict(canonical=canonical), indent=indent, allow_nan=False, default=list)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Report:
+        """The report that :meth:`to_dict` made (canonical or not).
+
+        Raises
+        ------
+        UsageError : another schema.
+        """
+        if value.get("schema") != SCHEMA:
+            raise UsageError(f"expected a report of schema {SCHEMA}, found {value.get('schema')!r}")
+        layers = []
+        for layer in value["layers"]:
+            vectors = tuple(
+                VectorReport(
+                    **{
+                        **vector,
+                        "max_cosine_bounds": tuple(vector["max_cosine_bounds"]),
+                        "flags": tuple(vector["flags"]),
+                    }
+                )
+                for vector in layer["vectors"]
+            )
+            lists = {key: tuple(item) for key, item in layer.items() if isinstance(item, list)}
+            layers.append(LayerReport(**{**layer, **lists, "vectors": vectors}))
+        return cls(
+            base=value["base"],
+            tuned=value["tuned"],
+            settings=value["settings"],
+            layers=tuple(layers),
+            skipped=tuple(value["skipped"]),
+            spectra_version=value["spectra_version"],
+            seconds=value.get("seconds"),
+            baseline=value.get("baseline"),
+        )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per compared vector, with its layer's columns; needs pandas.
+
+        Layers without vectors (unchanged, failed) have one row with empty vector columns.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError("to_dataframe() needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self.rows(), columns=list(ROW_COLUMNS))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table behind the CSV and the DataFrame: ``ROW_COLUMNS``, one row per vector."""
+        rows = []
+        for layer in self.layers:
+            common = {
+                "layer": layer.name,
+                "module_type": layer.module_type,
+                "role": layer.role,
+                "rows": layer.shape[0],
+                "columns": layer.shape[1],
+                "status": layer.status,
+                "update_kind": layer.update["kind"],
+                "update_rank": layer.update["rank"],
+                "update_scaling": layer.update["scaling"],
+                "update_norm_relative": layer.measures.get("update_norm_relative"),
+                "effective_rank": layer.measures.get("effective_rank"),
+                "noise_like_base": layer.noise_like_base,
+                "layer_intruders": layer.intruders,
+            }
+            for vector in layer.vectors or (None,):
+                own = (
+                    {}
+                    if vector is None
+                    else {
+                        "index": vector.index,
+                        "sigma": vector.sigma,
+                        "max_cosine": vector.max_cosine,
+                        "max_cosine_lower": vector.max_cosine_bounds[0],
+                        "max_cosine_upper": vector.max_cosine_bounds[1],
+                        "base_index": vector.base_index,
+                        "base_sigma": vector.base_sigma,
+                        "base_capture": vector.base_capture,
+                        "intruder": vector.intruder,
+                        "flags": " ".join(vector.flags),
+                    }
+                )
+                rows.append({column: {**common, **own}.get(column) for column in ROW_COLUMNS})
+        return rows
+
+
+ROW_COLUMNS = (
+    "layer", "module_type", "role", "rows", "columns", "status", "update_kind", "update_rank",
+    "update_scaling", "update_norm_relative", "effective_rank", "noise_like_base",
+    "layer_intruders", "index", "sigma", "max_cosine", "max_cosine_lower", "max_cosine_upper",
+    "base_index", "base_sigma", "base_capture", "intruder", "flags",
+)  # fmt: skip
+
+
+def load_report(path: str | Path) -> Report:
+    """Reads a report that was written as JSON.
+
+    Raises
+    ------
+    MissingFileError, CorruptFileError
+    """
+    path = Path(path)
+    try:
+        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
+    except UsageError as error:
+        raise CorruptFileError(path, str(error)) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(path, f"not a report in JSON ({type(error).__name__}: {error})") from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of :meth:`Report.to_dict`."""
+    text = resources.files("spectra").joinpath("report.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def module_type(name: str) -> str:
+    """The part of a module's name after its last number: one word for what recurs by layer.
+
+    ``encoder.layer.3.attention.self.query`` → ``attention.self.query``.
+    """
+    parts = name.split("#")[0].split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) or name if numbers else name

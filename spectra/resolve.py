@@ -1,0 +1,78 @@
+"""From what a person or an adapter's config calls a model to a checkpoint on this disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from spectra.checkpoint import Checkpoint, open_checkpoint
+from spectra.errors import MissingFileError, SpectraError, UsageError, WrongBaseError
+
+
+def find(name: str | Path, *, revision: str | None = None, beside: Path | None = None) -> Path | None:
+    """The local path that ``name`` stands for, or None.
+
+    A path comes first (from ``beside``, where given, before the working directory), then the
+    Hugging Face hub's cache on this machine (``HF_HUB_CACHE``, ``HF_HOME``).  Nothing is
+    downloaded.
+    """
+    text = str(name)
+    for folder in [beside, Path()] if beside else [Path()]:
+        candidate = folder / text
+        if candidate.exists():
+            plain = Path(os.path.normpath(candidate))  # no "adapter/../base", unless a link is in the way
+            return plain if plain.exists() and plain.samefile(candidate) else candidate
+    if text.count("/") > 1 or text.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def open_tuned(name: str | Path) -> Checkpoint:
+    """Opens what was fine-tuned: a path, or a model in the hub's cache on this machine."""
+    return open_checkpoint(find(name) or Path(name))
+
+
+def open_base(name: str | Path | None, tuned: Checkpoint) -> Checkpoint:
+    """Opens the base: the one named, or else the one that the adapter's config names.
+
+    Raises
+    ------
+    UsageError : none was named, and ``tuned`` is no adapter or names none.
+    MissingFileError : the adapter's base is not on this machine.
+    WrongBaseError : what was given as base is itself an adapter.
+    """
+    found = _base_of_adapter(tuned) if name is None else find(name) or Path(name)
+    base = open_checkpoint(found)
+    if base.layout == "peft folder":
+        raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
+    return base
+
+
+def _base_of_adapter(tuned: Checkpoint) -> Path:
+    if tuned.adapter_config is None:
+        raise UsageError(f"{tuned.path}: this is no adapter, so its base is not recorded; name it with --base")
+    wanted = tuned.adapter_config.get("base_model_name_or_path")
+    if not wanted or not isinstance(wanted, str):
+        raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
+    revision = tuned.adapter_config.get("revision")
+    found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=tuned.path)
+    if found is None:
+        raise MissingFileError(
+            tuned.path / "adapter_config.json",
+            f"its base model {wanted!r} is neither a path here nor in this machine's hub cache; name it with --base",
+        )
+    return found
+
+
+def base_hint(tuned: Checkpoint) -> str | None:
+    """What :func:`open_base` would open for an adapter, for people; None where it would fail."""
+    try:
+        return str(_base_of_adapter(tuned))
+    except SpectraError:
+        return None

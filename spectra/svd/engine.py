@@ -1,0 +1,82 @@
+"""What every engine is asked, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from spectra.svd.spectrum import Side
+from spectra.updates import TunedWeight
+
+DecidedBy = Literal["svd", "certificate", "bound"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of the top ``top_k`` vectors of W1 have a cosine below ``epsilon`` with all of W0's?"""
+
+    top_k: int = 10
+    epsilon: float = 0.5
+    side: Side = "left"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One singular vector of W1 against all of W0's.
+
+    Attributes
+    ----------
+    index : its 0-based rank in W1.
+    sigma : its singular value, in the units of W.
+    max_cosine : max |cos| over W0's singular vectors (a cluster counts as its subspace), or None.
+    bounds : an enclosure of the exact value.
+    base_index, base_sigma : the vector of W0 it resembles most, or None.
+    base_capture : ‖X_Eᵀ y‖, the share of the vector inside the top base vectors that hold 90 % of
+        W0's energy, or None.
+    decided_by : how the bounds were obtained.
+    flags : "cluster", "base_cluster", "tie_across_k", "null_space".
+    """
+
+    index: int
+    sigma: float
+    max_cosine: float | None
+    bounds: tuple[float, float]
+    base_index: int | None
+    base_sigma: float | None
+    base_capture: float | None
+    decided_by: DecidedBy
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine's answer for one layer.
+
+    Singular values are float64, descending, and None where the engine did not need all of them;
+    ``residual`` is relative to σ₁ and is the larger of the two sides'.
+    """
+
+    matches: tuple[Match, ...]
+    engine: str
+    base_singular_values: np.ndarray | None
+    tuned_singular_values: np.ndarray | None
+    residual: float
+    orthogonality: float
+    settled_in_float64: bool
+    methods: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """Answers a :class:`Question`.
+
+    ``prepare`` may be lazy; its result is handed back for every fine-tune of the same W0, so that
+    work on the base is done once.
+    """
+
+    name: str
+
+    def prepare(self, W0: Tensor, side: Side) -> Any: ...
+    def compare(self, base: Any, tuned: TunedWeight, question: Question) -> Comparison: ...

@@ -1,0 +1,176 @@
+"""Cosines between the singular vectors of W1 and W0, with clusters taken as subspaces.
+
+Definition: Shuttleworth et al., arXiv 2410.21228v3, section 3; |cos|, over all singular vectors of
+W0.  What it leaves open is settled as follows.  Vectors of W0 whose singular values are equal up
+to rounding are not determined, only their span is, so the cosine with the span counts.  The null
+space of W0 is no singular vector.  Where values of W1 tie, its vectors are not determined either:
+they are rotated to resemble W0 as much as they can, the best one first, so that no rotation inside
+a cluster can make an intruder.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from spectra.svd.engine import Match
+from spectra.svd.spectrum import EPS32, Spectrum, clusters, numerical_rank
+
+BORDERLINE = 1e-3  # a cosine this close to epsilon is settled in float64 and marked
+CAPTURE_ENERGY = 0.9
+WINDOWS = (0, 1, 2, 4, 8)  # neighbours on each side whose mixing the upper bound allows for
+
+
+def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int) -> list[Match]:
+    """The top ``top_k`` vectors of W1 against W0, largest singular value first.
+
+    Both spectra must be of the same side, ``base`` with all its vectors.  A tie across ``top_k`` is
+    returned whole.  Bounds follow from the residuals (|sin| ≤ residual/gap, Davis & Kahan 1970):
+    they enclose the exact cosine up to the rounding of float64.
+    """
+    starts = clusters(tuned.s)
+    rank = tuned.rank
+    stop = min(top_k, tuned.s.size)
+    if stop and stop not in starts:
+        stop = int(starts[np.searchsorted(starts, stop)])
+    stop = min(stop, tuned.vectors.shape[1])
+    groups = _BaseGroups(base, tuned.vectors[:, :stop])
+    matches: list[Match] = []
+    for first, last in itertools.pairwise(starts):
+        if first >= stop:
+            break
+        flags = ["cluster"] if last - first > 1 else []
+        if first < top_k < last:
+            flags.append("tie_across_k")
+        error = _angle_bound(tuned, int(first), int(last))
+        if first >= rank:
+            for index in range(first, min(last, stop)):
+                matches.append(_null_space(index, float(tuned.s[index]), flags))
+            continue
+        for index, cosines in zip(range(first, last), groups.rotated(first, last), strict=False):
+            matches.append(groups.match(index, float(tuned.s[index]), cosines, error, flags))
+    return matches
+
+
+def verdict_is_open(match: Match, epsilon: float) -> bool:
+    """Whether working precision leaves it open on which side of epsilon the exact cosine lies."""
+    if match.max_cosine is None:
+        return False
+    lower, upper = match.bounds
+    straddles = lower - BORDERLINE < epsilon <= upper + BORDERLINE
+    return straddles or "cluster" in match.flags or "base_cluster" in match.flags
+
+
+def _null_space(index: int, sigma: float, flags: list[str]) -> Match:
+    return Match(index, sigma, None, (0.0, 1.0), None, None, None, "svd", (*flags, "null_space"))
+
+
+def _angle_bound(spectrum: Spectrum, first: int, last: int) -> float:
+    """Bound on the distance from span(vectors[first:last]) to the exact one, at most 1."""
+    s, residuals = spectrum.s, spectrum.residuals
+    residual = float(np.linalg.norm(residuals[first:last]))
+    above = s[first - 1] - s[first] if first else np.inf
+    below = s[last - 1] - s[last] if last < s.size else s[last - 1]
+    gap = min(above, below) - 2 * residual
+    return float(min(1.0, np.sqrt(2) * residual / gap)) if gap > 0 else 1.0
+
+
+class _BaseGroups:
+    """Cosines of some vectors with each cluster of W0's, and their error bounds."""
+
+    def __init__(self, base: Spectrum, Y: torch.Tensor):
+        self.base = base
+        exact = base.dtype == torch.float64
+        # In float32 it is uncertain within a factor of two where the null space begins.
+        doubt = 1.0 if exact else 2.0
+        s, tolerance = base.s, max(base.shape) * EPS32 * (base.s[0] if base.s.size else 0.0)
+        self.rank = numerical_rank(s, base.shape)
+        surely = int(np.count_nonzero(s > doubt * tolerance)) if self.rank else 0
+        possibly = int(np.count_nonzero(s > tolerance / doubt)) if self.rank else 0
+        edges = clusters(s)
+        self.edges = np.unique(np.minimum(edges, possibly))  # starts of groups, and the end
+        self.count = int(np.searchsorted(self.edges, self.rank))
+        self.sure_count = int(np.searchsorted(self.edges, surely))
+        X = base.vectors[:, :possibly]
+        self.C = (X.T.to(Y.dtype) @ Y if exact or Y.dtype == X.dtype else X.T @ Y.to(X.dtype)).double().cpu().numpy()
+        energy = np.cumsum(s**2)
+        self.captured = int(np.searchsorted(energy, CAPTURE_ENERGY * energy[-1]) + 1) if self.rank else 0
+        self._bound_windows()
+
+    def _bound_windows(self) -> None:
+        """For each window of groups: where it starts and ends, and how far its span may be off."""
+        starts = self.edges[:-1]
+        self.windows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        if not starts.size:
+            return
+        s, squares = self.base.s, np.concatenate([[0.0], np.cumsum(self.base.residuals**2)])
+        groups = np.arange(starts.size)
+        padded = np.concatenate([[np.inf], s, [0.0]])  # the null space is a neighbour too
+        for reach in WINDOWS:
+            low, high = np.maximum(groups - reach, 0), np.minimum(groups + reach + 1, starts.size)
+            first, last = self.edges[low], self.edges[high]
+            residual = np.sqrt(np.maximum(squares[last] - squares[first], 0))
+            gap = np.minimum(padded[first] - s[first], s[last - 1] - padded[last + 1]) - 2 * residual
+            with np.errstate(divide="ignore"):
+                error = np.where(gap > 0, np.sqrt(2) * residual / np.maximum(gap, 1e-300), 1.0)
+            self.windows.append((low, high, np.minimum(error, 1.0)))
+
+    def _masses(self, squares: np.ndarray) -> np.ndarray:
+        """Σ cos² over each group; ``squares`` (vectors of W0,) or (vectors of W0, q)."""
+        if not squares.shape[0]:
+            return squares
+        return np.add.reduceat(squares, self.edges[:-1], axis=0)
+
+    def rotated(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """The cosines of each vector of a cluster of W1, most similar to W0 first.
+
+        A single vector is itself.  Of several, the unit vector of their span with the largest
+        cosine to a cluster of W0 comes first; then the same in what is orthogonal to it.
+        """
+        block = self.C[:, first:last]
+        while block.shape[1] > 1:
+            masses = self._masses(block**2)[: self.count]
+            best, rotation = -1.0, np.eye(block.shape[1])
+            # A group's largest cosine is at most its mass, so most groups need no SVD.
+            for group in np.argsort(-masses.sum(1)):
+                if masses[group].sum() <= best**2:
+                    break
+                part = block[self.edges[group] : self.edges[group + 1]]
+                _, cosines, Vh = np.linalg.svd(part)
+                if cosines[0] > best:
+                    best, rotation = float(cosines[0]), Vh.T
+            block = block @ rotation
+            yield block[:, 0]
+            block = block[:, 1:]
+        if block.shape[1]:
+            yield block[:, 0]
+
+    def match(self, index: int, sigma: float, cosines: np.ndarray, error: float, flags: list[str]) -> Match:
+        squares = cosines**2
+        masses = self._masses(squares)
+        if not self.count:  # nothing in W0 to resemble
+            return Match(index, sigma, 0.0, (0.0, 0.0), None, None, 0.0, "svd", tuple(flags))
+        values = np.sqrt(masses)
+        group = int(values[: self.count].argmax())
+        begin, end = int(self.edges[group]), int(self.edges[group + 1])
+        base_index = begin + int(squares[begin:end].argmax())
+        if end - begin > 1:
+            flags = [*flags, "base_cluster"]
+        own_error = self.windows[0][2]
+        lower = float((values - own_error)[: self.sure_count].max(initial=0.0)) - error
+        running = np.concatenate([[0.0], np.cumsum(masses)])
+        upper = (
+            np.min(
+                [np.sqrt(np.maximum(running[high] - running[low], 0)) + off for low, high, off in self.windows],
+                axis=0,
+            ).max()
+            + error
+        )
+        value = min(float(values[group]), 1.0)
+        bounds = (min(max(lower, 0.0), value), max(min(float(upper), 1.0), value))  # in [0, 1]
+        capture = min(float(np.sqrt(squares[: self.captured].sum())), 1.0)
+        base_sigma = float(self.base.s[base_index])
+        return Match(index, sigma, value, bounds, base_index, base_sigma, capture, "svd", tuple(flags))

@@ -1,0 +1,184 @@
+"""The algebra of a fine-tune: what it adds to a weight, kept in the form it was trained in.
+
+An *update* (:class:`LowRank`, :class:`RowScaled`, :class:`Dense`) is what a checkpoint stores.
+Bound to the base weight by ``update.tuned(W0)`` it becomes a *tuned weight*, the operator
+``W1 = L·W0 + B·A`` that the engines see: they may multiply by it without ever forming it.
+
+Everything is oriented ``(out_features, in_features)``.  W0 has the working dtype; the small
+factors are float64, so that scaling them rounds nothing, and are cast when they meet W0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SLAB = 512  # rows or columns that are upcast at once
+
+ALL = slice(None)
+
+
+class TunedWeight(Protocol):
+    """The fine-tuned weight W1 (m × n) as an operator; engines rely on nothing else.
+
+    ``matmul`` takes X (n, b) and ``rmatmul`` Y (m, b), both in the working dtype.  ``block`` gives
+    the exact entries of a part of W1 in float64, ``dense`` all of it in the working dtype, each
+    entry rounded once.  ``low_rank()`` is (B, A) in float64 with W1 = W0 + B·A where the update
+    has that form, else None.
+    """
+
+    @property
+    def W0(self) -> Tensor: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def matmul(self, X: Tensor) -> Tensor: ...
+    def rmatmul(self, Y: Tensor) -> Tensor: ...
+    def block(self, rows: slice, columns: slice) -> Tensor: ...
+    def dense(self) -> Tensor: ...
+    def delta(self) -> Tensor: ...
+    def low_rank(self) -> tuple[Tensor, Tensor] | None: ...
+    def is_unchanged(self) -> bool: ...
+
+
+class Update(Protocol):
+    """What a fine-tune stores for one weight, before it meets the base."""
+
+    def tuned(self, W0: Tensor) -> TunedWeight: ...
+
+
+def slabs(length: int) -> list[slice]:
+    """Consecutive slices of at most ``SLAB`` that cover ``range(length)``."""
+    return [slice(at, min(at + SLAB, length)) for at in range(0, length, SLAB)]
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredWeight:
+    """W1 = diag(left)·W0 + B·A.
+
+    Shapes: W0 (m, n) in the working dtype; B (m, r), A (r, n) and left (m,), or None for the
+    identity, in float64.
+    """
+
+    W0: Tensor
+    B: Tensor
+    A: Tensor
+    left: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W0.shape[0], self.W0.shape[1]
+
+    def matmul(self, X: Tensor) -> Tensor:
+        base = self.W0 @ X
+        if self.left is not None:
+            base *= self.left.to(X.dtype)[:, None]
+        return base.addmm_(self.B.to(X.dtype), self.A.to(X.dtype) @ X)
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        scaled = Y if self.left is None else self.left.to(Y.dtype)[:, None] * Y
+        return (self.W0.T @ scaled).addmm_(self.A.T.to(Y.dtype), self.B.T.to(Y.dtype) @ Y)
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        part = self.W0[rows, columns].double()
+        if self.left is not None:
+            part = self.left[rows, None] * part
+        return part + self.B[rows] @ self.A[:, columns]
+
+    def dense(self) -> Tensor:
+        return _assemble(self)
+
+    def delta(self) -> Tensor:
+        return _assemble(self, minus=self.W0)
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return (self.B, self.A) if self.left is None else None
+
+    def is_unchanged(self) -> bool:
+        identity = self.left is None or bool((self.left == 1).all())
+        return identity and not (bool(self.B.any()) and bool(self.A.any()))
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight:
+    """W1 given whole, in the working dtype."""
+
+    W0: Tensor
+    W1: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W1.shape[0], self.W1.shape[1]
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self.W1 @ X
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        return self.W1.T @ Y
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        return self.W1[rows, columns].double()
+
+    def dense(self) -> Tensor:
+        return self.W1
+
+    def delta(self) -> Tensor:
+        return self.W1 - self.W0
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def is_unchanged(self) -> bool:
+        return torch.equal(self.W0, self.W1)
+
+
+def _assemble(weight: FactoredWeight, minus: Tensor | None = None) -> Tensor:
+    whole = torch.empty_like(weight.W0, memory_format=torch.contiguous_format)
+    for rows in slabs(weight.shape[0]):
+        part = weight.block(rows, ALL)
+        whole[rows] = part if minus is None else part - minus[rows]
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """LoRA: dW = scaling · B · A, with B (m, r) and A (r, n); Hu et al. 2021, arXiv 2106.09685."""
+
+    B: Tensor
+    A: Tensor
+    scaling: float
+
+    def tuned(self, W0: Tensor) -> FactoredWeight:
+        return FactoredWeight(W0, self.B.double() * self.scaling, self.A.double())
+
+
+@dataclass(frozen=True, eq=False)
+class RowScaled:
+    """DoRA: W1 = m ⊙ (W0 + s·B·A) / ‖W0 + s·B·A‖ row by row; Liu et al. 2024, arXiv 2402.09353.
+
+    ``magnitude`` is m, one per output row, shape (m,).
+    """
+
+    B: Tensor
+    A: Tensor
+    scaling: float
+    magnitude: Tensor
+
+    def tuned(self, W0: Tensor) -> FactoredWeight:
+        plain = FactoredWeight(W0, self.B.double() * self.scaling, self.A.double())
+        norms = torch.cat([plain.block(rows, ALL).norm(dim=1) for rows in slabs(W0.shape[0])])
+        # A row that is zero stays zero whatever its magnitude.
+        left = torch.where(norms > 0, self.magnitude.double() / norms, 1.0)
+        return FactoredWeight(W0, plain.B * left[:, None], plain.A, left)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A full fine-tune: the tuned weight itself, (m, n)."""
+
+    W1: Tensor
+
+    def tuned(self, W0: Tensor) -> DenseWeight:
+        return DenseWeight(W0, self.W1.to(W0.dtype))
