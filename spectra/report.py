@@ -129,12 +129,14 @@ class Report:
             if self.baseline is None:
                 raise UsageError("new intruders are counted against a baseline, and there is none")
             return int(self.baseline["intruders_new"])
-        chosen = {
-            "all": lambda layer: True,
-            "paper": lambda layer: layer.in_paper_scope,
-            "trained": lambda layer: not layer.noise_like_base,
-        }[scope]
-        return sum(layer.intruders for layer in self.layers if chosen(layer))
+        if scope not in SCOPES:
+            raise UsageError(f"scope = {scope!r}; expected one of {', '.join(SCOPES)}")
+        layers = self.layers
+        if scope == "paper":
+            layers = tuple(layer for layer in layers if layer.in_paper_scope)
+        elif scope == "trained":
+            layers = tuple(layer for layer in layers if not layer.noise_like_base)
+        return sum(layer.intruders for layer in layers)
 
     @property
     def severity(self) -> str:

@@ -29,9 +29,10 @@ class PlannedUpdate(Protocol):
     shape : (out, in) as analysed, or None where the base decides.
     """
 
-    module: str
-    targets: tuple[str, ...]
-
+    @property
+    def module(self) -> str: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
     @property
     def tensors(self) -> tuple[str, ...]: ...
     @property

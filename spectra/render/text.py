@@ -130,7 +130,8 @@ def _problems(report: Report) -> str:
     small = [layer.name for layer in report.layers if layer.status == "analysed" and min(layer.shape) < 128]
     if small:
         lines.append(
-            f"note: {len(small)} layer{'s' * (len(small) > 1)} narrower than 128: by chance alone a cosine comes close to epsilon there"
+            f"note: {len(small)} layer{'s' * (len(small) > 1)} narrower than 128, where chance alone brings a cosine "
+            "closer to epsilon"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,6 @@ settled from its float64 Gram matrices, whose singular vectors are accurate to a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +20,8 @@ from spectra.svd.engine import Comparison, Question
 from spectra.svd.matching import match_vectors, verdict_is_open
 from spectra.svd.spectrum import CLUSTER_WIDTH, Side, Spectrum
 from spectra.updates import ALL, SLAB, DenseWeight, TunedWeight, slabs
+
+NOT_CONVERGED = (torch.linalg.LinAlgError, np.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 class ExactBase:
@@ -102,22 +103,11 @@ def decompose(W: Tensor, side: Side = "left", *, keep: int | None = None) -> Spe
 
 
 def _thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
-    drivers: list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]]
-    if W.is_cuda:
-        drivers = [
-            (name, lambda name=name: torch.linalg.svd(W, full_matrices=False, driver=name))
-            for name in ("gesvdj", "gesvd")
-        ]
-    else:
-        drivers = [
-            ("gesdd", lambda: torch.linalg.svd(W, full_matrices=False)),
-            ("gesvd", lambda: _gesvd(W)),
-        ]
     problems = []
-    for name, run in drivers:
+    for name in ("gesvdj", "gesvd") if W.is_cuda else ("gesdd", "gesvd"):
         try:
-            U, s, Vh = run()
-        except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+            U, s, Vh = _run_driver(W, name)
+        except NOT_CONVERGED as error:
             problems.append(f"{name}: {error}")
             continue
         if bool(torch.isfinite(s).all()):
@@ -126,7 +116,10 @@ def _thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
     raise ConvergenceError("the SVD did not converge (" + "; ".join(problems) + ")")
 
 
-def _gesvd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run_driver(W: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    if name != "gesvd" or W.is_cuda:
+        result = torch.linalg.svd(W, full_matrices=False, driver=name if W.is_cuda else None)
+        return result.U, result.S, result.Vh
     U, s, Vh = scipy.linalg.svd(W.numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False)
     return torch.from_numpy(U), torch.from_numpy(s), torch.from_numpy(Vh)
 
@@ -156,7 +149,7 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
         gram.addmm_(block, block.T)
     try:
         squares, Q = _eigh(gram)
-    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+    except NOT_CONVERGED as error:
         raise ConvergenceError(f"the eigenvalues of the Gram matrix did not converge ({error})") from None
     values = np.sqrt(np.maximum(squares, 0.0))
     kept = _kept(values, keep)

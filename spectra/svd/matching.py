@@ -133,7 +133,7 @@ class _BaseGroups:
         block = self.C[:, first:last]
         while block.shape[1] > 1:
             masses = self._masses(block**2)[: self.count]
-            best, rotation = -1.0, np.eye(block.shape[1])
+            best, rotation = 0.0, np.eye(block.shape[1])
             # A group's largest cosine is at most its mass, so most groups need no SVD.
             for group in np.argsort(-masses.sum(1)):
                 if masses[group].sum() <= best**2:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+MEMBERS = ("lora-r1", "lora-r4", "lora-r16", "lora-r64", "rslora-r16", "dora-r16", "full")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.fixture
+def make_base(tmp_path):
+    """Writes a base checkpoint of {name: array or tensor}; returns its folder."""
+
+    def make(tensors, folder="base", config=None, **options):
+        home = tmp_path / folder
+        home.mkdir(parents=True, exist_ok=True)
+        save_file({name: as_tensor(value) for name, value in tensors.items()}, home / "model.safetensors", **options)
+        if config is not None:
+            (home / "config.json").write_text(json.dumps(config))
+        return home
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path):
+    """Writes a PEFT LoRA folder of {module: (B, A)} plus ``extra`` tensors; returns it."""
+
+    def make(modules, folder="adapter", extra=None, **config):
+        home = tmp_path / folder
+        home.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for module, (B, A) in modules.items():
+            tensors[f"base_model.model.{module}.lora_A.weight"] = as_tensor(A)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = as_tensor(B)
+        tensors |= {name: as_tensor(value) for name, value in (extra or {}).items()}
+        save_file(tensors, home / "adapter_model.safetensors")
+        first = next(iter(modules.values()), None)
+        values = {"peft_type": "LORA", "r": int(first[1].shape[0]) if first else 1, "lora_alpha": 2}
+        values["base_model_name_or_path"] = "../base"
+        (home / "adapter_config.json").write_text(json.dumps(values | config))
+        return home
+
+    return make
+
+
+def as_tensor(value) -> torch.Tensor:
+    tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    return tensor.contiguous()
