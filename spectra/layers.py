@@ -132,6 +132,7 @@ def pair_layers(
             skipped.append(Skipped(update.module, "left out by --include or --exclude"))
             continue
         info, notes = matcher.find(update)
+        notes = update.notes + notes
         if info is None:
             if update.may_be_new:
                 skipped.append(Skipped(update.module, "new module: the base has no such weight"))

@@ -92,6 +92,7 @@ class LoraUpdate:
     scaling: float
     layout: Layout | None
     magnitude: TensorInfo | None = None
+    notes: tuple[str, ...] = ()
     base_copy: str | None = None
     may_be_new: bool = False
 
@@ -223,8 +224,25 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
         )
     layout: Layout | None = "embedding" if embedding else "conv" if len(A.shape) > 2 else None
     plain_name = module.replace(".base_layer", "")
-    targets = (f"{plain_name}.weight", f"{plain_name}.in_proj_weight")
-    return LoraUpdate(plain_name, targets, A, B, rank, alpha, scaling, layout, magnitude, copy.name if copy else None)
+    notes: tuple[str, ...] = ()
+    if module.endswith(".base_layer.out_proj"):
+        # peft's MultiheadAttention adds this update itself and then has out_proj add it again, in its
+        # forward pass and its merge alike (0.21.2, measured), so that is what the model was trained with.
+        scaling *= 2
+        notes = ("peft applies the update of a MultiheadAttention's out_proj twice; so does this report",)
+    return LoraUpdate(
+        module=plain_name,
+        targets=(f"{plain_name}.weight", f"{plain_name}.in_proj_weight"),
+        A=A,
+        B=B,
+        rank=rank,
+        alpha=alpha,
+        scaling=scaling,
+        layout=layout,
+        magnitude=magnitude,
+        notes=notes,
+        base_copy=copy.name if copy else None,
+    )
 
 
 class _Config:

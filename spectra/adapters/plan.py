@@ -52,6 +52,8 @@ class PlannedUpdate(Protocol):
     @property
     def may_be_new(self) -> bool: ...  # a module the base need not have
     @property
+    def notes(self) -> tuple[str, ...]: ...  # what a reader of the report should know
+    @property
     def base_copy(self) -> str | None: ...  # a copy of the base weight stored beside the update
     def read(
         self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
