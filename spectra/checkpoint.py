@@ -270,21 +270,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            _sniff(path, start + file.read(48))
-            length = int.from_bytes(start, "little")
-            size = path.stat().st_size
-            if length > MAX_HEADER_BYTES:
-                raise CorruptFileError(
-                    path, f"not a safetensors file: a header of {length:,} bytes is over the format's limit"
-                )
-            if 8 + length > size:
-                raise CorruptFileError(path, f"truncated: the header says {length:,} bytes, the file has {size:,}")
+            start = file.read(56)
+            length = int.from_bytes(start[:8], "little")
             file.seek(8)
-            raw = file.read(length)
+            raw = file.read(length) if length <= MAX_HEADER_BYTES else b""
     except OSError as error:
         raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
+    _sniff(path, start)
+    if length > MAX_HEADER_BYTES:
+        raise CorruptFileError(path, f"not a safetensors file: a header of {length:,} bytes is over the format's limit")
+    if len(raw) < length:
+        raise CorruptFileError(path, f"truncated: the header says {length:,} bytes, the file has {size:,}")
     try:
         header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
@@ -293,10 +291,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with safe_open(path, framework="np"):
             pass  # the library checks dtypes, offsets and overlaps on opening
     except (SafetensorError, OSError) as error:
-        problem = str(error)
+        problem = str(error).removeprefix("Error while deserializing header: ")
         if "incomplete" in problem.lower() or "not fully covered" in problem.lower():
-            problem = f"truncated or swapped: its size does not fit its header ({error})"
-        raise CorruptFileError(path, problem) from None
+            problem = f"truncated or swapped: its size does not fit its header ({problem})"
+        raise CorruptFileError(path, f"malformed: {problem[:200]}") from None
     header.pop("__metadata__", None)
     tensors = {name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path) for name, entry in header.items()}
     if not tensors:

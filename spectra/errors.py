@@ -5,7 +5,7 @@
     ├── CheckpointError
     │   ├── MissingFileError          (FileNotFoundError)    nothing there, or nothing readable
     │   ├── CorruptFileError          (ValueError)           truncated, swapped, malformed
-    │   ├── UnsafeFileError           (PermissionError)      reading it could run code or leave the folder
+    │   ├── UnsafeFileError           (ValueError)           reading it could run code or leave the folder
     │   └── AmbiguousFilesError       (ValueError)           several candidates, none preferred
     ├── AdapterError                  (ValueError)           an adapter contradicts itself
     │   └── UnsupportedMethodError    (NotImplementedError)  a method this version cannot read
@@ -59,11 +59,8 @@ class CorruptFileError(CheckpointError, ValueError):
     """A file is truncated, swapped or malformed."""
 
 
-class UnsafeFileError(CheckpointError, PermissionError):
+class UnsafeFileError(CheckpointError, ValueError):
     """Reading the file could run code, or would leave the folder it belongs to."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class AmbiguousFilesError(CheckpointError, ValueError):

@@ -1,0 +1,96 @@
+"""From names to checkpoints, offline, with a hub cache laid out as the hub lays it out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import spectra
+from spectra import resolve
+from spectra.checkpoint import open_checkpoint
+from spectra.cli import main
+from spectra.errors import MissingFileError, UsageError, WrongBaseError
+from tests.conftest import FIXTURES
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache that holds fixtures/base as "acme/tiny" at revisions main and v2."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repo = cache / "models--acme--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    for ref in ("main", "v2"):
+        (repo / "refs" / ref).write_text(commit)
+    for name, blob in (("config.json", "c" * 40), ("model.safetensors", "ab" * 32)):
+        shutil.copy(FIXTURES / "base" / name, repo / "blobs" / blob)
+        (repo / "snapshots" / commit / name).symlink_to(f"../../blobs/{blob}")
+    return repo / "snapshots" / commit
+
+
+def adapter(tmp_path, **config):
+    home = tmp_path / "somewhere" / "adapter"
+    shutil.copytree(FIXTURES / "lora-r1", home)
+    values = json.loads((home / "adapter_config.json").read_text())
+    (home / "adapter_config.json").write_text(json.dumps(values | config))
+    return home
+
+
+def test_path_relative_to_the_adapter(tmp_path):
+    assert spectra.audit(FIXTURES / "lora-r1").base["path"] == str(FIXTURES / "base")
+
+
+def test_path_relative_to_the_working_directory(tmp_path, monkeypatch):
+    shutil.copytree(FIXTURES / "base", tmp_path / "my-base")
+    monkeypatch.chdir(tmp_path)
+    home = adapter(tmp_path, base_model_name_or_path="my-base")
+    assert spectra.audit(home).base["path"] == "my-base"
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_hub_name_in_the_cache(tmp_path, hub, revision):
+    home = adapter(tmp_path, base_model_name_or_path="acme/tiny", revision=revision)
+    report = spectra.audit(home)
+    assert report.base["path"] == str(hub)
+    assert report.base["fingerprint_covers"] == "contents"  # the blob's name is its hash
+    assert report.total("all") == spectra.audit(FIXTURES / "lora-r1").total("all")
+
+
+def test_hub_name_on_the_command_line(tmp_path, hub, capsys):
+    assert main(["audit", str(FIXTURES / "lora-r1"), "--base", "acme/tiny", "--format", "csv"]) == 0
+    assert "q_proj" in capsys.readouterr().out
+
+
+def test_base_that_is_not_here(tmp_path, hub):
+    for config in ({"base_model_name_or_path": "acme/unknown"}, {"base_model_name_or_path": "/no/such/folder"}):
+        home = adapter(tmp_path / config["base_model_name_or_path"].replace("/", "_"), **config)
+        with pytest.raises(MissingFileError, match="--base"):
+            spectra.audit(home)
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_adapter_that_names_no_base(tmp_path, name):
+    with pytest.raises(UsageError, match="--base"):
+        spectra.audit(adapter(tmp_path, base_model_name_or_path=name))
+
+
+def test_full_checkpoint_needs_a_base():
+    with pytest.raises(UsageError, match="--base"):
+        spectra.audit(FIXTURES / "full")
+
+
+def test_an_adapter_is_no_base():
+    with pytest.raises(WrongBaseError, match="adapter"):
+        spectra.audit(FIXTURES / "lora-r4", FIXTURES / "lora-r1")
+
+
+def test_hint():
+    assert resolve.base_hint(open_checkpoint(FIXTURES / "lora-r1")) == str(FIXTURES / "base")
+    assert resolve.base_hint(open_checkpoint(FIXTURES / "full")) is None
