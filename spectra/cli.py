@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from spectra.report import Report
 
 OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
-REPORT_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
+# How what we write begins, in each of its formats.
+REPORT_MARKS = (b'"schema": "spectra.report/', b"tuned,layer,", b"Verdict: ", b"fine-tune  ")
 
 EXIT_CODES = """exit codes:
   0  done
@@ -188,7 +189,7 @@ def _audit(options: argparse.Namespace) -> int:
         raise UsageError("--fail-on new needs --baseline REPORT.json")
     if options.fail_on is not None and options.fail_above is None and options.baseline is None:
         raise UsageError("--fail-on needs --fail-above N")
-    target = _check_output(options.output, [*options.tuned, options.base])
+    target = _check_output(options.output)
 
     from spectra.report import load_report
 
@@ -299,7 +300,7 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
         yield show
 
 
-def _check_output(output: str | None, inputs: Sequence[str | None]) -> Path | None:
+def _check_output(output: str | None) -> Path | None:
     """Where to write, checked before any work: nothing but an earlier report is ever replaced."""
     if output is None:
         return None
@@ -308,13 +309,18 @@ def _check_output(output: str | None, inputs: Sequence[str | None]) -> Path | No
         raise MissingFileError(target.parent, "no such folder to write into")
     if target.is_dir():
         raise UsageError(f"{target}: this is a folder; name a file to write")
-    if not target.exists():
-        return target
-    homes = [Path(item).resolve() for item in inputs if item is not None]
-    inside = any(home == target.resolve() or home in target.resolve().parents for home in homes)
-    if inside or target.suffix not in REPORT_SUFFIXES:
-        raise UsageError(f"{target}: exists and does not look like a report, so it is not overwritten")
+    if target.exists() and not _is_report(target):
+        raise UsageError(f"{target}: exists and is no report of spectra's, so it is not overwritten")
     return target
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(200)
+    except OSError:
+        return False
+    return any(mark in start for mark in REPORT_MARKS)
 
 
 def _emit(text: str, target: Path | None) -> None:

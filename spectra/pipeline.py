@@ -125,7 +125,9 @@ def _settings(
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise UsageError(f"device = {device!r}; expected cpu or cuda") from None
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device = {device!r}; expected cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device = {device!r}, but torch finds no CUDA device here")
     if workers < 1 or (threads is not None and threads < 1):

@@ -68,21 +68,22 @@ def mean_update_size(report: Report) -> float | None:
 
 def _verdict(report: Report) -> str:
     summary = report.summary
-    trained = summary["intruders_outside_noise_like_base"]
-    layers = [layer for layer in report.layers if not layer.noise_like_base and layer.status == "analysed"]
-    vectors = sum(len(layer.vectors) for layer in layers)
-    if not vectors:
-        return "Verdict: nothing changed." if not report.failed else "Verdict: no layer could be analysed."
-    share = f"{trained} of {vectors} ({trained / vectors:.1%})"
-    word = summary["severity"]
-    lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} are intruder dimensions."]
+    analysed = [layer for layer in report.layers if layer.status == "analysed"]
+    if not analysed:
+        return "Verdict: no layer could be analysed." if report.failed else "Verdict: nothing changed."
+    vectors = sum(len(layer.vectors) for layer in analysed if not layer.noise_like_base)
+    trained, word = summary["intruders_outside_noise_like_base"], summary["severity"]
+    if vectors:
+        share = f"{trained} of {vectors} ({trained / vectors:.1%})"
+        lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} are intruder dimensions."]
+    else:
+        lines = ["Verdict: NONE THAT COUNTS — the base of every changed layer is plain noise."]
     noisy = summary["intruders"] - trained
     if noisy:
         lines.append(f"Another {noisy} lie in layers whose base is plain noise, where anything moves the vectors.")
     if report.baseline is not None:
-        lines.append(
-            f"Against the baseline: {summary['intruders_new']} new, {report.baseline['intruders']} known before."
-        )
+        known = report.baseline["intruders"]
+        lines.append(f"Against the baseline: {summary['intruders_new']} new, {known} known before.")
     return "\n".join(lines)
 
 
