@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-SLAB = 512  # rows or columns that are upcast at once
+SLAB = 256  # rows or columns that are upcast at once
 
 ALL = slice(None)
 

@@ -19,7 +19,7 @@ from spectra.errors import ConvergenceError, NonFiniteError
 from spectra.svd.engine import Comparison, Question
 from spectra.svd.matching import match_vectors, verdict_is_open
 from spectra.svd.spectrum import CLUSTER_WIDTH, Side, Spectrum
-from spectra.updates import ALL, SLAB, DenseWeight, TunedWeight, slabs
+from spectra.updates import ALL, DenseWeight, TunedWeight, slabs
 
 NOT_CONVERGED = (torch.linalg.LinAlgError, np.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in torch's stubs
 
@@ -36,6 +36,9 @@ class ExactBase:
 
     @cached_property
     def settled(self) -> Spectrum:
+        # Settling is rare and takes the most memory, so the other spectrum goes; a further
+        # fine-tune that does not need settling computes it again, and gets the same answer.
+        self.__dict__.pop("spectrum", None)
         return decompose_gram(DenseWeight(self._W0, self._W0), self._side)
 
 
@@ -53,8 +56,10 @@ class ExactEngine:
         before = base.spectrum
         settle = before.dtype != torch.float64 and any(verdict_is_open(match, question.epsilon) for match in matches)
         if settle:
-            before = base.settled
+            # The tuned side first: only its top vectors stay while the base's take the memory.
+            del before
             spectrum = decompose_gram(tuned, question.side, keep=question.top_k)
+            before = base.settled
             matches = match_vectors(before, spectrum, question.top_k)
         return Comparison(
             matches=tuple(matches),
@@ -153,22 +158,24 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
         raise ConvergenceError(f"the eigenvalues of the Gram matrix did not converge ({error})") from None
     values = np.sqrt(np.maximum(squares, 0.0))
     kept = _kept(values, keep)
-    Q = Q[:, :kept].contiguous()
-    sigma = torch.from_numpy(values[:kept]).to(device)
+    Q = Q if kept == p else Q[:, :kept].clone()
+    sigma = torch.from_numpy(values[:kept].copy()).to(device)
     usable = sigma > max(m, n) * np.finfo(np.float64).eps * (sigma[0] if kept else 0.0)
     inverse = torch.where(usable, 1 / sigma.clamp_min(np.finfo(np.float64).tiny), 0.0)
-    other = torch.empty(length, kept, dtype=torch.float64, device=device) if side != short else None
-    image = torch.zeros_like(Q)
-    for part in slabs(length):
-        block = slab(part)
-        mapped = (block.T @ Q) * inverse
-        image.addmm_(block, mapped)
-        if other is not None:
-            other[part] = mapped
-    # Zero by construction: Wᵀu − σv; what remains is Wv − σu, or σ itself where v was not formed.
-    residuals = (image - Q * sigma).norm(dim=0).cpu().numpy()
-    vectors = Q if other is None else other
-    lost = _orthogonality(vectors[:, usable]) if kept else 0.0
+    vectors = Q if side == short else torch.empty(length, kept, dtype=torch.float64, device=device)
+    residuals = np.empty(kept)
+    for columns in slabs(kept):
+        image = torch.zeros(p, columns.stop - columns.start, dtype=torch.float64, device=device)
+        for part in slabs(length):
+            block = slab(part)
+            mapped = (block.T @ Q[:, columns]) * inverse[columns]
+            image.addmm_(block, mapped)
+            if side != short:
+                vectors[part, columns] = mapped
+        # Wᵀu − σv is zero by construction; what remains is Wv − σu, or σ itself where v was not formed.
+        image.addcmul_(Q[:, columns], sigma[columns], value=-1)
+        residuals[columns] = image.norm(dim=0).cpu().numpy()
+    lost = _orthogonality(vectors if bool(usable.all()) else vectors[:, usable]) if kept else 0.0
     return Spectrum(values, vectors, side, residuals, lost, (m, n), "gram")
 
 
@@ -179,7 +186,13 @@ def _eigh(gram: Tensor) -> tuple[np.ndarray, Tensor]:
         return values.flip(0).cpu().numpy(), vectors.flip(1)
     # The transpose of a symmetric C-ordered array is itself in Fortran order: decomposed in place.
     found, array = scipy.linalg.eigh(gram.numpy().T, driver="evd", overwrite_a=True, check_finite=False)
-    return found[::-1], torch.from_numpy(array).flip(1)
+    vectors = torch.from_numpy(array)
+    for part in slabs(vectors.shape[1] // 2):  # reverses the columns in place
+        last = vectors[:, vectors.shape[1] - part.stop : vectors.shape[1] - part.start]
+        first = vectors[:, part].flip(1)
+        vectors[:, part] = last.flip(1)
+        last.copy_(first)
+    return found[::-1], vectors
 
 
 def check_finite(W: Tensor) -> None:
@@ -208,6 +221,3 @@ def _orthogonality(vectors: Tensor) -> float:
 
 def _shape(W: Tensor) -> tuple[int, int]:
     return W.shape[0], W.shape[1]
-
-
-__all__ = ["SLAB", "ExactBase", "ExactEngine", "check_finite", "decompose", "decompose_gram"]

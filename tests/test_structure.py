@@ -1,0 +1,172 @@
+"""What keeps the house in order: imports, public names, documents, memory."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import spectra
+from spectra import analysis, errors
+from spectra.cli import main
+from tests.conftest import ROOT
+
+# What each module may import from the package; ARCHITECTURE.md draws the same picture.
+ALLOWED = {
+    "errors": set(),
+    "checkpoint": {"errors"},
+    "resolve": {"checkpoint", "errors"},
+    "orientation": {"checkpoint"},
+    "updates": set(),
+    "adapters": {"checkpoint", "errors", "orientation", "updates"},
+    "layers": {"adapters", "checkpoint", "errors", "orientation", "updates"},
+    "svd": {"errors", "updates"},
+    "detect": {"svd"},
+    "measures": {"detect", "svd", "updates"},
+    "analysis": {"detect", "errors", "measures", "svd", "updates"},
+    "report": {"errors"},
+    "pipeline": {"adapters", "analysis", "checkpoint", "errors", "layers", "report", "resolve", "svd"},
+    "inspection": {"adapters", "checkpoint", "errors", "layers", "resolve"},
+    "render": {"report"},
+    "cli": {"errors", "inspection", "pipeline", "render", "report"},
+}
+
+
+def modules():
+    for path in sorted((ROOT / "spectra").rglob("*.py")):
+        yield path.relative_to(ROOT / "spectra").parts[0].removesuffix(".py"), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spectra":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("spectra."))
+
+
+@pytest.mark.parametrize(("room", "path"), [pytest.param(*item, id=str(item[1].name)) for item in modules()])
+def test_import_rule(room, path):
+    if room in ("__init__", "__main__"):
+        return
+    found = {name for name in imports(path) if name not in ("__version__", room)}
+    assert found <= ALLOWED[room], f"{path.name} imports {sorted(found - ALLOWED[room])}"
+
+
+def test_the_import_rule_has_no_cycle():
+    left = {room: set(uses) for room, uses in ALLOWED.items()}
+    while left:
+        free = [room for room, uses in left.items() if not uses & left.keys()]
+        assert free, f"a cycle among {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+def test_no_file_outgrows_its_purpose():
+    for _, path in modules():
+        assert len(path.read_text().splitlines()) <= 450, path.name
+
+
+def test_public_names():
+    assert sorted(spectra.__all__) == [
+        "Findings", "Report", "SpectraError", "__version__", "audit", "audit_many", "find_intruders",
+    ]  # fmt: skip
+    for name in spectra.__all__:
+        assert getattr(spectra, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = spectra.nonsense
+
+
+def test_importing_costs_nothing():
+    code = "import sys, spectra; assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_errors_are_drawn_as_they_are():
+    classes = [
+        item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, errors.SpectraError)
+    ]
+    assert errors.__doc__ is not None
+    for item in classes:
+        assert item.__name__ in errors.__doc__
+        builtin = re.search(rf"{item.__name__} +\((\w+)\)", errors.__doc__)
+        if builtin:
+            assert builtin[1] in {base.__name__ for base in item.__mro__}
+
+
+def test_docstring_examples():
+    assert doctest.testmod(analysis).attempted > 0
+    assert doctest.testmod(analysis).failed == 0
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readme_shows_the_real_output(capsys, monkeypatch):
+    """The block after the audit command is what that command prints."""
+    monkeypatch.chdir(ROOT)
+    shown = readme_blocks("text")[0]
+    assert main(["audit", "fixtures/lora-r4"]) == 0
+    assert capsys.readouterr().out.startswith(shown.partition("[…]")[0])
+
+
+def test_readme_commands_exist(capsys):
+    commands = re.findall(
+        r"^(?:\S*/)?spectra (.+?)(?:\s+#.*)?$", "\n".join(readme_blocks("console")), flags=re.MULTILINE
+    )
+    assert commands
+    for command in commands:
+        verb, *rest = command.split()
+        with pytest.raises(SystemExit) as caught:
+            main([verb, "--help"])
+        assert caught.value.code == 0
+        helped = capsys.readouterr().out
+        for option in (word for word in rest if word.startswith("--")):
+            assert option in helped
+
+
+def test_readme_python_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = readme_blocks("python")
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "spectra.__version__"}
+    assert f"## {spectra.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["test"]
+    for requirement in wanted:
+        name = re.split(r"[<>=\[]", requirement)[0].lower()
+        assert name == "intruder-spectra" or name in pinned, f"{name} is not pinned"
+
+
+def test_architecture_names_every_room():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for room in ALLOWED:
+        assert f"`{room}" in text
+
+
+@pytest.mark.parametrize("case", ["full", "lora settled"])
+def test_peak_memory(case):
+    """At most six pairs of float32 matrices above the libraries, also when float64 must decide."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    answer = memory.run_case(case, 2560)
+    assert answer["settled"] == case.endswith("settled")
+    assert answer["pairs"] <= 6
