@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectra.detect import Vector, detect, is_noise_like, random_floor
-from spectra.errors import UsageError
+from spectra.errors import NonFiniteError, UsageError
 from spectra.measures import layer_measures
 from spectra.svd import Engine, Question, check_finite, choose_engine
 from spectra.updates import Dense, LowRank, TunedWeight
@@ -174,4 +174,8 @@ def _matrix(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise UsageError(f"{name} has shape {tuple(tensor.shape)}; expected a matrix")
+    try:
+        check_finite(tensor)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}") from None
     return tensor.to(dtype)

@@ -32,7 +32,8 @@ SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_ADVICE = (
     "this is a pickle, which can run code when it is read; convert it to safetensors where you "
-    "trust it: save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+    "trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), …), under the same name "
+    "but ending in .safetensors"
 )
 
 
@@ -152,7 +153,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix == ".json":
         raise CorruptFileError(path, "this is a configuration, not weights; give the folder it is in")
     tensors = read_header(path)
-    is_adapter = path.name == "adapter_model.safetensors"
+    is_adapter = path.name not in SINGLE_FILES and (path.parent / "adapter_config.json").exists()
     return Checkpoint(
         path,
         "peft folder" if is_adapter else "safetensors",
@@ -280,7 +281,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
     _sniff(path, start)
     if length > MAX_HEADER_BYTES:
-        raise CorruptFileError(path, f"not a safetensors file: a header of {length:,} bytes is over the format's limit")
+        raise CorruptFileError(
+            path, f"not a safetensors file (its header would have {length:.1e} bytes, over the format's limit)"
+        )
     if len(raw) < length:
         raise CorruptFileError(path, f"truncated: the header says {length:,} bytes, the file has {size:,}")
     try:

@@ -143,9 +143,9 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
     gate.add_argument(
         "--fail-on",
-        choices=("all", "paper", "trained", "new"),
-        help="which total --fail-above looks at: all, paper (no embeddings, no heads), trained (outside noise-like "
-        "bases), new (since --baseline); default: all, or new with --baseline",
+        choices=("all", "paper", "non-noise", "new"),
+        help="which total --fail-above looks at: all, paper (no embeddings, no heads), non-noise (outside "
+        "noise-like bases), new (since --baseline); default: all, or new with --baseline",
     )
     gate.add_argument(
         "--baseline",
@@ -156,8 +156,7 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     output.add_argument(
         "--format",
         choices=("table", "json", "jsonl", "csv"),
-        default="table",
-        help="default: table; several TUNED as json give one report a line",
+        help="default: what the ending of FILE says, else table; several TUNED as json give one report a line",
     )
     output.add_argument("-o", "--output", metavar="FILE", help="write there instead of to standard output")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -191,6 +190,7 @@ def _audit(options: argparse.Namespace) -> int:
     if options.fail_on is not None and options.fail_above is None and options.baseline is None:
         raise UsageError("--fail-on needs --fail-above N")
     target = _check_output(options.output)
+    options.format = options.format or _format_of(target)
 
     from spectra.report import load_report
 
@@ -198,6 +198,12 @@ def _audit(options: argparse.Namespace) -> int:
     from spectra.pipeline import audit_many
 
     _return_freed_matrices()
+    unreadable = []
+
+    def skip(error: SpectraError) -> None:
+        print(f"spectra: error: {error}", file=sys.stderr)
+        unreadable.append(error)
+
     with _progress(options.quiet) as progress:
         reports = audit_many(
             options.tuned,
@@ -214,11 +220,23 @@ def _audit(options: argparse.Namespace) -> int:
             threads=options.threads,
             verify=options.verify,
             progress=progress,
+            on_unreadable=skip,
         )
+    if not reports:
+        return BAD
     if baseline is not None:
         reports = [report.against(baseline) for report in reports]
     _emit(_rendered(reports, options), target)
-    return _verdict(reports, options)
+    if target is not None and not options.quiet:
+        print(f"spectra: wrote {target} ({options.format})", file=sys.stderr)
+    code = _verdict(reports, options)
+    return BAD if unreadable else code
+
+
+def _format_of(target: Path | None) -> str:
+    """What the ending of an output file asks for."""
+    ending = target.suffix.removeprefix(".") if target is not None else ""
+    return ending if ending in ("json", "jsonl", "csv") else "table"
 
 
 def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
@@ -255,7 +273,7 @@ def _verdict(reports: Sequence[Report], options: argparse.Namespace) -> int:
         total = report.total(scope)
         if total > limit:
             print(
-                f"spectra: gate: {report.tuned['path']}: {total} intruders ({scope}), more than {limit}",
+                f"spectra: gate: {report.tuned['path']}: intruders ({scope}): {total}, more than {limit}",
                 file=sys.stderr,
             )
             code = GATE

@@ -120,10 +120,10 @@ def _render(item: Inspection, verbose: bool) -> str:
     if item.problem:
         lines.append(f"  problem    {item.problem}")
     matched = sum(update["base_tensor"] is not None for update in item.updates)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(u["kind"] for u in item.updates).items())
-    lines.append(
-        f"  updates    {len(item.updates)} ({kinds})" + (f", {matched} matched with the base" if item.base else "")
-    )
+    kinds = Counter(update["kind"].replace("_", " ") for update in item.updates)
+    what = "matrices" if item.format == "full" else "updates "
+    line = f"  {what}   {len(item.updates)} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+    lines.append(line + (f", {matched} matched with the base" if item.base else ""))
     unreadable = sorted(dtype for dtype in item.dtypes if dtype not in BYTES_PER_ELEMENT)
     if unreadable:
         lines.append(f"  not read   tensors of dtype {', '.join(unreadable)}")

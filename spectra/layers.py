@@ -51,6 +51,9 @@ RENAMES = (("language_model.model.", "model.language_model."),)
 # A head that shares the embedding's weight has no tensor of its own in the file.
 TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
 
+LEFT_OUT = "left out by --include or --exclude"
+NEW_MODULE = "new module: the base has no such weight"
+
 
 @dataclass(frozen=True)
 class LayerPair:
@@ -129,13 +132,13 @@ def pair_layers(
     for update in plan.updates:
         tensor = update.tensors[0]
         if not _selected(update.module, include, exclude):
-            skipped.append(Skipped(update.module, "left out by --include or --exclude"))
+            skipped.append(Skipped(update.module, LEFT_OUT))
             continue
         info, notes = matcher.find(update)
         notes = update.notes + notes
         if info is None:
             if update.may_be_new:
-                skipped.append(Skipped(update.module, "new module: the base has no such weight"))
+                skipped.append(Skipped(update.module, NEW_MODULE))
                 continue
             raise WrongBaseError(
                 tuned.tensors[tensor].file,
@@ -158,10 +161,7 @@ def pair_layers(
     _check_one_to_one(tuned, pairs)
     pairs.sort(key=lambda pair: _natural(pair.name))
     if plan.complete:
-        if plan.updates and not pairs and not any("left out" in item.reason for item in skipped):
-            raise WrongBaseError(
-                tuned.path, f"no weight of it has a counterpart in {base.path}: is this the wrong base?"
-            )
+        _check_overlap(base, tuned, plan, pairs, skipped)
         skipped += _only_in_base(base, pairs, skipped)
     return Pairing(tuple(pairs), tuple(skipped))
 
@@ -241,6 +241,20 @@ def _pair_whole(
         f"its shape is {list(mine.shape)}, but {info.name!r} in {info.file} has {list(info.shape)}: "
         "is this the wrong base?",
         mine.name,
+    )
+
+
+def _check_overlap(
+    base: Checkpoint, tuned: Checkpoint, plan: Plan, pairs: Sequence[LayerPair], skipped: Sequence[Skipped]
+) -> None:
+    """A whole model of which less than half is in the base was not tuned from it."""
+    wanted = len(plan.updates) - sum(item.reason == LEFT_OUT for item in skipped)
+    if 2 * len(pairs) >= wanted:
+        return
+    missing = next(item.name for item in skipped if item.reason == NEW_MODULE)
+    raise WrongBaseError(
+        tuned.path,
+        f"only {len(pairs)} of its {wanted} matrices are in {base.path} ({missing!r} is not): is this the wrong base?",
     )
 
 

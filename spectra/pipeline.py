@@ -7,7 +7,6 @@ has, and let go before the next one.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,11 +24,14 @@ from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError
 from spectra.layers import LayerPair, Pairing, pair_layers
 from spectra.report import LayerReport, Report, VectorReport, module_type
-from spectra.resolve import open_base, open_tuned
+from spectra.resolve import named_base, open_base, open_tuned
 from spectra.svd import ENGINES, Question, choose_engine
 
 # Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
 Progress = Callable[[float, float, str], None]
+
+# What ends one layer and not the run; torch says "out of memory" with a RuntimeError.
+LAYER_ERRORS = (SpectraError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,32 @@ class Settings:
         return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
 
 
-def audit(tuned: str | Path, base: str | Path | None = None, **options: Any) -> Report:
-    """Audits one fine-tune; see :func:`audit_many`."""
-    return audit_many([tuned], base, **options)[0]
+def audit(
+    tuned: str | Path,
+    base: str | Path | None = None,
+    *,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    engine: str = "auto",
+    dtype: str = "float32",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Flags the intruder dimensions of one fine-tune, layer by layer.
+
+    ``tuned`` is an adapter folder, a checkpoint folder or a file; everything else is as for
+    :func:`audit_many`.
+    """
+    return audit_many(
+        [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
+        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, progress=progress,
+    )[0]  # fmt: skip
 
 
 def audit_many(
@@ -73,6 +98,7 @@ def audit_many(
     threads: int | None = None,
     verify: bool = False,
     progress: Progress | None = None,
+    on_unreadable: Callable[[SpectraError], None] | None = None,
 ) -> list[Report]:
     """Flags the intruder dimensions of fine-tunes, layer by layer.
 
@@ -87,13 +113,15 @@ def audit_many(
     device : "cpu", "cuda" or any torch device.
     workers : how many base weights are worked on at a time (memory grows with it).
     threads : threads for one weight; part of the settings, since it may change last digits.
-        By default the cores shared out among the workers.
+        By default torch's own number (which heeds OMP_NUM_THREADS), shared out among the workers.
     verify : hash every byte of all files into the fingerprints.
     progress : called after each layer.
+    on_unreadable : called with the error of a fine-tune that cannot be read or matched, and the
+        others are audited; without it the error is raised.
 
     Returns
     -------
-    list of Report : in the order of ``tuned``.
+    list of Report : in the order of ``tuned``, without those that could not be read.
 
     Raises
     ------
@@ -101,7 +129,14 @@ def audit_many(
         values is no exception but that layer's status.
     """
     settings = _settings(top_k, epsilon, side, include, exclude, engine, dtype, device, workers, threads, verify)
-    runs = [_Run(path, base, settings) for path in tuned]
+    runs = []
+    for path in tuned:
+        try:
+            runs.append(_Run(path, base, settings))
+        except SpectraError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
     jobs = _jobs(runs)
     work = sum(job.work for job in jobs)
     done = 0.0
@@ -132,13 +167,12 @@ def _settings(
         raise UsageError(f"device = {device!r}, but torch finds no CUDA device here")
     if workers < 1 or (threads is not None and threads < 1):
         raise UsageError("workers and threads are at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Settings(
         question=checked_question(top_k, epsilon, side),
         engine=engine,
         dtype=dtype,
         device=device,
-        threads=threads or max(1, cores // workers),
+        threads=threads or max(1, torch.get_num_threads() // workers),
         workers=workers,
         include=tuple(include),
         exclude=tuple(exclude),
@@ -172,6 +206,7 @@ class _Run:
                 "format": self.base.layout,
                 "fingerprint": base_print,
                 "fingerprint_covers": base_covers,
+                "named_by_adapter": named_base(self.tuned, self.base),
             },
             tuned={
                 "path": str(self.tuned.path),
@@ -206,8 +241,8 @@ class _Job:
         try:
             W0 = first.read_base(run.base, DTYPES[settings.dtype], settings.device)
             analysis = LayerAnalysis(W0, settings.question, choose_engine(settings.engine))
-        except SpectraError as error:
-            problem = _explain(error, f"the base's {first.base.name}")
+        except LAYER_ERRORS as error:
+            problem = _explain(error, f"{first.base.file}: {first.base.name}")
             return [(run, pair, _failure(pair, *problem)) for run, pair in self.parts]
         results = []
         for run, pair in self.parts:
@@ -261,18 +296,23 @@ def _analyse(run: _Run, pair: LayerPair, W0: torch.Tensor, analysis: LayerAnalys
         update = pair.read_update(run.tuned, W0.dtype, run.settings.device)
         differs = pair.base_copy_differs(run.tuned, W0)
         findings = analysis.of(update.tuned(W0))
-    except SpectraError as error:
-        return _failure(pair, *_explain(error, f"{run.tuned.path}: {', '.join(pair.update.tensors)}"))
+    except LAYER_ERRORS as error:
+        names = pair.update.tensors
+        if isinstance(error, NonFiniteError):  # say which of them
+            names = tuple(name for name in names if not bool(run.tuned.read(name).isfinite().all())) or names
+        return _failure(pair, *_explain(error, f"{run.tuned.path}: {', '.join(names)}"))
     return _layer_report(pair, findings, differs, time.perf_counter() - started)
 
 
-def _explain(error: SpectraError, what: str) -> tuple[str, str]:
+def _explain(error: Exception, what: str) -> tuple[str, str]:
     """(status, message) of a layer that could not be analysed."""
     if isinstance(error, NonFiniteError):
-        return "non_finite", f"{what}: {error}"
+        return "non_finite", f"{what}: holds NaN or infinity"
     if isinstance(error, ConvergenceError):
         return "not_converged", f"{what}: {error}"
-    return "failed", str(error)
+    if isinstance(error, SpectraError):
+        return "failed", str(error)
+    return "failed", f"{what}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
 
 
 def _describe(pair: LayerPair) -> dict[str, Any]:

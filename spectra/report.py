@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEMA = "spectra.report/1"
 FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
 # Which layers a total counts; the paper looks at no embeddings and no heads.
-SCOPES = ("all", "paper", "trained", "new")
+SCOPES = ("all", "paper", "non-noise", "new")
 
 # The severity scale: the largest share of compared vectors, outside noise-like bases, that may be
 # intruders at each level.  A convention of this project, to put a number into words; it says how
@@ -81,7 +81,7 @@ class LayerReport:
         return sum("borderline" in vector.flags for vector in self.vectors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What one fine-tune did to the spectrum of its base."""
 
@@ -93,6 +93,10 @@ class Report:
     spectra_version: str
     seconds: float | None = None
     baseline: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        vectors = sum(len(layer.vectors) for layer in self.layers)
+        return f"<Report on {self.tuned.get('path')}: {self.severity}, {self.total('all')} of {vectors} vectors>"
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -113,18 +117,20 @@ class Report:
             "vectors_compared": vectors,
             "intruders": self.total("all"),
             "intruders_as_in_paper": self.total("paper"),
-            "intruders_outside_noise_like_base": self.total("trained"),
+            "intruders_outside_noise_like_base": self.total("non-noise"),
             "intruders_new": self.total("new") if self.baseline is not None else None,
             "borderline": sum(layer.borderline for layer in analysed),
             "severity": self.severity,
-            "trainable_parameters": sum(int(layer.update["parameters"]) for layer in self.layers),
+            "trainable_parameters": sum(
+                int(layer.update["parameters"]) for layer in self.layers if layer.status != "unchanged"
+            ),
             "by_module_type": self._by_module_type(analysed),
             "by_index": self._by_index(analysed),
         }
 
     def total(self, scope: str) -> int:
-        """Intruders over "all" layers, as the "paper" counts (no embeddings, no heads), in "trained"
-        layers only (outside noise-like bases), or "new" since the baseline."""
+        """Intruders over "all" layers, as the "paper" counts (no embeddings, no heads), outside
+        noise-like bases ("non-noise"), or "new" since the baseline."""
         if scope == "new":
             if self.baseline is None:
                 raise UsageError("new intruders are counted against a baseline, and there is none")
@@ -134,7 +140,7 @@ class Report:
         layers = self.layers
         if scope == "paper":
             layers = tuple(layer for layer in layers if layer.in_paper_scope)
-        elif scope == "trained":
+        elif scope == "non-noise":
             layers = tuple(layer for layer in layers if not layer.noise_like_base)
         return sum(layer.intruders for layer in layers)
 
@@ -144,7 +150,7 @@ class Report:
         outside noise-like bases."""
         trained = [layer for layer in self.layers if not layer.noise_like_base]
         vectors = sum(len(layer.vectors) for layer in trained)
-        share = self.total("trained") / vectors if vectors else 0.0
+        share = self.total("non-noise") / vectors if vectors else 0.0
         return next(word for limit, word in SEVERITIES if share <= limit)
 
     @property
@@ -198,14 +204,15 @@ class Report:
         if self.base.get("fingerprint") != baseline.base.get("fingerprint"):
             raise UsageError("the baseline was made with another base model; they cannot be compared")
         known = {layer.name: layer.intruders for layer in baseline.layers}
-        new = {layer.name: layer.intruders - known.get(layer.name, 0) for layer in self.layers}
-        new = {name: count for name, count in new.items() if count > 0}
+        now = {layer.name: layer.intruders for layer in self.layers}
+        new = {name: count - known.get(name, 0) for name, count in now.items() if count > known.get(name, 0)}
         return replace(
             self,
             baseline={
                 "tuned": dict(baseline.tuned),
                 "intruders": baseline.total("all"),
                 "intruders_new": sum(new.values()),
+                "intruders_gone": sum(max(count - now.get(name, 0), 0) for name, count in known.items()),
                 "new_by_layer": new,
             },
         )
@@ -249,7 +256,7 @@ class Report:
         UsageError : another schema.
         """
         if value.get("schema") != SCHEMA:
-            raise UsageError(f"expected a report of schema {SCHEMA}, found {value.get('schema')!r}")
+            raise UsageError(f"not a Spectra report of schema {SCHEMA} (its schema is {value.get('schema')!r})")
         layers = []
         for layer in value["layers"]:
             vectors = tuple(
@@ -283,7 +290,7 @@ class Report:
         try:
             import pandas
         except ImportError:
-            raise UsageError("to_dataframe() needs pandas: pip install pandas") from None
+            raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
         return pandas.DataFrame(self.rows(), columns=list(ROW_COLUMNS))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -291,6 +298,7 @@ class Report:
         rows = []
         for layer in self.layers:
             common = {
+                "tuned": self.tuned.get("path"),
                 "layer": layer.name,
                 "module_type": layer.module_type,
                 "role": layer.role,
@@ -327,7 +335,7 @@ class Report:
 
 
 ROW_COLUMNS = (
-    "layer", "module_type", "role", "rows", "columns", "status", "update_kind", "update_rank",
+    "tuned", "layer", "module_type", "role", "rows", "columns", "status", "update_kind", "update_rank",
     "update_scaling", "update_norm_relative", "effective_rank", "noise_like_base",
     "layer_intruders", "index", "sigma", "max_cosine", "max_cosine_lower", "max_cosine_upper",
     "base_index", "base_sigma", "base_capture", "intruder", "flags",
@@ -348,8 +356,10 @@ def load_report(path: str | Path) -> Report:
         raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
     except UsageError as error:
         raise CorruptFileError(path, str(error)) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(path, f"not a report in JSON ({type(error).__name__}: {error})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise CorruptFileError(
+            path, "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
+        ) from None
 
 
 def json_schema() -> dict[str, Any]:

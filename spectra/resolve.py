@@ -35,7 +35,15 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
 
 def open_tuned(name: str | Path) -> Checkpoint:
     """Opens what was fine-tuned: a path, or a model in the hub's cache on this machine."""
-    return open_checkpoint(find(name) or Path(name))
+    return open_checkpoint(_found(name))
+
+
+def _found(name: str | Path) -> Path:
+    found = find(name)
+    if found is None:
+        hint = "; Spectra downloads nothing" if str(name).count("/") == 1 else ""
+        raise MissingFileError(name, f"no such file or folder, nor a model in this machine's hub cache{hint}")
+    return found
 
 
 def open_base(name: str | Path | None, tuned: Checkpoint) -> Checkpoint:
@@ -47,7 +55,7 @@ def open_base(name: str | Path | None, tuned: Checkpoint) -> Checkpoint:
     MissingFileError : the adapter's base is not on this machine.
     WrongBaseError : what was given as base is itself an adapter.
     """
-    found = _base_of_adapter(tuned) if name is None else find(name) or Path(name)
+    found = _base_of_adapter(tuned) if name is None else _found(name)
     base = open_checkpoint(found)
     if base.layout == "peft folder":
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
@@ -65,14 +73,15 @@ def _base_of_adapter(tuned: Checkpoint) -> Path:
     if found is None:
         raise MissingFileError(
             tuned.path / "adapter_config.json",
-            f"its base model {wanted!r} is neither a path here nor in this machine's hub cache; name it with --base",
+            f"its base model {wanted!r} is neither a path (seen from {tuned.path} or the working directory) nor in "
+            "this machine's hub cache; name it with --base",
         )
     return found
 
 
-def base_hint(tuned: Checkpoint) -> str | None:
-    """What :func:`open_base` would open for an adapter, for people; None where it would fail."""
+def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
+    """Whether ``base`` is the one that the adapter's config names; None where that cannot be told."""
     try:
-        return str(_base_of_adapter(tuned))
-    except SpectraError:
+        return _base_of_adapter(tuned).samefile(base.path)
+    except (SpectraError, OSError):
         return None

@@ -134,7 +134,7 @@ def test_gate(capsys):
     code, out, err = run(capsys, "audit", LORA, "--fail-above", str(total - 1))
     assert code == 1
     assert out.startswith("Verdict")
-    assert f"{total} intruders (all), more than {total - 1}" in err
+    assert f"intruders (all): {total}, more than {total - 1}" in err
 
 
 def test_gate_on_a_chosen_total(capsys, make_base, make_adapter, rng):
@@ -157,8 +157,10 @@ def test_baseline_fails_on_new_intruders_only(capsys, tmp_path):
     before = {layer.name: layer.intruders for layer in spectra.audit(LORA).layers}
     now = spectra.audit(stronger).layers
     new = sum(max(layer.intruders - before[layer.name], 0) for layer in now)
-    assert f"{new} new" in out
-    assert f"{new} intruders (new)" in err
+    gone = sum(max(before[layer.name] - layer.intruders, 0) for layer in now)
+    total = spectra.audit(LORA).total("all")
+    assert f"with {total}: {new} new, {total - gone} still there, {gone} gone." in out
+    assert f"intruders (new): {new}" in err
     assert run(capsys, "audit", stronger, "--baseline", str(known), "--fail-above", str(new))[0] == 0
     code, _, err = run(capsys, "audit", stronger, "--baseline", str(known), "-e", "0.4")
     assert code == 2
@@ -207,6 +209,38 @@ def test_non_finite_base(capsys, tmp_path, rng, make_base):
     assert "layer.1.q.weight" in err
 
 
+def test_the_rest_is_audited_when_one_cannot_be_read(capsys, tmp_path):
+    (tmp_path / "README.md").write_text("no weights at all, but a text that is long enough to be read as a header")
+    code, out, err = run(capsys, "audit", LORA, str(tmp_path / "README.md"), FULL, "--base", BASE)
+    assert code == 2
+    assert LORA in out
+    assert FULL in out
+    assert err.count("\n") == 1
+    assert "README.md: not a safetensors file" in err
+
+
+def test_a_failed_layer_shows_in_the_summary(capsys, tmp_path):
+    shutil.copytree(LORA, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 0] = float("inf")
+    save_file(tensors, file)
+    code, out, err = run(capsys, "audit", str(tmp_path / "adapter"), FULL, "--base", BASE)
+    assert code == 2
+    assert "(1 layer failed)" in out
+    assert "up_proj.lora_A.weight: holds NaN or infinity" in err
+    assert "lora_B" not in err
+
+
+def test_unrelated_weights_are_suspected(capsys, make_base, rng):
+    spread = np.linspace(9, 1, 64)
+    weights = [
+        {f"layer.{i}.q.weight": (rng.normal(size=(64, 64)) * spread).astype("f4") for i in range(3)} for _ in "ab"
+    ]
+    _, out, _ = run(capsys, "audit", str(make_base(weights[0], "tuned")), "--base", str(make_base(weights[1])))
+    assert "are these two related at all?" in out
+
+
 def test_swapped_arguments_are_explained(capsys):
     code, _, err = run(capsys, "audit", BASE, "--base", LORA)
     assert code == 2
@@ -226,8 +260,9 @@ def test_unchanged_layers_are_not_decomposed(capsys, make_base, rng, monkeypatch
 
 def test_output_appears_whole_and_replaces_only_reports(capsys, tmp_path):
     target = tmp_path / "report.json"
-    code, out, _ = run(capsys, "audit", LORA, "--format", "json", "-o", str(target))
+    code, out, err = run(capsys, "audit", LORA, "-o", str(target))  # its ending says json
     assert (code, out) == (0, "")
+    assert err == f"spectra: wrote {target} (json)\n"
     first = json.loads(target.read_text())
     assert first["summary"]["intruders"] == spectra.audit(LORA).total("all")
     assert list(tmp_path.iterdir()) == [target], "no temporary file stays"
@@ -312,7 +347,7 @@ def test_a_base_of_plain_noise_gets_no_severe_verdict(capsys, make_base, rng):
     tuned = make_base({name: value + 1 for name, value in weights.items()}, "tuned")
     code, out, _ = run(capsys, "audit", str(tuned), "--base", str(make_base(weights)))
     assert code == 0
-    assert out.startswith("Verdict: NONE THAT COUNTS")
+    assert out.startswith("Verdict: CANNOT TELL")
 
 
 def test_interrupt_exits_with_130(tmp_path, make_base, rng):

@@ -92,7 +92,7 @@ def test_many_layers_are_drawn_where_they_matter():
 def test_layers_of_different_size_and_ties():
     text = render_report(report([layer("layers.0.q", [1], count=3), layer("layers.1.q", [11], count=12)]))
     assert "·█·" in text
-    assert "intruders by index: 1: 1, 11: 1" in text
+    assert "by index: 1 in 1 layer, 11 in 1 layer" in text
 
 
 def test_borderline_and_ranges():
@@ -100,8 +100,8 @@ def test_borderline_and_ranges():
     one = layer("layers.0.q", [0, 1, 3], vectors=vectors)
     text = render_report(report([one]))
     assert "0-1,3" in text
-    assert "██·█▒" in text
-    assert "1 cosines within 0.001 of epsilon" in text
+    assert "██·█░" in text
+    assert "1 cosine within 0.001 of epsilon" in text
 
 
 def test_failures_come_before_the_details():

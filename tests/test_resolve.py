@@ -91,6 +91,10 @@ def test_an_adapter_is_no_base():
         spectra.audit(FIXTURES / "lora-r4", FIXTURES / "lora-r1")
 
 
-def test_hint():
-    assert resolve.base_hint(open_checkpoint(FIXTURES / "lora-r1")) == str(FIXTURES / "base")
-    assert resolve.base_hint(open_checkpoint(FIXTURES / "full")) is None
+def test_whether_the_base_is_the_one_the_adapter_names(capsys):
+    opened = {name: open_checkpoint(FIXTURES / name) for name in ("lora-r1", "full", "base")}
+    assert resolve.named_base(opened["lora-r1"], opened["base"]) is True
+    assert resolve.named_base(opened["lora-r1"], opened["full"]) is False
+    assert resolve.named_base(opened["full"], opened["base"]) is None
+    assert main(["audit", str(FIXTURES / "lora-r1"), "--base", str(FIXTURES / "full")]) == 0
+    assert "names '../base' as its base" in capsys.readouterr().out

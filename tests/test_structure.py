@@ -113,9 +113,12 @@ def readme_blocks(language):
 def test_readme_shows_the_real_output(capsys, monkeypatch):
     """The block after the audit command is what that command prints."""
     monkeypatch.chdir(ROOT)
-    shown = readme_blocks("text")[0]
+    one, several = readme_blocks("text")
     assert main(["audit", "fixtures/lora-r4"]) == 0
-    assert capsys.readouterr().out.startswith(shown.partition("[…]")[0])
+    assert capsys.readouterr().out.startswith(one.partition("[…]")[0])
+    command, _, table = several.replace("\\\n", "").partition("\n")
+    assert main(command.removeprefix("$ spectra").split()) == 0
+    assert capsys.readouterr().out == table
 
 
 def test_readme_commands_exist(capsys):

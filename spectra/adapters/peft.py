@@ -261,7 +261,9 @@ class _Config:
             )
         if method != "LORA":
             raise UnsupportedMethodError(
-                self.file, f"the method {method or 'of this adapter (no peft_type)'} cannot be read by this version"
+                self.file,
+                f"the method {method or 'of this adapter (no peft_type)'} cannot be read by this version "
+                "(LoRA, rsLoRA and DoRA can)",
             )
         init = self.values.get("init_lora_weights", True)
         if not any(init is value or init == value for value in NEUTRAL_INIT):

@@ -10,10 +10,10 @@ from spectra.report import ROW_COLUMNS, Report
 
 
 def to_csv(reports: Sequence[Report]) -> str:
-    """The rows of :meth:`Report.rows`, with the fine-tune's path in front."""
+    """The rows of :meth:`Report.rows`."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ["tuned", *ROW_COLUMNS], lineterminator="\n")
+    writer = csv.DictWriter(buffer, ROW_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for report in reports:
-        writer.writerows({"tuned": report.tuned["path"], **row} for row in report.rows())
+        writer.writerows(report.rows())
     return buffer.getvalue()

@@ -9,9 +9,12 @@ from typing import Any
 from spectra.report import LayerReport, Report
 
 PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
+PICTURE_COLUMNS = 60
 WORST_ROWS = 8
-MARKS = {"intruder": "█", "borderline": "▒", "none": "·", "absent": " "}
-ASCII_MARKS = {"intruder": "#", "borderline": "+", "none": ".", "absent": " "}
+RANGES = 6  # so many runs of indices are spelled out in the table of worst layers
+UNRELATED = 1.0  # ‖dW‖/‖W0‖ of a real fine-tune is far below; of two unrelated weights about √2
+MARKS = {"intruder": "█", "borderline intruder": "▓", "borderline": "░", "not": "·", "absent": " "}
+ASCII_MARKS = {"intruder": "#", "borderline intruder": "%", "borderline": "+", "not": ".", "absent": " "}
 # What else stands in the text, where a terminal knows no more than ASCII.
 ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "×": "x", "…": "...", "–": "-", "—": "-"}
 
@@ -44,19 +47,37 @@ def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = F
 
 def render_summary(reports: Sequence[Report]) -> str:
     """Several reports as one table, a row each."""
-    header = ["fine-tune", "method", "rank", "alpha", "‖dW‖/‖W0‖", "intruders", "trained", "layers", "verdict"]
+    header = [
+        "fine-tune",
+        "method",
+        "rank",
+        "alpha",
+        "‖dW‖/‖W0‖",
+        "intruders",
+        "share",
+        "non-noise",
+        "layers",
+        "verdict",
+    ]
     rows = []
     for report in reports:
         summary = report.summary
+        verdict = summary["severity"]
+        if summary["layers_failed"]:
+            verdict += f" ({_plural(summary['layers_failed'], 'layer')} failed)"
         rows.append([
             report.tuned["path"], report.tuned["format"],
             _number(report.tuned.get("rank")), _number(report.tuned.get("alpha")),
-            _number(mean_update_size(report), 3), str(summary["intruders"]),
+            _decimals(mean_update_size(report)), str(summary["intruders"]),
+            f"{summary['intruders'] / max(summary['vectors_compared'], 1):.1%}",
             str(summary["intruders_outside_noise_like_base"]),
-            f"{summary['layers_with_intruders']} of {summary['layers_analysed']}", summary["severity"],
+            f"{summary['layers_with_intruders']} of {summary['layers_analysed']}", verdict,
         ])  # fmt: skip
-    notes = "‖dW‖/‖W0‖ is the mean over layers; “trained” leaves out layers whose base is plain noise."
-    return _table(header, rows, left=(0, 1, 8)) + "\n\n" + notes + "\n"
+    notes = (
+        "‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; non-noise leaves out layers whose base "
+        "is plain noise."
+    )
+    return _table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
 
 
 def mean_update_size(report: Report) -> float | None:
@@ -73,17 +94,25 @@ def _verdict(report: Report) -> str:
         return "Verdict: no layer could be analysed." if report.failed else "Verdict: nothing changed."
     vectors = sum(len(layer.vectors) for layer in analysed if not layer.noise_like_base)
     trained, word = summary["intruders_outside_noise_like_base"], summary["severity"]
+    noisy = summary["intruders"] - trained
     if vectors:
         share = f"{trained} of {vectors} ({trained / vectors:.1%})"
         lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} are intruder dimensions."]
+        if noisy:
+            lines.append(f"Another {noisy} lie in layers whose base is plain noise, where anything moves the vectors.")
     else:
-        lines = ["Verdict: NONE THAT COUNTS — the base of every changed layer is plain noise."]
-    noisy = summary["intruders"] - trained
-    if noisy:
-        lines.append(f"Another {noisy} lie in layers whose base is plain noise, where anything moves the vectors.")
+        lines = ["Verdict: CANNOT TELL — the base of every changed layer is plain noise, as if it was never trained."]
+        if noisy:
+            lines.append(f"All {noisy} intruders lie there, where anything moves the vectors.")
+    size = mean_update_size(report)
+    if size is not None and size >= UNRELATED:
+        lines.append(f"The update is as large as the base ({size:.2f} of it): are these two related at all?")
     if report.baseline is not None:
-        known = report.baseline["intruders"]
-        lines.append(f"Against the baseline: {summary['intruders_new']} new, {known} known before.")
+        new, gone, before = (report.baseline[key] for key in ("intruders_new", "intruders_gone", "intruders"))
+        lines.append(
+            f"Against the baseline, a report on {report.baseline['tuned'].get('path')} with {before}: "
+            f"{new} new, {before - gone} still there, {gone} gone."
+        )
     return "\n".join(lines)
 
 
@@ -96,27 +125,34 @@ def _facts(report: Report) -> str:
         method += f", alpha {_number(tuned['alpha'])}, scaling {_number(tuned['scaling'], 3)}"
     if tuned.get("conditional"):
         method += " (conditional: active only after its invocation tokens)"
-    floors = [layer.random_floor for layer in report.layers if layer.random_floor is not None]
-    floor = f"{min(floors):.2f}–{max(floors):.2f}" if floors else "unknown"
-    sizes = mean_update_size(report)
+    floors = sorted({f"{layer.random_floor:.2f}" for layer in report.layers if layer.random_floor is not None})
     counts = [f"{summary['layers_analysed']} analysed", f"{summary['layers_unchanged']} unchanged"]
     if summary["layers_failed"]:
         counts.append(f"{summary['layers_failed']} FAILED")
     counts.append(f"{summary['layers_skipped']} skipped")
-    rows = [
-        ("fine-tune", f"{tuned['path']}  ({method})"),
-        ("base", report.base["path"]),
-        ("looked at", f"the top {settings['top_k']} {settings['side']} singular vectors of each layer, "
-                      f"epsilon {settings['epsilon']}"),
-        ("", f"(a random direction would show a cosine of about {floor})"),
+    total, paper = summary["intruders"], summary["intruders_as_in_paper"]
+    intruders = f"{total} in {_plural(summary['layers_with_intruders'], 'layer')}"
+    if paper != total:
+        intruders += f"; {paper} as the paper counts, without embeddings and heads"
+    top = (
+        f"the top {settings['top_k']} {settings['side']} singular vectors of each layer, epsilon {settings['epsilon']}"
+    )
+    rows = [("fine-tune", f"{tuned['path']}  ({method})"), ("base", report.base["path"])]
+    if report.base.get("named_by_adapter") is False:
+        rows.append(("", f"note: the adapter's config names {tuned['base_model_name_or_path']!r} as its base"))
+    rows.append(("looked at", top))
+    if floors:
+        floor = floors[0] if len(floors) == 1 else f"{floors[0]}–{floors[-1]}"
+        rows.append(("", f"(a random direction would show a cosine of about {floor})"))
+    parameters = f"{summary['trainable_parameters']:,} values in the updates of these layers"
+    rows += [
         ("layers", ", ".join(counts)),
-        ("intruders", f"{summary['intruders']} in {summary['layers_with_intruders']} layers"),
-        ("", f"{summary['intruders_as_in_paper']} as the paper counts (no embeddings, no heads), "
-             f"{summary['intruders_outside_noise_like_base']} outside noise-like bases"),
-        ("update", f"mean ‖dW‖/‖W0‖ {_number(sizes, 3)}, {summary['trainable_parameters']:,} trained parameters"),
-    ]  # fmt: skip
+        ("intruders", intruders),
+        ("update", f"mean ‖dW‖/‖W0‖ {_decimals(mean_update_size(report))}, {parameters}"),
+    ]
     if summary["borderline"]:
-        rows.append(("borderline", f"{summary['borderline']} cosines within 0.001 of epsilon"))
+        cosines = _plural(summary["borderline"], "cosine")
+        rows.append(("borderline", f"{cosines} within 0.001 of epsilon, settled in float64"))
     return "\n".join(f"{label:<11}{text}".rstrip() for label, text in rows)
 
 
@@ -131,8 +167,8 @@ def _problems(report: Report) -> str:
     small = [layer.name for layer in report.layers if layer.status == "analysed" and min(layer.shape) < 128]
     if small:
         lines.append(
-            f"note: {len(small)} layer{'s' * (len(small) > 1)} narrower than 128, where chance alone brings a cosine "
-            "closer to epsilon"
+            f"note: {_plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer "
+            "to epsilon"
         )
     return "\n".join(lines)
 
@@ -148,8 +184,8 @@ def _worst(report: Report) -> str:
         )
         rows.append([
             layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), _ranges(layer.intruder_indices),
-            f"{lowest:.2f}", _number(layer.measures["update_norm_relative"], 3),
-            _number(layer.measures["effective_rank"], 3), _number(layer.update["rank"]),
+            f"{lowest:.2f}", _decimals(layer.measures["update_norm_relative"]),
+            _decimals(layer.measures["effective_rank"], 1), _number(layer.update["rank"]),
         ])  # fmt: skip
     header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "eff. rank", "rank"]
     text = _table(header, rows, left=(0, 2))
@@ -185,30 +221,32 @@ def _picture(report: Report, verbose: bool, marks: dict[str, str]) -> str:
         if not shown:
             return ""
     count = max(len(layer.vectors) for layer in analysed)
-    if count > 60:
-        return ""
+    if count > PICTURE_COLUMNS:
+        return f"(no picture: more than {PICTURE_COLUMNS} vectors a layer)"
     prefix = _common_prefix([layer.name for layer in shown])
     width = max(len(layer.name) - len(prefix) for layer in shown)
-    width = max(width, len("intruders by index"))
+    width = max(width, len("layer × index"))
     index = "".join(str(i % 10) for i in range(count))
     lines = [f"{'layer × index':<{width}}  {index}"]
     for layer in shown:
         lines.append(f"{layer.name[len(prefix) :]:<{width}}  {_row(layer, count, marks)}".rstrip())
-    key = f"{marks['intruder']} intruder, {marks['borderline']} borderline, {marks['none']} not; "
-    key += "index 0 is the largest singular value"
+    key = f"{marks['intruder']} intruder, {marks['not']} not; index 0 is the largest singular value"
+    if report.summary["borderline"]:
+        key += f"; {marks['borderline intruder']} {marks['borderline']} the same, borderline"
     if prefix:
         key += f"; names without {prefix!r}"
-    by_index = ", ".join(
-        f"{row['index']}: {row['intruders']}" for row in report.summary["by_index"] if row["intruders"]
-    )
-    lines += [key, f"intruders by index: {by_index or 'none'}", hidden]
+    counts = {row["index"]: row["intruders"] for row in report.summary["by_index"] if row["intruders"]}
+    by_index = ", ".join(f"{index} in {_plural(count, 'layer')}" for index, count in counts.items())
+    lines += [key, f"by index: {by_index}" if counts else "", hidden]
     return "\n".join(line for line in lines if line)
 
 
 def _row(layer: LayerReport, count: int, marks: dict[str, str]) -> str:
     row = [marks["absent"]] * count
     for vector in layer.vectors:
-        kind = "intruder" if vector.intruder else "borderline" if "borderline" in vector.flags else "none"
+        kind = "intruder" if vector.intruder else "not"
+        if "borderline" in vector.flags:
+            kind = "borderline intruder" if vector.intruder else "borderline"
         row[vector.index] = marks[kind]
     return "".join(row)
 
@@ -216,15 +254,15 @@ def _row(layer: LayerReport, count: int, marks: dict[str, str]) -> str:
 def _skipped(report: Report, verbose: bool) -> str:
     if not report.skipped:
         return ""
-    if verbose:
-        return "\n".join(["skipped", *(f"  {item['name']}: {item['reason']}" for item in report.skipped)])
     reasons = Counter(item["reason"] for item in report.skipped)
-    examples = {item["reason"]: item["name"] for item in reversed(report.skipped)}
-    lines = [
-        f"  {count} × {reason} ({examples[reason]}{', …' if count > 1 else ''})"
-        for reason, count in reasons.most_common()
-    ]
-    return "\n".join([f"skipped: {len(report.skipped)}", *lines])
+    lines = [f"skipped: {len(report.skipped)}"]
+    for reason, count in reasons.most_common():
+        names = [item["name"] for item in report.skipped if item["reason"] == reason]
+        if verbose and not reason.startswith("left out"):
+            lines += [f"  {name}: {reason}" for name in names]
+        else:
+            lines.append(f"  {count} × {reason} ({names[0]}{', …' if count > 1 else ''})")
+    return "\n".join(lines)
 
 
 def _common_prefix(names: Sequence[str]) -> str:
@@ -245,7 +283,16 @@ def _ranges(indices: Iterable[int]) -> str:
             spans[-1][1] = index
         else:
             spans.append([index, index])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+    return ",".join(parts) if len(parts) <= RANGES else ",".join(parts[:RANGES]) + ",…"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _decimals(value: Any, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _number(value: Any, digits: int | None = None) -> str:
