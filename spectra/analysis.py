@@ -70,6 +70,8 @@ class LayerAnalysis:
         ------
         NonFiniteError, ConvergenceError
         """
+        for part in tuned.parts():
+            check_finite(part)
         if tuned.is_unchanged():
             return Findings("unchanged", tuned.shape)
         question = self._question
@@ -159,8 +161,8 @@ def find_intruders(
 
 def checked_question(top_k: int, epsilon: float, side: str) -> Question:
     """The question with its options checked; raises UsageError."""
-    if top_k < 1:
-        raise UsageError(f"top-k = {top_k}; expected at least 1")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise UsageError(f"top-k = {top_k}; expected a whole number, at least 1")
     if not 0 < epsilon <= 1:
         raise UsageError(f"epsilon = {epsilon}; expected a cosine above 0, at most 1")
     if side == "left":
@@ -171,7 +173,15 @@ def checked_question(top_k: int, epsilon: float, side: str) -> Question:
 
 
 def _matrix(name: str, value: Any, dtype: torch.dtype) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+    else:
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiub":
+            raise UsageError(f"{name} has dtype {array.dtype}; expected real numbers")
+        tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+    if tensor.is_complex():
+        raise UsageError(f"{name} has dtype {tensor.dtype}; expected real numbers")
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise UsageError(f"{name} has shape {tuple(tensor.shape)}; expected a matrix")
     try:

@@ -14,13 +14,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spectra.errors import (
     AmbiguousFilesError,
     CorruptFileError,
     MissingFileError,
+    SpectraError,
     UnsafeFileError,
+    UnsupportedMethodError,
 )
 
 if TYPE_CHECKING:
@@ -103,28 +105,39 @@ class Checkpoint:
             self._digests[name] = _digest(tensor)
         return tensor
 
-    def fingerprint(self, *, verify: bool = False) -> tuple[str, str]:
-        """(sha256, what it covers): "contents", or "headers" where not every byte was seen.
+    def fingerprint(self, *, verify: bool = False) -> Fingerprint:
+        """What identifies this checkpoint.
 
         Contents are covered when every tensor was read with ``digest``, when ``verify`` asks for
         the rest to be read now, or when the files are a hub cache's blobs, which are named by
         their hash.
         """
-        blobs = [file.resolve().name for file in self.files]
-        hashed_by_hub = all(re.fullmatch(r"[0-9a-f]{64}", blob) for blob in blobs)
         if verify:
             for name in self.tensors:
                 if name not in self._digests:
                     self.read(name, digest=True)
-        covered = len(self._digests) == len(self.tensors)
-        lines = []
-        for name, info in sorted(self.tensors.items()):
-            content = self._digests[name] if covered else ""
-            lines.append(f"{name}\t{info.dtype}\t{list(info.shape)}\t{content}\n")
-        if hashed_by_hub and not covered:
-            lines += sorted(blobs)
-        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-        return f"sha256:{digest}", "contents" if covered or hashed_by_hub else "headers"
+        headers = [f"{name}\t{info.dtype}\t{list(info.shape)}" for name, info in sorted(self.tensors.items())]
+        blobs = sorted(file.resolve().name for file in self.files)
+        if len(self._digests) == len(self.tensors):
+            contents = [f"{name}\t{digest}" for name, digest in sorted(self._digests.items())]
+        elif all(re.fullmatch(r"[0-9a-f]{64}", blob) for blob in blobs):
+            contents = blobs
+        else:
+            return Fingerprint(_sha256(headers), _sha256(headers), "headers")
+        return Fingerprint(_sha256(headers + contents), _sha256(headers), "contents")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """``value`` is a sha256 over what ``covers`` says; ``headers`` one over names, dtypes, shapes."""
+
+    value: str
+    headers: str
+    covers: Literal["headers", "contents"]
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -134,20 +147,30 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, as_base: bool = False) -> Checkpoint:
     """Opens a safetensors file, a folder with one, a sharded folder, or a PEFT adapter folder.
 
-    Only headers and small JSON files are read.
+    Only headers and small JSON files are read.  Where a folder holds both an adapter's config and
+    a whole model, ``as_base`` means the model.
 
     Raises
     ------
     MissingFileError, CorruptFileError, UnsafeFileError, AmbiguousFilesError
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
+    try:
+        return _open_folder(path, as_base) if path.is_dir() else _open_file(path)
+    except SpectraError:
+        raise
+    except OSError as error:  # no permission, a name too long, a disk that fails
+        raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
+
+
+def _open_file(path: Path) -> Checkpoint:
     if not path.exists():
         raise MissingFileError(path, "no such file or folder")
+    if not path.is_file():
+        raise MissingFileError(path, "neither a file nor a folder")
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
     if path.suffix == ".json":
@@ -163,8 +186,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def _open_folder(folder: Path) -> Checkpoint:
-    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+def _open_folder(folder: Path, as_base: bool) -> Checkpoint:
+    whole = any((folder / name).exists() for name in SINGLE_FILES) or any(folder.glob("*.safetensors.index.json"))
+    adapter = (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists()
+    if adapter and not (as_base and whole):
         return _open_adapter(folder)
     config = read_json(folder / "config.json")
     for name in SINGLE_FILES:
@@ -199,6 +224,8 @@ def _open_adapter(folder: Path) -> Checkpoint:
     if not weights.exists():
         if (folder / "adapter_model.bin").exists():
             raise UnsafeFileError(folder / "adapter_model.bin", PICKLE_ADVICE)
+        if (folder / "adapters.safetensors").exists():
+            raise UnsupportedMethodError(folder, "this is an MLX adapter, which this version cannot read")
         raise MissingFileError(weights, "the adapter's weights are missing")
     config_file = folder / "adapter_config.json"
     if not config_file.exists():
@@ -255,7 +282,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptFileError(path, f"not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorruptFileError(path, f"expected a JSON object, found a {type(value).__name__}")
@@ -288,7 +315,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CorruptFileError(path, f"truncated: the header says {length:,} bytes, the file has {size:,}")
     try:
         header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except CorruptFileError:
+        raise
+    except (ValueError, RecursionError):
         raise CorruptFileError(path, "not a safetensors file: its header is not JSON") from None
     try:
         with safe_open(path, framework="np"):
@@ -302,6 +331,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = {name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path) for name, entry in header.items()}
     if not tensors:
         raise CorruptFileError(path, "holds no tensors")
+    for name in tensors:
+        if not name.isprintable():  # what would end up in a terminal, or split a line
+            raise CorruptFileError(path, f"a tensor's name holds control characters: {name[:80]!r}")
     return tensors
 
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
 # How what we write begins, in each of its formats.
-REPORT_MARKS = (b'"schema": "spectra.report/', b"tuned,layer,", b"Verdict: ", b"fine-tune  ")
+REPORT_MARKS = (
+    b'{\n "schema": "spectra.report/',
+    b'{"schema": "spectra.report/',
+    b"tuned,layer,",
+    b"Verdict: ",
+    b"fine-tune  ",
+)
 
 EXIT_CODES = """exit codes:
   0  done
@@ -39,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
         return code
     except SpectraError as error:
         print(f"spectra: error: {error}", file=sys.stderr)
@@ -47,10 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spectra: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing more can be flushed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    except OSError as error:  # a disk or a network that fails where nobody expected it
+        print(f"spectra: error: {error}", file=sys.stderr)
+        return BAD
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +181,8 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument(
         "--base", metavar="BASE", help="match against this base (default: the one the adapter's config names)"
     )
+    inspect.add_argument("--include", action="append", default=[], metavar="PATTERN", help="as for audit")
+    inspect.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="as for audit")
     inspect.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     inspect.add_argument("--verbose", action="store_true", help="list every tensor")
     inspect.set_defaults(run=_inspect)
@@ -252,7 +258,7 @@ def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
 
     if len(reports) > 1:
         return render_summary(reports)
-    encoding = "utf-8" if options.output else sys.stdout.encoding or "ascii"
+    encoding = "utf-8" if options.output else getattr(sys.stdout, "encoding", None) or "ascii"
     return render_report(reports[0], verbose=options.verbose, ascii_only=not encoding.lower().startswith("utf"))
 
 
@@ -287,7 +293,7 @@ def _inspect(options: argparse.Namespace) -> int:
     found, code = [], OK
     for path in options.paths:
         try:
-            found.append(inspect(path, options.base))
+            found.append(inspect(path, options.base, include=options.include, exclude=options.exclude))
         except SpectraError as error:
             print(f"spectra: error: {error}", file=sys.stderr)
             code = BAD
@@ -336,28 +342,42 @@ def _check_output(output: str | None) -> Path | None:
     if output is None:
         return None
     target = Path(output)
-    if not target.parent.is_dir():
-        raise MissingFileError(target.parent, "no such folder to write into")
-    if target.is_dir():
-        raise UsageError(f"{target}: this is a folder; name a file to write")
-    if target.exists() and not _is_report(target):
+    try:
+        if not target.parent.is_dir():
+            raise MissingFileError(target.parent, "no such folder to write into")
+        if target.is_dir():
+            raise UsageError(f"{target}: this is a folder; name a file to write")
+        replaceable = not target.exists() or _is_report(target)
+    except PermissionError as error:
+        raise UsageError(f"{target}: could not be written: {error.strerror}") from None
+    if not replaceable:
         raise UsageError(f"{target}: exists and is no report of spectra's, so it is not overwritten")
     return target
 
 
 def _is_report(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            start = file.read(200)
-    except OSError:
+    """Whether a file is empty or begins as what we write begins."""
+    if not path.is_file():
         return False
-    return any(mark in start for mark in REPORT_MARKS)
+    with path.open("rb") as file:
+        start = file.read(40)
+    return not start or any(start.startswith(mark) for mark in REPORT_MARKS)
 
 
 def _emit(text: str, target: Path | None) -> None:
     """Writes to standard output, or to a file that appears whole or not at all."""
     if target is None:
-        sys.stdout.write(text)
+        if sys.stdout is None:
+            raise UsageError("standard output is closed")
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read it has seen enough; the verdict still goes out as the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise UsageError(f"standard output: could not be written: {error.strerror or error}") from None
         return
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

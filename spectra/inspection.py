@@ -38,7 +38,13 @@ class Inspection:
     problem: str | None
 
 
-def inspect(path: str | Path, base: str | Path | None = None) -> Inspection:
+def inspect(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Inspection:
     """Reads headers and configs of a path and, where there is one, of its base.
 
     Raises
@@ -52,7 +58,7 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Inspection:
         try:
             opened = open_base(base, checkpoint)
             found_base = str(opened.path)
-            pairing = pair_layers(opened, checkpoint, plan)
+            pairing = pair_layers(opened, checkpoint, plan, include=include, exclude=exclude)
             pairs = {pair.update.module: pair for pair in pairing.pairs}
             skipped = pairing.skipped
         except SpectraError as error:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectra.adapters import Plan, PlannedUpdate, Skipped
@@ -60,7 +60,8 @@ class LayerPair:
     """One base weight and the update that belongs to it.
 
     ``shape`` is (out, in) as analysed, ``stored_shape`` as on disk; ``rows`` limits both sides to
-    the leading rows they share where a vocabulary was resized.
+    the leading rows they share where a vocabulary was resized.  ``tied`` marks a head that has no
+    tensor of its own, ``float64`` weights stored in float64, which float32 would round.
     """
 
     name: str
@@ -70,6 +71,8 @@ class LayerPair:
     role: Role
     shape: tuple[int, int]
     rows: int | None = None
+    tied: bool = False
+    float64: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,9 +80,9 @@ class LayerPair:
         return self.base.shape
 
     @property
-    def base_key(self) -> tuple[str, Layout, int | None]:
+    def base_key(self) -> tuple[str, Layout, int | None, bool]:
         """Pairs with the same key share the same W0."""
-        return self.base.name, self.layout, self.rows
+        return self.base.name, self.layout, self.rows, self.float64
 
     def read_base(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Tensor:
         """W0 as analysed, upcast to ``dtype`` before any arithmetic."""
@@ -129,16 +132,21 @@ def pair_layers(
     orientation = Orientation(base.tensors, base.config)
     skipped = list(plan.skipped)
     pairs: list[LayerPair] = []
+    found: set[str] = set()
     for update in plan.updates:
         tensor = update.tensors[0]
+        info, tied = matcher.find(update)
+        if info is not None:
+            found.add(info.name)
         if not _selected(update.module, include, exclude):
             skipped.append(Skipped(update.module, LEFT_OUT))
             continue
-        info, notes = matcher.find(update)
-        notes = update.notes + notes
         if info is None:
             if update.may_be_new:
                 skipped.append(Skipped(update.module, NEW_MODULE))
+                continue
+            if matcher.is_packed(update):
+                skipped.append(Skipped(update.module, "its base weight is stored packed (GPTQ or AWQ): not read yet"))
                 continue
             raise WrongBaseError(
                 tuned.tensors[tensor].file,
@@ -153,54 +161,63 @@ def pair_layers(
                 )
             )
             continue
-        made = _make_pair(base, tuned, update, info, orientation, notes)
+        made = _make_pair(tuned, update, info, orientation)
         if isinstance(made, Skipped):
             skipped.append(made)
         else:
-            pairs.append(made)
+            notes = update.notes + made.notes
+            if tied:
+                notes += (f"tied: the base stores this weight as {info.name!r}",)
+            wide = info.dtype == "F64" or (update.kind == "dense" and tuned.tensors[tensor].dtype == "F64")
+            pairs.append(replace(made, tied=tied, float64=wide, notes=notes))
     _check_one_to_one(tuned, pairs)
     pairs.sort(key=lambda pair: _natural(pair.name))
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
-        skipped += _only_in_base(base, pairs, skipped)
+        skipped += _only_in_base(base, found, skipped)
     return Pairing(tuple(pairs), tuple(skipped))
 
 
 def _make_pair(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    update: PlannedUpdate,
-    info: TensorInfo,
-    orientation: Orientation,
-    notes: tuple[str, ...],
+    tuned: Checkpoint, update: PlannedUpdate, info: TensorInfo, orientation: Orientation
 ) -> LayerPair | Skipped:
     role = role_of(update.module, len(info.shape))
     if update.shape is None:  # stored whole, as the base is
-        return _pair_whole(base, tuned, update, info, orientation, role, notes)
-    file, stored = tuned.tensors[update.tensors[0]].file, info.shape
+        return _pair_whole(tuned, update, info, orientation, role)
+    file, stored, shape = tuned.tensors[update.tensors[0]].file, info.shape, update.shape
     groups = _groups(update, stored)
     if groups > 1:
         return Skipped(
             update.module,
             f"convolution in {groups} groups: its factors are ungrouped, and peft cannot merge them either",
         )
-    layout = orientation.layout_of_update(update.module, update.shape, update.layout, stored)
-    if layout is None:
+    rows = None
+    notes: tuple[str, ...] = ()
+    if update.layout == "embedding" and len(stored) == 2 and stored[1] == shape[0] and stored[0] != shape[1]:
+        rows = min(stored[0], shape[1])
+        notes = (_resized(stored[0], shape[1], rows),)
+        stored, shape = (rows, stored[1]), (shape[0], rows)
+    layout = orientation.layout_of_update(update.module, shape, update.layout, stored)
+    if layout is None or (layout == "conv" and update.kernel != stored[2:]):
         raise WrongBaseError(
             file,
             f"an update of shape {list(update.shape)} does not fit the base weight {info.name!r} of shape "
-            f"{list(stored)} in {info.file}: is this the wrong base?",
+            f"{list(info.shape)} in {info.file}: is this the wrong base?",
             update.tensors[0],
         )
     square_linear = layout == "linear" and update.layout is None and stored[0] == stored[1]
-    if square_linear and _claims_transposed(tuned) and not orientation.is_known:
+    if square_linear and _claims_transposed(tuned) and not orientation.is_known(update.module):
         raise AdapterError(
             file,
             "fan_in_fan_out is set and the weight is square, so its orientation cannot be told; put the base's "
             "config.json beside its weights",
             update.tensors[0],
         )
-    return LayerPair(update.module, info, update, layout, role, matrix_shape(stored, layout), notes=notes)
+    return LayerPair(update.module, info, update, layout, role, matrix_shape(stored, layout), rows, notes=notes)
+
+
+def _resized(before: int, after: int, rows: int) -> str:
+    return f"vocabulary resized from {before} to {after} rows: the {rows} shared ones are compared"
 
 
 def _groups(update: PlannedUpdate, stored: tuple[int, ...]) -> int:
@@ -216,24 +233,18 @@ def _claims_transposed(tuned: Checkpoint) -> bool:
 
 
 def _pair_whole(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    update: PlannedUpdate,
-    info: TensorInfo,
-    orientation: Orientation,
-    role: Role,
-    notes: tuple[str, ...],
+    tuned: Checkpoint, update: PlannedUpdate, info: TensorInfo, orientation: Orientation, role: Role
 ) -> LayerPair | Skipped:
     mine = tuned.tensors[update.tensors[0]]
     layout = orientation.layout_of(update.module, info.shape)
     if mine.shape == info.shape:
-        return LayerPair(update.module, info, update, layout, role, matrix_shape(info.shape, layout), notes=notes)
+        return LayerPair(update.module, info, update, layout, role, matrix_shape(info.shape, layout))
     resizable = role == "embedding" or update.module.split(".")[-1] in ("lm_head", "embed_out", "decoder")
     if resizable and len(mine.shape) == len(info.shape) == 2 and mine.shape[1] == info.shape[1]:
         rows = min(mine.shape[0], info.shape[0])
-        change = f"vocabulary resized from {info.shape[0]} to {mine.shape[0]} rows: the {rows} shared ones are compared"
         shape = matrix_shape((rows, info.shape[1]), layout)
-        return LayerPair(update.module, info, update, layout, role, shape, rows, (*notes, change))
+        notes = (_resized(info.shape[0], mine.shape[0], rows),)
+        return LayerPair(update.module, info, update, layout, role, shape, rows, notes=notes)
     if role == "head":
         return Skipped(update.module, f"replaced head: shape {list(mine.shape)} here, {list(info.shape)} in the base")
     raise WrongBaseError(
@@ -258,8 +269,7 @@ def _check_overlap(
     )
 
 
-def _only_in_base(base: Checkpoint, pairs: Sequence[LayerPair], skipped: Sequence[Skipped]) -> Iterator[Skipped]:
-    used = {pair.base.name for pair in pairs}
+def _only_in_base(base: Checkpoint, used: Container[str], skipped: Sequence[Skipped]) -> Iterator[Skipped]:
     named = {item.name for item in skipped}
     for name, info in base.tensors.items():
         module = name.removesuffix(".weight")
@@ -271,7 +281,7 @@ def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair]) -> None:
     owners: dict[str, LayerPair] = {}
     for pair in pairs:
         other = owners.setdefault(pair.base.name, pair)
-        if other is not pair and "tied" not in " ".join(pair.notes + other.notes):
+        if other is not pair and not (pair.tied or other.tied):
             raise WrongBaseError(
                 tuned.path,
                 f"{other.update.tensors[0]!r} and {pair.update.tensors[0]!r} both match the base weight "
@@ -281,7 +291,7 @@ def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair]) -> None:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
 def _selected(module: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -304,18 +314,18 @@ class _Matcher:
         by_end: dict[str, list[str]] = defaultdict(list)
         for name in base.tensors:
             by_end[_end(name)].append(name)
+        exact = {update.module: _first(update.targets, base.tensors) for update in updates}
+        taken = {name for name in exact.values() if name is not None}
         votes: Counter[tuple[str, str]] = Counter()
         self._options: dict[str, list[tuple[tuple[str, str], str]]] = {}
         for update in updates:
-            options = []
-            for target in update.targets:
-                if target in base.tensors:
-                    options = [(("", ""), target)]
-                    break
-                for name in by_end[_end(target)]:
-                    change = _prefix_change(target, name)
-                    if change is not None and self._could_fit(update, base.tensors[name]):
-                        options.append((change, name))
+            itself = exact[update.module]
+            options = [(("", ""), itself)] if itself is not None else []
+            targets = update.targets if itself is None else ()
+            for target, name in [(wanted, name) for wanted in targets for name in by_end[_end(wanted)]]:
+                change = _prefix_change(target, name)
+                if change is not None and name not in taken and self._could_fit(update, base.tensors[name]):
+                    options.append((change, name))
             self._options[update.module] = options
             votes.update(change for change, _ in options)
         self._votes = votes
@@ -328,31 +338,47 @@ class _Matcher:
             return len(info.shape) > 2
         return sorted(info.shape) == sorted(update.shape)
 
-    def find(self, update: PlannedUpdate) -> tuple[TensorInfo | None, tuple[str, ...]]:
+    def find(self, update: PlannedUpdate) -> tuple[TensorInfo | None, bool]:
+        """The base's tensor, or None; and whether it is another module's that this one shares."""
         options = self._options[update.module]
-        if not options:
-            return self._tied(update)
-        best = max(self._votes[change] for change, _ in options)
+        if update.may_be_new:  # a new head is not to be taken for whatever ends in the same name
+            options = [(change, name) for change, name in options if self._votes[change] > 1 or _wrappers_only(change)]
+        best = max((self._votes[change] for change, _ in options), default=0)
         names = list(dict.fromkeys(name for change, name in options if self._votes[change] == best))
-        if len(names) > 1:
+        if len(names) > 1 and not update.may_be_new:
             raise WrongBaseError(
                 self.base.path,
                 f"{update.module!r} could be any of {', '.join(map(repr, sorted(names)))}; Spectra does not guess",
             )
-        return self.base.tensors[names[0]], ()
+        if len(names) == 1:
+            return self.base.tensors[names[0]], False
+        tied = self._tied(update)
+        return tied, tied is not None
 
-    def _tied(self, update: PlannedUpdate) -> tuple[TensorInfo | None, tuple[str, ...]]:
+    def _tied(self, update: PlannedUpdate) -> TensorInfo | None:
         if update.module.split(".")[-1] not in ("lm_head", "embed_out"):
-            return None, ()
+            return None
         embeddings = [name for name in self.base.tensors if name.endswith(TIED)]
-        if len(embeddings) != 1:
-            return None, ()
-        return self.base.tensors[embeddings[0]], (f"tied: the base stores this weight as {embeddings[0]!r}",)
+        return self.base.tensors[embeddings[0]] if len(embeddings) == 1 else None
+
+    def is_packed(self, update: PlannedUpdate) -> bool:
+        """Whether the base has this module, its weight packed by GPTQ or AWQ."""
+        wanted = f"{update.module}.qweight"
+        return any(name == wanted or _prefix_change(wanted, name) for name in self.base.tensors)
+
+
+def _first(names: Sequence[str], among: Container[str]) -> str | None:
+    return next((name for name in names if name in among), None)
+
+
+def _wrappers_only(change: tuple[str, str]) -> bool:
+    return WRAPPERS.issuperset(part for prefix in change for part in prefix.split(".") if part)
 
 
 def _end(name: str) -> str:
-    """The last two parts of a name, which two names of one weight always share."""
-    return ".".join(name.split(".")[-2:])
+    """What two names of one weight always share: the last part, and its module's unless it stands alone."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1] in ("weight", "in_proj_weight", "qweight") else parts[-1]
 
 
 def _prefix_change(target: str, name: str) -> tuple[str, str] | None:
@@ -367,7 +393,7 @@ def _prefix_change(target: str, name: str) -> tuple[str, str] | None:
     shared = 0
     while shared < min(len(mine), len(theirs)) and mine[-1 - shared] == theirs[-1 - shared]:
         shared += 1
-    off, on = mine[: len(mine) - shared], theirs[: len(theirs) - shared]
-    if (off and on) and not WRAPPERS.issuperset(off + on):
+    change = ".".join(mine[: len(mine) - shared]), ".".join(theirs[: len(theirs) - shared])
+    if not shared or (all(change) and not _wrappers_only(change)):
         return None
-    return ".".join(off), ".".join(on)
+    return change

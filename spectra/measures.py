@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spectra.detect import Vector
-from spectra.svd import Comparison
+from spectra.svd import Comparison, singular_values
 from spectra.updates import TunedWeight
 
 
@@ -40,12 +40,9 @@ def update_singular_values(tuned: TunedWeight) -> np.ndarray:
     """
     factors = tuned.low_rank()
     if factors is None:
-        s = torch.linalg.svdvals(tuned.delta())
-    else:
-        B, A = factors
-        s = torch.linalg.svdvals(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T)
-    values: np.ndarray = s.double().cpu().numpy()
-    return values
+        return singular_values(tuned.delta())
+    B, A = factors
+    return singular_values(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T)
 
 
 def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:

@@ -31,7 +31,10 @@ Role = Literal["linear", "embedding", "head", "conv"]
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
-_EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|wte|wpe|shared)(_|$)|^embed_|embeddings?$|relative_attention_bias$")
+_EMBEDDING = re.compile(
+    r"embed(_in|_tokens|_positions|_scale)?|\w*embeddings?|wte|wpe|shared|(tokens|positions)_embed"
+    r"|relative_attention_bias"
+)
 _HEAD = re.compile(
     r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|seq_relationship|vocab_projector|logits)$"
 )
@@ -45,7 +48,7 @@ def role_of(module: str, ndim: int) -> Role:
         return "conv"
     if _HEAD.match(parts[-1]) or _HEAD_PARENTS.intersection(parts[:-1]):
         return "head"
-    return "embedding" if _EMBEDDING.search(parts[-1]) else "linear"
+    return "embedding" if _EMBEDDING.fullmatch(parts[-1]) else "linear"
 
 
 def matrix_shape(stored: tuple[int, ...], layout: Layout) -> tuple[int, int]:
@@ -66,33 +69,33 @@ def as_matrix(tensor: Tensor, layout: Layout) -> Tensor:
 class Orientation:
     """Decides, from a base's headers and config, which of its modules are stored transposed.
 
-    The family (``model_type``) decides where the config names it.  Without one the biases do: a
-    module whose bias is as long as its weight's second dimension, and not as its first, stores
-    (in, out), and square modules of the same name follow what their siblings show.
+    Only modules with the names that GPT-2's kind of Conv1D has are in question.  The biases decide
+    first: one that is as long as its weight's second dimension, and not as its first, belongs to a
+    weight stored (in, out), and square weights follow what their siblings show.  Then the family.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]):
         family = config.get("model_type")
-        self._family_transposed = family in CONV1D_FAMILIES
-        self._known_family = isinstance(family, str)
-        self._seen_transposed = False
+        self._family = family if isinstance(family, str) else None
+        self._seen: bool | None = None
         for name, info in tensors.items():
-            if name.endswith(".weight") and len(info.shape) == 2:
-                bias = tensors.get(name.removesuffix("weight") + "bias")
-                leaf = name.split(".")[-2] if "." in name else ""
-                if bias and bias.shape == info.shape[1:] != info.shape[:1] and leaf in CONV1D_MODULES:
-                    self._seen_transposed = True
+            parts = name.split(".")
+            if len(parts) < 2 or parts[-1] != "weight" or parts[-2] not in CONV1D_MODULES or len(info.shape) != 2:
+                continue
+            bias = tensors.get(name.removesuffix("weight") + "bias")
+            if bias and info.shape[0] != info.shape[1] and bias.shape in (info.shape[:1], info.shape[1:]):
+                self._seen = bias.shape == info.shape[1:]
 
     def is_transposed(self, module: str) -> bool:
         """Whether this linear module of the base stores (in, out)."""
         if module.split(".")[-1] not in CONV1D_MODULES:
             return False
-        return self._family_transposed or (self._seen_transposed and not self._known_family)
+        return self._family in CONV1D_FAMILIES if self._seen is None else self._seen
 
-    @property
-    def is_known(self) -> bool:
-        """Whether the config names the family, or the biases gave it away."""
-        return self._known_family or self._seen_transposed
+    def is_known(self, module: str) -> bool:
+        """Whether :meth:`is_transposed` rests on more than the absence of evidence."""
+        known = self._family in CONV1D_FAMILIES if module.split(".")[-1] in CONV1D_MODULES else self._family is not None
+        return known or self._seen is not None
 
     def layout_of_update(
         self, module: str, shape: tuple[int, int], wanted: Layout | None, stored: tuple[int, ...]
@@ -104,8 +107,8 @@ class Orientation:
         module wrapped, so it decides nothing.)
         """
         if wanted is not None:
-            fits = (wanted == "conv") == (len(stored) > 2) and matrix_shape(stored, wanted) == shape
-            return wanted if fits else None
+            fits = len(stored) > 2 if wanted == "conv" else len(stored) == 2
+            return wanted if fits and matrix_shape(stored, wanted) == shape else None
         if stored == shape and (shape[0] != shape[1] or not self.is_transposed(module)):
             return "linear"
         return "conv1d" if stored == shape[::-1] else None

@@ -25,7 +25,7 @@ from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, Usage
 from spectra.layers import LayerPair, Pairing, pair_layers
 from spectra.report import LayerReport, Report, VectorReport, module_type
 from spectra.resolve import named_base, open_base, open_tuned
-from spectra.svd import ENGINES, Question, choose_engine
+from spectra.svd import Question, choose_engine
 
 # Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
 Progress = Callable[[float, float, str], None]
@@ -109,7 +109,8 @@ def audit_many(
     top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
     include, exclude : shell patterns over module names.
     engine : "auto" or "exact".
-    dtype : "float32" or "float64", the precision of the decompositions.
+    dtype : "float32" or "float64", the precision of the decompositions; weights that are stored in
+        float64 are decomposed in float64 either way, since rounding them could hide the update.
     device : "cpu", "cuda" or any torch device.
     workers : how many base weights are worked on at a time (memory grows with it).
     threads : threads for one weight; part of the settings, since it may change last digits.
@@ -153,8 +154,7 @@ def _settings(
     top_k: int, epsilon: float, side: str, include: Iterable[str], exclude: Iterable[str],
     engine: str, dtype: str, device: str, workers: int, threads: int | None, verify: bool,
 ) -> Settings:  # fmt: skip
-    if engine not in ("auto", *ENGINES):
-        raise UsageError(f"engine = {engine!r}; expected auto or {' or '.join(ENGINES)}")
+    choose_engine(engine)
     if dtype not in DTYPES:
         raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
     try:
@@ -198,21 +198,17 @@ class _Run:
         self.results: dict[str, LayerReport] = {}
 
     def report(self) -> Report:
-        base_print, base_covers = self.base.fingerprint(verify=self.settings.verify)
-        tuned_print, tuned_covers = self.tuned.fingerprint(verify=self.settings.verify)
         return Report(
             base={
                 "path": str(self.base.path),
                 "format": self.base.layout,
-                "fingerprint": base_print,
-                "fingerprint_covers": base_covers,
+                **_fingerprint(self.base, self.settings.verify),
                 "named_by_adapter": named_base(self.tuned, self.base),
             },
             tuned={
                 "path": str(self.tuned.path),
                 "format": self.plan.format,
-                "fingerprint": tuned_print,
-                "fingerprint_covers": tuned_covers,
+                **_fingerprint(self.tuned, self.settings.verify),
                 **self.plan.facts,
             },
             settings=self.settings.record(),
@@ -221,6 +217,11 @@ class _Run:
             spectra_version=__version__,
             seconds=round(time.perf_counter() - self.started, 3),
         )
+
+
+def _fingerprint(checkpoint: Checkpoint, verify: bool) -> dict[str, str]:
+    made = checkpoint.fingerprint(verify=verify)
+    return {"fingerprint": made.value, "fingerprint_covers": made.covers, "fingerprint_headers": made.headers}
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,8 @@ class _Job:
         settings = run.settings
         started = time.perf_counter()
         try:
-            W0 = first.read_base(run.base, DTYPES[settings.dtype], settings.device)
+            dtype = torch.float64 if first.float64 else DTYPES[settings.dtype]
+            W0 = first.read_base(run.base, dtype, settings.device)
             analysis = LayerAnalysis(W0, settings.question, choose_engine(settings.engine))
         except LAYER_ERRORS as error:
             problem = _explain(error, f"{first.base.file}: {first.base.name}")
@@ -299,15 +301,18 @@ def _analyse(run: _Run, pair: LayerPair, W0: torch.Tensor, analysis: LayerAnalys
     except LAYER_ERRORS as error:
         names = pair.update.tensors
         if isinstance(error, NonFiniteError):  # say which of them
-            names = tuple(name for name in names if not bool(run.tuned.read(name).isfinite().all())) or names
-        return _failure(pair, *_explain(error, f"{run.tuned.path}: {', '.join(names)}"))
+            names = tuple(name for name in names if not bool(run.tuned.read(name).isfinite().all()))
+            error = NonFiniteError(
+                "holds NaN or infinity" if names else "too large for this precision; try --dtype float64"
+            )
+        return _failure(pair, *_explain(error, f"{run.tuned.path}: {', '.join(names or pair.update.tensors)}"))
     return _layer_report(pair, findings, differs, time.perf_counter() - started)
 
 
 def _explain(error: Exception, what: str) -> tuple[str, str]:
     """(status, message) of a layer that could not be analysed."""
     if isinstance(error, NonFiniteError):
-        return "non_finite", f"{what}: holds NaN or infinity"
+        return "non_finite", f"{what}: {error}"
     if isinstance(error, ConvergenceError):
         return "not_converged", f"{what}: {error}"
     if isinstance(error, SpectraError):
@@ -339,7 +344,11 @@ def _failure(pair: LayerPair, status: str, message: str) -> LayerReport:
 
 
 def _layer_report(pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:
-    flags = (*findings.flags, "base_copy_differs") if base_differs else findings.flags
+    flags = findings.flags
+    if base_differs:
+        flags += ("base_copy_differs",)
+    if pair.float64:
+        flags += ("float64_weights",)
     return LayerReport(
         **_describe(pair),
         status=findings.status,

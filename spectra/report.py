@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,11 @@ class Report:
                 raise UsageError(
                     f"the baseline was made with {key} = {theirs}, this run with {mine}; they cannot be compared"
                 )
-        if self.base.get("fingerprint") != baseline.base.get("fingerprint"):
+        # Contents are compared where both runs saw them; headers always.
+        keys = ["fingerprint_headers"]
+        if self.base["fingerprint_covers"] == baseline.base["fingerprint_covers"] == "contents":
+            keys.append("fingerprint")
+        if any(self.base[key] != baseline.base[key] for key in keys):
             raise UsageError("the baseline was made with another base model; they cannot be compared")
         known = {layer.name: layer.intruders for layer in baseline.layers}
         now = {layer.name: layer.intruders for layer in self.layers}
@@ -221,7 +225,7 @@ class Report:
         """The report as JSON-ready objects (schema ``spectra.report/1``).
 
         ``canonical`` leaves out what differs between runs of the same work: seconds, the number of
-        workers, and the paths of this machine.
+        workers, and the paths of this machine (errors name them, so they go too).
         """
         value: dict[str, Any] = {
             "schema": SCHEMA,
@@ -240,7 +244,9 @@ class Report:
             del value["seconds"], value["base"]["path"], value["tuned"]["path"]
             value["settings"].pop("workers", None)
             for layer in value["layers"]:
-                del layer["seconds"]
+                del layer["seconds"], layer["error"]
+            if self.baseline is not None:
+                value["baseline"]["tuned"] = {k: v for k, v in self.baseline["tuned"].items() if k != "path"}
         return value
 
     def to_json(self, *, canonical: bool = False, indent: int | None = 1) -> str:
@@ -258,7 +264,9 @@ class Report:
         if value.get("schema") != SCHEMA:
             raise UsageError(f"not a Spectra report of schema {SCHEMA} (its schema is {value.get('schema')!r})")
         layers = []
+        names = {field.name for field in fields(LayerReport)}
         for layer in value["layers"]:
+            layer = {key: item for key, item in layer.items() if key in names}  # fields may be added
             vectors = tuple(
                 VectorReport(
                     **{
@@ -351,12 +359,16 @@ def load_report(path: str | Path) -> Report:
     """
     path = Path(path)
     try:
-        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        report = Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        # What a comparison needs must be there and make sense.
+        _ = report.summary, report.base["fingerprint_headers"], report.base["fingerprint_covers"], dict(report.tuned)
+        _ = [report.settings[key] for key in ("top_k", "epsilon", "side")]
+        return report
     except OSError as error:
         raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
     except UsageError as error:
         raise CorruptFileError(path, str(error)) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CorruptFileError(
             path, "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,11 +18,14 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
     downloaded.
     """
     text = str(name)
+    if not text:
+        raise UsageError("an empty path names no model")
     for folder in [beside, Path()] if beside else [Path()]:
         candidate = folder / text
-        if candidate.exists():
-            plain = Path(os.path.normpath(candidate))  # no "adapter/../base", unless a link is in the way
-            return plain if plain.exists() and plain.samefile(candidate) else candidate
+        with contextlib.suppress(OSError):  # a name too long, a folder that may not be entered
+            if candidate.exists():
+                plain = Path(os.path.normpath(candidate))  # no "adapter/../base", unless a link is in the way
+                return plain if plain.exists() and plain.samefile(candidate) else candidate
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
         return None
     from huggingface_hub import snapshot_download
@@ -56,7 +60,7 @@ def open_base(name: str | Path | None, tuned: Checkpoint) -> Checkpoint:
     WrongBaseError : what was given as base is itself an adapter.
     """
     found = _base_of_adapter(tuned) if name is None else _found(name)
-    base = open_checkpoint(found)
+    base = open_checkpoint(found, as_base=True)
     if base.layout == "peft folder":
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
     return base
@@ -69,11 +73,12 @@ def _base_of_adapter(tuned: Checkpoint) -> Path:
     if not wanted or not isinstance(wanted, str):
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")
-    found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=tuned.path)
+    home = tuned.path if tuned.path.is_dir() else tuned.path.parent
+    found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=home)
     if found is None:
         raise MissingFileError(
-            tuned.path / "adapter_config.json",
-            f"its base model {wanted!r} is neither a path (seen from {tuned.path} or the working directory) nor in "
+            home / "adapter_config.json",
+            f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor in "
             "this machine's hub cache; name it with --base",
         )
     return found

@@ -18,6 +18,8 @@ from torch import Tensor
 
 SLAB = 256  # rows or columns that are upcast at once
 
+MAGNITUDE_ROUNDING = 1e-6  # of norms computed and stored in float32
+
 ALL = slice(None)
 
 
@@ -27,7 +29,7 @@ class TunedWeight(Protocol):
     ``matmul`` takes X (n, b) and ``rmatmul`` Y (m, b), both in the working dtype.  ``block`` gives
     the exact entries of a part of W1 in float64, ``dense`` all of it in the working dtype, each
     entry rounded once.  ``low_rank()`` is (B, A) in float64 with W1 = W0 + B·A where the update
-    has that form, else None.
+    has that form, else None.  ``parts`` is what W1 is made of besides W0.
     """
 
     @property
@@ -40,6 +42,7 @@ class TunedWeight(Protocol):
     def dense(self) -> Tensor: ...
     def delta(self) -> Tensor: ...
     def low_rank(self) -> tuple[Tensor, Tensor] | None: ...
+    def parts(self) -> tuple[Tensor, ...]: ...
     def is_unchanged(self) -> bool: ...
 
 
@@ -96,8 +99,12 @@ class FactoredWeight:
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         return (self.B, self.A) if self.left is None else None
 
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.B, self.A) if self.left is None else (self.B, self.A, self.left)
+
     def is_unchanged(self) -> bool:
-        identity = self.left is None or bool((self.left == 1).all())
+        # An untrained DoRA's magnitudes are the base's norms, rounded when they were stored.
+        identity = self.left is None or bool(((self.left - 1).abs() <= MAGNITUDE_ROUNDING).all())
         return identity and not (bool(self.B.any()) and bool(self.A.any()))
 
 
@@ -129,6 +136,9 @@ class DenseWeight:
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         return None
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.W1,)
 
     def is_unchanged(self) -> bool:
         return torch.equal(self.W0, self.W1)

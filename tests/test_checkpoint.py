@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 
@@ -22,6 +23,7 @@ from spectra.errors import (
     MissingFileError,
     SpectraError,
     UnsafeFileError,
+    UnsupportedMethodError,
 )
 from tests.conftest import FIXTURES
 
@@ -100,16 +102,14 @@ def test_peft_folder_and_its_subfolder(tmp_path):
 
 
 def test_fingerprint_of_headers_and_contents(good):
-    first = open_checkpoint(good)
-    headers, covers = first.fingerprint()
-    assert covers == "headers"
-    contents, covers = first.fingerprint(verify=True)
-    assert covers == "contents"
-    assert headers != contents
+    headers = open_checkpoint(good).fingerprint()
+    contents = open_checkpoint(good).fingerprint(verify=True)
+    assert (headers.covers, contents.covers) == ("headers", "contents")
+    assert headers.headers == headers.value == contents.headers != contents.value
     changed = {**TENSORS, "a.weight": TENSORS["a.weight"] + 1}
     save_file(changed, good)
-    assert open_checkpoint(good).fingerprint()[0] == headers
-    assert open_checkpoint(good).fingerprint(verify=True)[0] != contents
+    assert open_checkpoint(good).fingerprint() == headers
+    assert open_checkpoint(good).fingerprint(verify=True).value != contents.value
 
 
 def test_fingerprint_does_not_depend_on_the_order_of_reading(good):
@@ -120,14 +120,14 @@ def test_fingerprint_does_not_depend_on_the_order_of_reading(good):
             checkpoint.read(name, digest=True)
         prints.add(checkpoint.fingerprint())
     assert len(prints) == 1
-    assert prints.pop()[1] == "contents"
+    assert prints.pop().covers == "contents"
 
 
 def test_fingerprint_of_hub_blobs(tmp_path, good):
     blob = tmp_path / ("ab" * 32)
     good.rename(blob)
     good.symlink_to(blob)
-    assert open_checkpoint(good).fingerprint()[1] == "contents"
+    assert open_checkpoint(good).fingerprint().covers == "contents"
 
 
 HEADER = {"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
@@ -299,6 +299,40 @@ def test_missing_and_ambiguous_folders(tmp_path):
         open_checkpoint(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
     with pytest.raises(MissingFileError, match=r"adapter_config\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MissingFileError, match="neither a file"):
+        open_checkpoint(tmp_path / "pipe")
+    with pytest.raises(MissingFileError, match="could not be opened"):
+        open_checkpoint("x" * 5000)
+
+
+def test_names_with_control_characters(tmp_path):
+    raw_file(tmp_path / "x.safetensors", {"w\x1b[31m": HEADER["w"]}, b"\0" * 16)
+    with pytest.raises(CorruptFileError, match="control characters"):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_numbers_too_long_to_convert(tmp_path, good):
+    (tmp_path / "config.json").write_text('{"x": ' + "9" * 5000 + "}")
+    with pytest.raises(CorruptFileError, match=r"config\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_whole_model_beside_a_stray_adapter_config(tmp_path, good):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert open_checkpoint(tmp_path, as_base=True).layout == "safetensors"
+    with pytest.raises(MissingFileError, match="adapter's weights are missing"):
+        open_checkpoint(tmp_path)
+
+
+def test_mlx_folders_are_named(tmp_path, good):
+    good.rename(tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedMethodError, match="MLX"):
         open_checkpoint(tmp_path)
 
 

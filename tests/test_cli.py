@@ -372,6 +372,72 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert result.stdout.startswith("tuned,layer")
 
 
+def test_a_reader_that_leaves_early_gets_the_verdict_all_the_same():
+    command = f"set -o pipefail; {sys.executable} -m spectra audit {LORA} --format csv --fail-above 0 | true"
+    assert subprocess.run(["bash", "-c", command], stderr=subprocess.DEVNULL, cwd=ROOT).returncode == 1
+
+
+@pytest.mark.parametrize("redirect", ["> /dev/full", ">&-"])
+def test_standard_output_that_takes_nothing(redirect):
+    command = f"{sys.executable} -m spectra audit {LORA} {redirect}"
+    result = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    assert "standard output" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_float64_weights_are_not_rounded(capsys, make_base, rng):
+    weights = {"layer.0.q.weight": rng.normal(size=(40, 40))}
+    base = make_base(weights)
+    tuned = make_base({name: value * (1 + 1e-12) for name, value in weights.items()}, "tuned")
+    layer = spectra.audit(tuned, base).layers[0]
+    assert layer.status == "analysed"
+    assert "float64_weights" in layer.flags
+    assert layer.measures["update_norm_relative"] == pytest.approx(1e-12, rel=1e-3)
+
+
+def test_an_adapters_file_is_its_folder(capsys):
+    code, out, _ = run(capsys, "audit", f"{LORA}/adapter_model.safetensors", "--format", "csv")
+    assert code == 0
+    assert "q_proj" in out
+
+
+@pytest.mark.parametrize("arguments", [["audit", ""], ["audit", LORA, "--base", ""], ["audit", "x" * 5000]])
+def test_names_that_are_none(capsys, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("spectra: error:")
+
+
+def test_baselines_with_and_without_verify_compare(capsys, tmp_path):
+    known = str(tmp_path / "known.json")
+    run(capsys, "audit", LORA, "--verify", "-o", known)
+    assert run(capsys, "audit", LORA, "--baseline", known)[0] == 0
+    assert run(capsys, "audit", LORA, "--verify", "--baseline", known)[0] == 0
+    other = tmp_path / "base"
+    shutil.copytree(BASE, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"] += 1
+    save_file(tensors, other / "model.safetensors")
+    code, _, err = run(capsys, "audit", LORA, "--base", str(other), "--verify", "--baseline", known)
+    assert code == 2
+    assert "another base" in err
+
+
+def test_baselines_that_make_no_sense(capsys, tmp_path):
+    known = tmp_path / "known.json"
+    run(capsys, "audit", LORA, "-o", str(known))
+    good = json.loads(known.read_text())
+    for key, value in (("settings", {}), ("settings", []), ("base", []), ("layers", [{}]), ("layers", 3)):
+        known.write_text(json.dumps(good | {key: value}))
+        assert run(capsys, "audit", LORA, "--baseline", str(known))[0] == 2
+    good["layers"][0]["intruders"] = "x"
+    known.write_text(json.dumps(good))
+    assert run(capsys, "audit", LORA, "--baseline", str(known))[0] == 2
+    known.write_text("[" * 100_000)
+    assert run(capsys, "audit", LORA, "--baseline", str(known))[0] == 2
+
+
 def test_progress_goes_to_a_terminal_on_standard_error(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     code, out, err = run(capsys, "audit", LORA)

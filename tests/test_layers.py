@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import spectra
 from spectra.adapters import DIALECTS, plan_updates
+from spectra.adapters.pattern import Pattern
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
 from spectra.layers import pair_layers
@@ -164,7 +166,7 @@ def test_modules_to_save_is_a_dense_update_or_a_new_module(rng, make_base, make_
 def test_two_tensors_for_one_base_weight(rng, make_base):
     weight = f32(rng, 4, 4)
     base = make_base({"layer.0.q.weight": weight})
-    tuned = make_base({"layer.0.q.weight": weight, "model.layer.0.q.weight": weight + 1}, "tuned")
+    tuned = make_base({"bert.layer.0.q.weight": weight, "model.layer.0.q.weight": weight + 1}, "tuned")
     with pytest.raises(WrongBaseError, match="both match"):
         matches(base, tuned)
 
@@ -174,6 +176,121 @@ def test_square_transposed_weight_that_nothing_tells_about(rng, make_base, make_
     tuned = make_adapter({"layer.0.c_proj": (f32(rng, 4, 1), f32(rng, 1, 4))}, fan_in_fan_out=True)
     with pytest.raises(AdapterError, match=r"fan_in_fan_out.*config\.json"):
         matches(base, tuned)
+
+
+@pytest.mark.parametrize("family", ["vision-encoder-decoder", None])
+def test_biases_show_transposed_weights_in_any_family(rng, make_base, make_adapter, family):
+    tensors = {
+        "decoder.h.0.c_attn.weight": f32(rng, 4, 12),
+        "decoder.h.0.c_attn.bias": f32(rng, 12),
+        "decoder.h.0.c_proj.weight": f32(rng, 4, 4),
+    }
+    base = make_base(tensors, config={"model_type": family} if family else None)
+    B, A = f32(rng, 4, 1), f32(rng, 1, 4)
+    pair = pairs_of(base, make_adapter({"decoder.h.0.c_proj": (B, A)})).pairs[0]
+    assert pair.layout == "conv1d"
+
+
+def test_biases_show_plain_weights_in_a_family_of_transposed_ones(rng, make_base, make_adapter):
+    tensors = {
+        "h.0.c_attn.weight": f32(rng, 12, 4),
+        "h.0.c_attn.bias": f32(rng, 12),
+        "h.0.c_proj.weight": f32(rng, 4, 4),
+    }
+    base = make_base(tensors, config={"model_type": "gpt2"})
+    pair = pairs_of(base, make_adapter({"h.0.c_proj": (f32(rng, 4, 1), f32(rng, 1, 4))})).pairs[0]
+    assert pair.layout == "linear"
+
+
+@pytest.mark.parametrize("name", ["proj.weight", "dense.weight", "q.weight"])
+def test_a_new_head_is_not_taken_for_another_module(rng, make_base, name):
+    layers = {f"bert.layer.{i}.{kind}.weight": f32(rng, 6, 6) for i in range(2) for kind in ("q", "dense")}
+    base = make_base(layers | {"bert.pooler.proj.weight": f32(rng, 6, 6)})
+    tuned = make_base({key: value + 1 for key, value in layers.items()} | {name: f32(rng, 6, 6)}, "tuned")
+    pairing = pairs_of(base, tuned)
+    assert {pair.base.name for pair in pairing.pairs} == set(layers)
+    reasons = {item.name: item.reason for item in pairing.skipped}
+    assert "new module" in reasons[name.removesuffix(".weight")]
+    assert "only in the base" in reasons["bert.pooler.proj"]
+
+
+def test_what_is_left_out_is_not_said_to_be_missing(rng, make_base):
+    layers = {f"layer.{i}.q.weight": f32(rng, 6, 6) for i in range(3)}
+    base = make_base({f"bert.{key}": value for key, value in layers.items()})
+    pairing = pairs_of(base, make_base(layers, "tuned"), include=["layer.1"])
+    assert sorted(item.name for item in pairing.skipped) == ["layer.0.q", "layer.2.q"]
+
+
+def test_top_level_parameters_match_across_prefixes(rng, make_base):
+    base = make_base({"bert.pos_table": f32(rng, 6, 6), "bert.layer.0.q.weight": f32(rng, 6, 6)})
+    tuned = make_base({"pos_table": f32(rng, 6, 6), "layer.0.q.weight": f32(rng, 6, 6)}, "tuned")
+    assert set(matches(base, tuned).values()) == {"bert.pos_table", "bert.layer.0.q.weight"}
+
+
+def test_lora_on_a_resized_vocabulary(rng, make_base, make_adapter):
+    words = f32(rng, 50, 8)
+    base = make_base({"embed_tokens.weight": words})
+    A, B = f32(rng, 2, 52), f32(rng, 8, 2)
+    prefix = "base_model.model.embed_tokens.lora_embedding_"
+    tuned = make_adapter({}, extra={f"{prefix}A": A, f"{prefix}B": B}, r=2)
+    layer = spectra.audit(tuned, base).layers[0]
+    assert "from 50 to 52 rows" in layer.notes[0]
+    expected = spectra.find_intruders(words.T, B=B, A=A[:, :50])
+    assert layer.intruder_indices == expected.intruders
+    assert layer.vectors[0].sigma == pytest.approx(expected.vectors[0].sigma)
+
+
+def test_embedding_factors_for_a_vector(rng, make_base, make_adapter):
+    base = make_base({"embed_tokens.weight": f32(rng, 8)})
+    extra = {
+        f"base_model.model.embed_tokens.lora_embedding_{x}": f32(rng, *s) for x, s in (("A", (1, 8)), ("B", (8, 1)))
+    }
+    with pytest.raises(WrongBaseError, match="does not fit"):
+        spectra.audit(make_adapter({}, extra=extra), base)
+
+
+def test_kernels_that_differ(rng, make_base, make_adapter):
+    base = make_base({"conv.weight": f32(rng, 6, 6, 6, 1)})
+    tuned = make_adapter({"conv": (f32(rng, 6, 1, 1, 1), f32(rng, 1, 6, 3, 2))})
+    with pytest.raises(WrongBaseError, match="does not fit"):
+        spectra.audit(tuned, base)
+
+
+def test_packed_bases_are_skipped_by_name(rng, make_base, make_adapter):
+    base = make_base(
+        {"model.layer.0.q.qweight": torch.zeros(4, 4, dtype=torch.int32), "model.layer.1.q.weight": f32(rng, 4, 4)}
+    )
+    tuned = make_adapter({f"layer.{i}.q": (f32(rng, 4, 1), f32(rng, 1, 4)) for i in range(2)})
+    assert "GPTQ" in pairs_of(base, tuned).skipped[0].reason
+
+
+def test_patterns_match_as_in_peft():
+    import re
+
+    modules = ["model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj", "x.my_q_proj", "layers.1.q_proj"]
+    keys = [
+        "q_proj",
+        "layers.1.q_proj",
+        "^layers.1.q_proj",
+        r"layers\.1\.q_proj",
+        "1.q_proj$",
+        r".*1\.q_proj",
+        r"layers\.\d+\.q_proj",
+    ]
+    for key in keys:
+        pattern = Pattern(FIXTURES, {key: 5})
+        for module in modules:
+            expected = bool(re.match(rf"(.*\.)?({key})$", module))
+            assert (pattern.lookup(module, 0) == 5) == expected, (key, module)
+
+
+def test_many_plain_patterns_are_fast():
+    pattern = Pattern(FIXTURES, {f"model.layers.{i}.self_attn.q_proj": i for i in range(2000)})
+    started = time.perf_counter()
+    assert [pattern.lookup(f"model.layers.{i}.self_attn.q_proj", -1) for i in range(0, 2000, 10)] == list(
+        range(0, 2000, 10)
+    )
+    assert time.perf_counter() - started < 2
 
 
 def test_grouped_convolution_is_skipped_with_its_reason(rng, make_base, make_adapter):
@@ -222,6 +339,19 @@ BROKEN = {
     "alpha is no number": (lambda m, e, c: c.update(lora_alpha=float("nan")), AdapterError, "expected a number"),
     "pattern is no number": (lambda m, e, c: c.update(alpha_pattern={"q": "x"}), AdapterError, "expected a number"),
     "pattern is no expression": (lambda m, e, c: c.update(rank_pattern={"(": 2}), AdapterError, "regular expression"),
+    "pattern that recurses": (lambda m, e, c: c.update(rank_pattern={"(?R)": 2}), AdapterError, "too elaborate"),
+    "pattern that unrolls": (
+        lambda m, e, c: c.update(rank_pattern={"(?:(?:a{1000}){1000}){1000}": 2}), AdapterError, "too elaborate"),
+    "r is a fraction": (lambda m, e, c: c.update(r=2.5), AdapterError, r"r = 2\.5"),
+    "r beyond all bounds": (lambda m, e, c: c.update(r=10**400), AdapterError, "expected a number"),
+    "switch is no switch": (lambda m, e, c: c.update(use_rslora="false"), AdapterError, "expected true or false"),
+    "method is a list": (lambda m, e, c: c.update(peft_type=["LORA"]), AdapterError, "expected a name"),
+    "trainable tokens inside": (
+        lambda m, e, c: e.update({"base_model.model.emb.token_adapter.trainable_tokens_delta": np.ones((2, 4), "f4")}),
+        UnsupportedMethodError, "trainable tokens"),
+    "factor of another method inside": (
+        lambda m, e, c: e.update({"base_model.model.layer.0.q.ia3_l": np.ones((4, 1), "f4")}),
+        UnsupportedMethodError, "IA3"),
     "pattern that never ends": (
         lambda m, e, c: (m.update({"a" * 60 + "q": m.pop("layer.0.q")}), c.update(rank_pattern={"(a|aa)+": 2})),
         AdapterError, "too long"),
@@ -306,6 +436,11 @@ def test_conditional_adapters_say_so(rng, make_base, make_adapter):
         ("encoder.layer.3.attention.self.query", 2, "linear"),
         ("model.layers.3.mlp.up_proj", 2, "linear"),
         ("pooler.dense", 2, "linear"),
+        ("electra.embeddings_project", 2, "linear"),
+        ("encoder.embedding_hidden_mapping_in", 2, "linear"),
+        ("model.layers.0.mlp.shared_expert_gate", 2, "linear"),
+        ("bert.embeddings.token_type_embeddings", 2, "embedding"),
+        ("embeddings.class_embedding", 2, "embedding"),
         ("vision.patch_conv", 4, "conv"),
     ],
 )

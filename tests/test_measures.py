@@ -91,6 +91,7 @@ def test_operators_agree_with_their_dense_form(rng):
     assert Dense(W0.clone()).tuned(W0).is_unchanged()
     norms = W0.norm(dim=1)
     assert RowScaled(B * 0, A, 0.5, norms).tuned(W0).is_unchanged()
+    assert RowScaled(B * 0, A, 0.5, norms.float()).tuned(W0).is_unchanged(), "as an untrained DoRA stores them"
     assert not RowScaled(B * 0, A, 0.5, 2 * norms).tuned(W0).is_unchanged()
 
 

@@ -68,6 +68,11 @@ def option(name: str, rng: np.random.Generator) -> dict:
         "embedding": {"target_modules": ["words", "query"]},
         "conv2d": {"target_modules": ["conv1", "conv3"]},
         "attention": {"target_modules": ["attn"]},
+        "attention, patterns": {
+            "target_modules": ["attn"],
+            "rank_pattern": {"attn": 2},
+            "alpha_pattern": {f"layers.{layer}.attn": some, "out_proj": 64},
+        },
         "lora bias": {"lora_bias": True, "target_modules": ["query"]},
         "bias lora_only": {"bias": "lora_only"},
         "modules to save": {"modules_to_save": ["classifier"]},
@@ -82,7 +87,7 @@ def option(name: str, rng: np.random.Generator) -> dict:
 
 OPTIONS = (
     "alpha over r", "rslora", "rank pattern", "alpha pattern", "both patterns, rslora", "conv1d",
-    "conv1d and linear", "embedding", "conv2d", "attention", "lora bias", "bias lora_only",
+    "conv1d and linear", "embedding", "conv2d", "attention", "attention, patterns", "lora bias", "bias lora_only",
     "modules to save", "dora", "dora, rslora, patterns", "dora conv1d", "dora embedding", "dora conv2d",
 )  # fmt: skip
 

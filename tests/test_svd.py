@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectra.analysis import find_intruders
-from spectra.errors import ConvergenceError, NonFiniteError
+from spectra.analysis import LayerAnalysis, find_intruders
+from spectra.errors import ConvergenceError, NonFiniteError, UsageError
 from spectra.svd import ENGINES, Question, choose_engine, clusters, decompose, decompose_gram, exact, numerical_rank
 from spectra.svd.spectrum import EPS32
 from spectra.updates import Dense, DenseWeight, LowRank, RowScaled
@@ -170,6 +171,72 @@ def test_a_cosine_of_exactly_epsilon_is_no_intruder():
     assert not exactly.vectors[0].intruder, "the inequality is strict"
 
 
+def test_large_clusters_take_no_time():
+    started = time.perf_counter()
+    rotation = scipy.linalg.hadamard(512) / np.sqrt(512)
+    found = find_intruders(np.eye(512), rotation, top_k=5)
+    assert len(found.vectors) == 512
+    assert found.intruders == ()
+    assert time.perf_counter() - started < 10
+
+
+def test_a_cluster_that_reaches_into_the_null_space_counts_whole():
+    tolerance = 8 * EPS32
+    s = np.array([1.0, 0.5, tolerance * 1.2, tolerance * 0.9, 0, 0, 0, 0])
+    W0 = np.diag(s)
+    turn = np.eye(8)
+    turn[2:4, 2:4] = [[0.6, -0.8], [0.8, 0.6]]
+    W1 = turn @ np.diag(s)
+    assert reference.max_cosines(W0, W1, 4) == pytest.approx(
+        [v.max_cosine for v in find_intruders(W0, W1, top_k=4, dtype="float64").vectors]
+    )
+
+
+def test_infinite_factors_hide_behind_no_zero(rng):
+    W0 = problems.trained_like(rng, 12, 12)
+    A = np.full((1, 12), np.nan)
+    with pytest.raises(NonFiniteError, match=r"^A: "):
+        find_intruders(W0, B=np.zeros((12, 1)), A=A)
+    with pytest.raises(NonFiniteError):
+        LayerAnalysis(torch.from_numpy(W0), Question(), choose_engine("exact")).of(
+            LowRank(torch.zeros(12, 1), torch.from_numpy(A), 1.0).tuned(torch.from_numpy(W0))
+        )
+
+
+def test_a_difference_that_overflows(rng):
+    W0 = np.diag(np.linspace(1, 2, 12)).astype(np.float32)
+    W1 = W0.copy()
+    W0[0, 0], W1[0, 0] = -3e38, 3e38
+    with pytest.raises(NonFiniteError):
+        find_intruders(W0, W1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((np.eye(4), np.eye(4)), {"engine": "nonsense"}, "engine"),
+        ((np.eye(4), np.eye(4)), {"top_k": 2.5}, "whole number"),
+        ((np.eye(4), np.eye(4)), {"side": "top"}, "left or right"),
+        ((np.eye(4), np.eye(4)), {"dtype": "float16"}, "float32 or float64"),
+        ((np.eye(4), np.eye(4) * 1j), {}, "real numbers"),
+        ((np.eye(4), [["a"]]), {}, "real numbers"),
+        ((np.eye(4), np.ones(4)), {}, "expected a matrix"),
+        ((np.eye(4), np.eye(5)), {}, "expected the same"),
+        ((np.eye(4),), {}, "either W1, or both"),
+        ((np.eye(4),), {"B": np.ones((4, 1))}, "either W1, or both"),
+        ((np.eye(4),), {"B": np.ones((4, 1)), "A": np.ones((2, 4))}, "do not make an update"),
+    ],
+)
+def test_find_intruders_says_what_is_wrong(arguments, options, words):
+    with pytest.raises(UsageError, match=words):
+        find_intruders(*arguments, **options)
+
+
+def test_big_endian_arrays_are_read():
+    W0 = np.diag(np.arange(8, 0, -1.0))
+    assert find_intruders(W0.astype(">f8"), (W0 + 1).astype(">f4")).vectors[0].sigma > 8
+
+
 def test_the_sign_of_a_cosine_does_not_matter(rng):
     W0 = problems.trained_like(rng, 30, 30)
     assert find_intruders(W0, -W0).intruders == ()
@@ -207,6 +274,7 @@ def test_null_space_of_the_tuned_weight_is_never_an_intruder():
     W1[0, 0] = 4.0
     found = find_intruders(W0, W1)
     assert found.intruders == ()
+    assert [v.index for v in found.vectors] == list(range(10)), "null space ties are no reason for more than k"
     assert all("null_space" in v.flags and v.max_cosine is None for v in found.vectors[1:])
 
 

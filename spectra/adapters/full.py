@@ -29,6 +29,7 @@ class WholeTensor:
     rank: int | None = None
     alpha: float | None = None
     scaling: float | None = None
+    kernel: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     base_copy: str | None = None
 

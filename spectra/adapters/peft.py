@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spectra.adapters.full import whole_tensor
+from spectra.adapters.pattern import Pattern
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
+from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.orientation import Layout
@@ -71,7 +72,6 @@ NEUTRAL_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 PROMPT_METHODS = frozenset(
     ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"]
 )
-PATTERN_SECONDS = 1.0  # for all matches of one adapter's patterns, which are not ours to trust
 
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -110,6 +110,10 @@ class LoraUpdate:
         return self.B.shape[0], math.prod(self.A.shape[1:])
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.A.shape[2:]
+
+    @property
     def parameters(self) -> int:
         return self.A.size + self.B.size + (self.magnitude.size if self.magnitude else 0)
 
@@ -123,6 +127,8 @@ class LoraUpdate:
             return checkpoint.read(info.name, digest=True).to(device=device).double()
 
         A, B = factor(self.A).flatten(1), factor(self.B).flatten(1)
+        if rows is not None:  # of a resized vocabulary, which an embedding's A spans
+            A = A[:, :rows]
         if self.magnitude is None:
             return LowRank(B, A, self.scaling)
         return RowScaled(B, A, self.scaling, factor(self.magnitude).flatten())
@@ -165,6 +171,13 @@ class PeftAdapter:
             updates.append(_lora_update(config, module, slot, copy))
             if copy is not None:
                 skipped.append(Skipped(copy.name, "a copy of the base weight that peft stores beside the adapter"))
+        foreign = foreign_method(plain)
+        if foreign is not None:
+            name, method = foreign
+            raise UnsupportedMethodError(
+                plain[name].file, f"a LoRA does not hold this: it belongs to {method}, which this version cannot read",
+                plain[name].name,
+            )  # fmt: skip
         for name, info in plain.items():
             planned = _saved_module(name, info)
             if isinstance(planned, Skipped):
@@ -190,7 +203,8 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
         if factor not in slot:
             raise AdapterError(present.file, f"its partner {module}.{factor} is missing", present.name)
     A, B, magnitude = slot[kind + "A"], slot[kind + "B"], slot.get("lora_magnitude_vector")
-    rank, alpha, scaling = config.scaling_of(module)
+    # The out_proj inside a MultiheadAttention gets the options of the attention itself.
+    rank, alpha, scaling = config.scaling_of(module.removesuffix(".base_layer.out_proj"))
     for info in slot.values():
         if not info.is_float:
             raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
@@ -255,6 +269,8 @@ class _Config:
         )
         self.values = tuned.adapter_config
         method = self.values.get("peft_type")
+        if method is not None and not isinstance(method, str):
+            raise AdapterError(self.file, f"peft_type = {method!r}; expected a name")
         if method in PROMPT_METHODS:
             raise UnsupportedMethodError(
                 self.file, f"{method} changes no weight of the model, so there is no spectrum to compare"
@@ -275,13 +291,12 @@ class _Config:
         for key, value in self.values.items():
             if key not in KNOWN_FIELDS and value:
                 raise UnsupportedMethodError(self.file, f"the option {key} = {value!r} cannot be read by this version")
-        self.rank = self._number("r", 8)
-        self.alpha = self._number("lora_alpha", 8)
-        self.use_rslora = bool(self.values.get("use_rslora"))
-        self.use_dora = bool(self.values.get("use_dora"))
+        self.rank = self._number("r", self.values.get("r", 8))
+        self.alpha = self._number("lora_alpha", self.values.get("lora_alpha", 8))
+        self.use_rslora = self._switch("use_rslora")
+        self.use_dora = self._switch("use_dora")
         self.rank_pattern = self._pattern("rank_pattern")
         self.alpha_pattern = self._pattern("alpha_pattern")
-        self._deadline_left = PATTERN_SECONDS
 
     @property
     def format(self) -> str:
@@ -289,11 +304,11 @@ class _Config:
 
     def scaling_of(self, module: str) -> tuple[int, float, float]:
         """(r, alpha, scaling) of a module: alpha / r, or alpha / √r for rsLoRA (arXiv 2312.03732)."""
-        rank = int(self._lookup(self.rank_pattern, module, self.rank))
-        alpha = self._lookup(self.alpha_pattern, module, self.alpha)
-        if rank <= 0:
-            raise AdapterError(self.file, f"r = {rank} for module {module}; expected at least 1")
-        return rank, alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        rank = self.rank_pattern.lookup(module, self.rank)
+        alpha = self.alpha_pattern.lookup(module, self.alpha)
+        if rank < 1 or rank != int(rank):
+            raise AdapterError(self.file, f"r = {rank:g} for module {module}; expected a whole number, at least 1")
+        return int(rank), alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def facts(self, updates: list[PlannedUpdate]) -> dict[str, Any]:
         """What the report says of the fine-tune as a whole; null where modules differ."""
@@ -308,42 +323,25 @@ class _Config:
             "base_model_name_or_path": self.values.get("base_model_name_or_path"),
         }
 
-    def _number(self, key: str, default: float) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(self.file, f"{key} = {value!r}; expected a number")
-        return value
+    def _number(self, key: str, value: Any) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -1e15 < value < 1e15:
+            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected a number")
+        return float(value) if isinstance(value, float) else value
 
-    def _pattern(self, key: str) -> dict[str, float]:
+    def _switch(self, key: str) -> bool:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected true or false")
+        return bool(value)
+
+    def _pattern(self, key: str) -> Pattern:
         pattern = self.values.get(key) or {}
         if not isinstance(pattern, Mapping):
             raise AdapterError(self.file, f"{key} is not an object")
-        for name, value in pattern.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise AdapterError(self.file, f"{key} gives {name!r} the value {value!r}; expected a number")
-        return dict(pattern)
-
-    def _lookup(self, pattern: dict[str, float], module: str, default: float) -> float:
-        """The first entry whose key, a regular expression, matches the module's name or its end.
-
-        Whoever made the file wrote the expression, so it runs on an engine with a time limit.
-        """
-        import regex
-
-        for key, value in pattern.items():
-            started = time.monotonic()
-            try:
-                if len(key) > 1000:
-                    raise TimeoutError
-                match = regex.match(rf"(.*\.)?({key})$", module, timeout=self._deadline_left)
-            except TimeoutError:
-                raise AdapterError(self.file, f"the pattern {key[:80]!r} takes too long to match") from None
-            except regex.error as error:
-                raise AdapterError(self.file, f"the pattern {key[:80]!r} is no regular expression: {error}") from None
-            self._deadline_left = max(self._deadline_left - (time.monotonic() - started), 1e-3)
-            if match:
-                return value
-        return default
+        return Pattern(
+            self.file, {name: self._number(f"{key} for {name[:80]!r}", value) for name, value in pattern.items()}
+        )
 
 
 def _common(values: Any) -> Any:

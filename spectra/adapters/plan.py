@@ -52,6 +52,8 @@ class PlannedUpdate(Protocol):
     @property
     def may_be_new(self) -> bool: ...  # a module the base need not have
     @property
+    def kernel(self) -> tuple[int, ...]: ...  # of a convolution's update, else ()
+    @property
     def notes(self) -> tuple[str, ...]: ...  # what a reader of the report should know
     @property
     def base_copy(self) -> str | None: ...  # a copy of the base weight stored beside the update

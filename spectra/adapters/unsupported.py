@@ -6,6 +6,7 @@ A method that gets its own dialect leaves this table.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from spectra.adapters.plan import Plan
 from spectra.checkpoint import Checkpoint
@@ -18,6 +19,9 @@ SIGNATURES: tuple[tuple[str, str], ...] = (
     (r"\.dora_scale$", "LyCORIS DoRA"),
     (r"\.oft_blocks|\.oft_diag|\.oft_R", "OFT"),
     (r"\.lora_(down|up)\.", "a kohya (sd-scripts) LoRA"),
+    (r"_lora\.(down|up)\.", "a LoRA of an early diffusers"),
+    (r"token_adapter|trainable_tokens_delta", "trainable tokens"),
+    (r"\.lora_(diag|E|ga)(\.|$)", "a variant of LoRA (KaSA, AdaLoRA)"),
     (r"\.ia3_l|\.on_input$", "IA3"),
     (r"\.vera_lambda_[bd]", "VeRA"),
     (r"\.lora_[ab]$", "an MLX LoRA"),
@@ -46,8 +50,14 @@ class Unsupported:
 
     @staticmethod
     def _method(tuned: Checkpoint) -> tuple[str, str] | None:
-        for pattern, method in SIGNATURES:
-            for name in tuned.tensors:
-                if re.search(pattern, name):
-                    return name, method
-        return None
+        return foreign_method(tuned.tensors)
+
+
+def foreign_method(names: Iterable[str]) -> tuple[str, str] | None:
+    """(name, method) of the first tensor name that gives away a method that is not read yet."""
+    names = list(names)
+    for pattern, method in SIGNATURES:
+        for name in names:
+            if re.search(pattern, name):
+                return name, method
+    return None

@@ -6,8 +6,9 @@ line in ``ENGINES``.  The contract tests then run on it by themselves.
 
 from __future__ import annotations
 
+from spectra.errors import UsageError
 from spectra.svd.engine import Comparison, Engine, Match, Question
-from spectra.svd.exact import ExactEngine, check_finite, decompose, decompose_gram
+from spectra.svd.exact import ExactEngine, check_finite, decompose, decompose_gram, singular_values
 from spectra.svd.matching import BORDERLINE, match_vectors
 from spectra.svd.spectrum import Side, Spectrum, clusters, numerical_rank
 
@@ -16,6 +17,8 @@ ENGINES: dict[str, type[Engine]] = {"exact": ExactEngine}
 
 def choose_engine(name: str) -> Engine:
     """The engine of that name; "auto" is the exact one, until there is a choice."""
+    if name not in ("auto", *ENGINES):
+        raise UsageError(f"engine = {name!r}; expected auto or {' or '.join(ENGINES)}")
     return ENGINES["exact" if name == "auto" else name]()
 
 
@@ -35,4 +38,5 @@ __all__ = [
     "decompose_gram",
     "match_vectors",
     "numerical_rank",
+    "singular_values",
 ]

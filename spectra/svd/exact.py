@@ -121,6 +121,17 @@ def _thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
     raise ConvergenceError("the SVD did not converge (" + "; ".join(problems) + ")")
 
 
+def singular_values(W: Tensor) -> np.ndarray:
+    """All singular values of W, float64, descending; raises as :func:`decompose` does."""
+    check_finite(W)
+    try:
+        s = torch.linalg.svdvals(W)
+    except NOT_CONVERGED:
+        s = _thin_svd(W)[1]
+    values: np.ndarray = s.double().cpu().numpy()
+    return values
+
+
 def _run_driver(W: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     if name != "gesvd" or W.is_cuda:
         result = torch.linalg.svd(W, full_matrices=False, driver=name if W.is_cuda else None)

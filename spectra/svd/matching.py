@@ -34,8 +34,9 @@ def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int) -> list[Match]:
     starts = clusters(tuned.s)
     rank = tuned.rank
     stop = min(top_k, tuned.s.size)
-    if stop and stop not in starts:
-        stop = int(starts[np.searchsorted(starts, stop)])
+    end = int(np.searchsorted(starts, stop))
+    if starts[end] > stop and starts[end - 1] < rank:  # a tie across k, and not of null space
+        stop = int(starts[end])
     stop = min(stop, tuned.vectors.shape[1])
     groups = _BaseGroups(base, tuned.vectors[:, :stop])
     matches: list[Match] = []
@@ -91,10 +92,11 @@ class _BaseGroups:
         surely = int(np.count_nonzero(s > doubt * tolerance)) if self.rank else 0
         possibly = int(np.count_nonzero(s > tolerance / doubt)) if self.rank else 0
         edges = clusters(s)
-        self.edges = np.unique(np.minimum(edges, possibly))  # starts of groups, and the end
+        # Starts of groups, and the end; a group that begins above the null space counts whole.
+        self.edges = edges[: np.searchsorted(edges, possibly) + 1]
         self.count = int(np.searchsorted(self.edges, self.rank))
         self.sure_count = int(np.searchsorted(self.edges, surely))
-        X = base.vectors[:, :possibly]
+        X = base.vectors[:, : self.edges[-1]]
         self.C = (X.T.to(Y.dtype) @ Y if exact or Y.dtype == X.dtype else X.T @ Y.to(X.dtype)).double().cpu().numpy()
         energy = np.cumsum(s**2)
         self.captured = int(np.searchsorted(energy, CAPTURE_ENERGY * energy[-1]) + 1) if self.rank else 0
@@ -132,19 +134,23 @@ class _BaseGroups:
         """
         block = self.C[:, first:last]
         while block.shape[1] > 1:
-            masses = self._masses(block**2)[: self.count]
-            best, rotation = 0.0, np.eye(block.shape[1])
-            # A group's largest cosine is at most its mass, so most groups need no SVD.
-            for group in np.argsort(-masses.sum(1)):
-                if masses[group].sum() <= best**2:
+            masses = self._masses(block**2)[: self.count].sum(1)
+            order = np.argsort(-masses)
+            best, count, rotation = 0.0, 1, np.eye(block.shape[1])
+            # A group's largest cosine² is at most its mass, so most groups need no SVD.
+            for position, group in enumerate(order):
+                if masses[group] <= best**2:
                     break
                 part = block[self.edges[group] : self.edges[group + 1]]
-                _, cosines, Vh = np.linalg.svd(part)
+                _, cosines, Vh = np.linalg.svd(part, full_matrices=part.shape[0] < part.shape[1])
                 if cosines[0] > best:
                     best, rotation = float(cosines[0]), Vh.T
+                    others = masses[order[0 if position else 1 :][:1]].sum()
+                    # What no other group can match may follow at once.
+                    count = max(1, int(np.count_nonzero(cosines**2 >= others)))
             block = block @ rotation
-            yield block[:, 0]
-            block = block[:, 1:]
+            yield from block[:, :count].T
+            block = block[:, count:]
         if block.shape[1]:
             yield block[:, 0]
 

@@ -26,14 +26,13 @@ class Spectrum:
 
     Attributes
     ----------
-    s : float64 on the CPU, descending; all min(m, n) values where ``complete``, else the largest.
+    s : float64 on the CPU, descending: all min(m, n) values, or the largest of them.
     vectors : (d, q), d = m for left vectors and n for right ones; they belong to ``s[:q]``.
     side : which side ``vectors`` are.
     residuals : (q,) float64, √(‖W v − σ u‖² + ‖Wᵀ u − σ v‖²) of each triplet, in the units of σ.
     orthogonality : max |vectorsᵀ vectors − I|.
     shape : (m, n).
     method : what computed it, for the record ("gesdd", "gesvd", "gram").
-    complete : whether ``s`` holds all min(m, n) values.
 
     A perturbation bound for vector i is residuals[i] / gap_i (Wedin 1972, Davis & Kahan 1970).
     """
@@ -45,7 +44,6 @@ class Spectrum:
     orthogonality: float
     shape: tuple[int, int]
     method: str
-    complete: bool = True
 
     @property
     def residual(self) -> float:
