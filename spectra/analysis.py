@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.detect import Vector, detect, is_noise_like, random_floor
+from spectra.detect import detect, is_noise_like, random_floor
 from spectra.errors import NonFiniteError, UsageError
 from spectra.measures import layer_measures
+from spectra.records import Vector
 from spectra.svd import Engine, Question, check_finite, choose_engine
 from spectra.updates import Dense, LowRank, TunedWeight
 

@@ -6,35 +6,18 @@ those whose |cos| with every singular vector of W0 is strictly below epsilon.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import scipy.integrate
 import scipy.special
 
+from spectra.records import Vector
 from spectra.svd import BORDERLINE, Comparison, Match, Question
-from spectra.svd.engine import DecidedBy
 
 # Gaussian matrices reached σ₁ = 1.028 times the Marchenko–Pastur edge (measured, min(m, n) ≥ 32).
 NOISE_EDGE = 1.05
 NOISE_MIN_SIZE = 32
-
-
-@dataclass(frozen=True)
-class Vector:
-    """One singular vector of W1 with its verdict; see :class:`~spectra.svd.engine.Match`."""
-
-    index: int
-    sigma: float
-    max_cosine: float | None
-    max_cosine_bounds: tuple[float, float]
-    base_index: int | None
-    base_sigma: float | None
-    base_capture: float | None
-    decided_by: DecidedBy
-    intruder: bool
-    flags: tuple[str, ...]
 
 
 def detect(comparison: Comparison, question: Question) -> tuple[Vector, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from spectra.detect import Vector
+from spectra.records import Vector
 from spectra.svd import Comparison, singular_values
 from spectra.updates import TunedWeight
 

@@ -23,7 +23,7 @@ from spectra.analysis import DTYPES, Findings, LayerAnalysis, checked_question
 from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError
 from spectra.layers import LayerPair, Pairing, pair_layers
-from spectra.report import LayerReport, Report, VectorReport, module_type
+from spectra.report import LayerReport, Report, module_type
 from spectra.resolve import named_base, open_base, open_tuned
 from spectra.svd import Question, choose_engine
 
@@ -352,7 +352,7 @@ def _layer_report(pair: LayerPair, findings: Findings, base_differs: bool, secon
     return LayerReport(
         **_describe(pair),
         status=findings.status,
-        vectors=tuple(VectorReport(**asdict(vector)) for vector in findings.vectors),
+        vectors=findings.vectors,
         intruders=len(findings.intruders),
         intruder_indices=findings.intruders,
         measures=findings.measures,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
+from spectra.records import Vector
 
 if TYPE_CHECKING:
     import pandas
@@ -31,22 +32,6 @@ SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong
 
 
 @dataclass(frozen=True)
-class VectorReport:
-    """One singular vector of W1; the fields of :class:`spectra.detect.Vector`."""
-
-    index: int
-    sigma: float
-    max_cosine: float | None
-    max_cosine_bounds: tuple[float, float]
-    base_index: int | None
-    base_sigma: float | None
-    base_capture: float | None
-    decided_by: str
-    intruder: bool
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class LayerReport:
     """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings."""
 
@@ -57,7 +42,7 @@ class LayerReport:
     stored_shape: tuple[int, ...]
     status: str
     update: Mapping[str, Any]
-    vectors: tuple[VectorReport, ...] = ()
+    vectors: tuple[Vector, ...] = ()
     intruders: int = 0
     intruder_indices: tuple[int, ...] = ()
     measures: Mapping[str, float | None] = field(default_factory=dict)
@@ -268,7 +253,7 @@ class Report:
         for layer in value["layers"]:
             layer = {key: item for key, item in layer.items() if key in names}  # fields may be added
             vectors = tuple(
-                VectorReport(
+                Vector(
                     **{
                         **vector,
                         "max_cosine_bounds": tuple(vector["max_cosine_bounds"]),

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from spectra.errors import UsageError
+from spectra.records import Vector
 from spectra.render.text import render_report, render_summary
-from spectra.report import LayerReport, Report, VectorReport
+from spectra.report import LayerReport, Report
 
 
 def vector(index, intruder=False, flags=()):
-    return VectorReport(index, 10.0 - index, 0.2 if intruder else 0.9, (0.1, 0.95), 3, 1.0, 0.5, "svd", intruder, flags)
+    return Vector(index, 10.0 - index, 0.2 if intruder else 0.9, (0.1, 0.95), 3, 1.0, 0.5, "svd", intruder, flags)
 
 
 def layer(name, intruders=(), count=10, **changes):

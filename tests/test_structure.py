@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 # What each module may import from the package; ARCHITECTURE.md draws the same picture.
 ALLOWED = {
     "errors": set(),
+    "records": set(),
     "checkpoint": {"errors"},
     "resolve": {"checkpoint", "errors"},
     "orientation": {"checkpoint"},
@@ -27,10 +28,10 @@ ALLOWED = {
     "adapters": {"checkpoint", "errors", "orientation", "updates"},
     "layers": {"adapters", "checkpoint", "errors", "orientation", "updates"},
     "svd": {"errors", "updates"},
-    "detect": {"svd"},
-    "measures": {"detect", "svd", "updates"},
-    "analysis": {"detect", "errors", "measures", "svd", "updates"},
-    "report": {"errors"},
+    "detect": {"records", "svd"},
+    "measures": {"records", "svd", "updates"},
+    "analysis": {"detect", "errors", "measures", "records", "svd", "updates"},
+    "report": {"errors", "records"},
     "pipeline": {"adapters", "analysis", "checkpoint", "errors", "layers", "report", "resolve", "svd"},
     "inspection": {"adapters", "checkpoint", "errors", "layers", "resolve"},
     "render": {"report"},
