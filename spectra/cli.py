@@ -124,7 +124,7 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="leave out modules whose name matches (repeatable)",
     )
     how = audit.add_argument_group("how to compute")
-    how.add_argument("--engine", choices=("auto", "exact"), default="auto", help="default: auto")
+    how.add_argument("--engine", choices=("auto", "exact", "krylov"), default="auto", help="default: auto")
     how.add_argument(
         "--dtype",
         choices=("float32", "float64"),

@@ -59,9 +59,9 @@ def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:
 def layer_measures(tuned: TunedWeight, comparison: Comparison, vectors: tuple[Vector, ...]) -> dict[str, float | None]:
     """All measures of one analysed layer, by the names the report uses; ratios are of W0's norms."""
     update = update_singular_values(tuned)
-    base = comparison.base_singular_values
-    size, base_size = norm_fro(update), norm_fro(base) if base is not None else None
-    top, base_top = float(update[0]), float(base[0]) if base is not None else None
+    base_size = float(torch.linalg.vector_norm(tuned.W0, dtype=torch.float64))
+    base_top = comparison.base_norm_spectral
+    size, top = norm_fro(update), float(update[0])
     return {
         "base_norm_fro": base_size,
         "base_norm_spectral": base_top,

@@ -108,7 +108,8 @@ def audit_many(
     base : the base checkpoint of all of them; None takes each adapter's from its config.
     top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
     include, exclude : shell patterns over module names.
-    engine : "auto" or "exact".
+    engine : "auto", "exact" or "krylov"; the verdicts are the same.  Krylov decides low-rank updates of
+        large weights without decomposing the base, and gives bounds where exact gives cosines.
     dtype : "float32" or "float64", the precision of the decompositions; weights that are stored in
         float64 are decomposed in float64 either way, since rounding them could hide the update.
     device : "cpu", "cuda" or any torch device.
@@ -344,13 +345,15 @@ def _failure(pair: LayerPair, status: str, message: str) -> LayerReport:
 
 
 def _layer_report(pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:
-    flags = findings.flags
+    flags, describe = findings.flags, _describe(pair)
+    if findings.engine == "krylov":
+        describe["notes"] += ("decided by certificates: what they did not need is null",)
     if base_differs:
         flags += ("base_copy_differs",)
     if pair.float64:
         flags += ("float64_weights",)
     return LayerReport(
-        **_describe(pair),
+        **describe,
         status=findings.status,
         vectors=findings.vectors,
         intruders=len(findings.intruders),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from spectra.svd.spectrum import Side
@@ -55,16 +54,23 @@ class Match:
 class Comparison:
     """An engine's answer for one layer.
 
-    Singular values are float64, descending, and None where the engine did not need all of them;
-    ``residual`` is relative to σ₁ and is the larger of the two sides'.
+    Attributes
+    ----------
+    matches : the compared vectors of W1, by falling singular value.
+    engine : the one that answered.
+    base_norm_spectral : σ₁ of W0.
+    residual : of the decompositions, the larger of both sides', relative to σ₁ (to σ₁² where the
+        engine works with W·Wᵀ).
+    orthogonality : max |XᵀX − I| of the vectors, where the engine keeps any.
+    settled_in_float64 : whether working precision left a verdict open.
+    methods : what was run, for the record.
     """
 
     matches: tuple[Match, ...]
     engine: str
-    base_singular_values: np.ndarray | None
-    tuned_singular_values: np.ndarray | None
+    base_norm_spectral: float
     residual: float
-    orthogonality: float
+    orthogonality: float | None
     settled_in_float64: bool
     methods: tuple[str, ...]
 

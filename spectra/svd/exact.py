@@ -64,8 +64,7 @@ class ExactEngine:
         return Comparison(
             matches=tuple(matches),
             engine=self.name,
-            base_singular_values=before.s,
-            tuned_singular_values=spectrum.s,
+            base_norm_spectral=float(before.s[0]),
             residual=max(before.residual, spectrum.residual),
             orthogonality=max(before.orthogonality, spectrum.orthogonality),
             settled_in_float64=settle,
