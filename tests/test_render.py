@@ -105,6 +105,13 @@ def test_borderline_and_ranges():
     assert "1 cosine within 0.001 of epsilon" in text
 
 
+def test_a_bound_is_shown_as_one():
+    certified = replace(vector(0, True), max_cosine=None, max_cosine_bounds=(0.1, 0.499))
+    text = render_report(report([layer("layers.0.q", [0], vectors=(certified,))]))
+    assert "≤ 0.50" in text
+    assert "<= 0.50" in render_report(report([layer("layers.0.q", [0], vectors=(certified,))]), ascii_only=True)
+
+
 def test_failures_come_before_the_details():
     bad = layer("layers.1.q", vectors=(), status="non_finite", error="tensor x: 3 of 9 values are NaN or infinite")
     text = render_report(report([layer("layers.0.q", [0]), bad]))

@@ -16,7 +16,7 @@ UNRELATED = 1.0  # ‖dW‖/‖W0‖ of a real fine-tune is far below; of two un
 MARKS = {"intruder": "█", "borderline intruder": "▓", "borderline": "░", "not": "·", "absent": " "}
 ASCII_MARKS = {"intruder": "#", "borderline intruder": "%", "borderline": "+", "not": ".", "absent": " "}
 # What else stands in the text, where a terminal knows no more than ASCII.
-ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "×": "x", "…": "...", "–": "-", "—": "-"}
+ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "≤": "<=", "×": "x", "…": "...", "–": "-", "—": "-"}
 
 MEANING = {
     "none": "none of the leading singular vectors is new",
@@ -179,12 +179,12 @@ def _worst(report: Report) -> str:
         return ""
     rows = []
     for layer in layers[:WORST_ROWS]:
-        lowest = min(
-            v.max_cosine if v.max_cosine is not None else v.max_cosine_bounds[1] for v in layer.vectors if v.intruder
-        )
+        found = [vector for vector in layer.vectors if vector.intruder]
+        lowest = min(v.max_cosine_bounds[1] if v.max_cosine is None else v.max_cosine for v in found)
+        known = all(vector.max_cosine is not None for vector in found)  # else a bound stands for it
         rows.append([
             layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), _ranges(layer.intruder_indices),
-            f"{lowest:.2f}", _decimals(layer.measures["update_norm_relative"]),
+            f"{lowest:.2f}" if known else f"≤ {lowest:.2f}", _decimals(layer.measures["update_norm_relative"]),
             _decimals(layer.measures["effective_rank"], 1), _number(layer.update["rank"]),
         ])  # fmt: skip
     header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "eff. rank", "rank"]
