@@ -4,7 +4,8 @@
 
 A pair is W0 and W1 in float32.  Each case runs in a process of its own: first a tiny audit, so that
 every library is loaded and warm, then the large one; what counts is how far the second raises the
-process's peak.  "settled" sets epsilon to a cosine that occurs, so that float64 must decide.
+process's peak.  "settled" sets epsilon to a cosine that occurs, so that float64 must decide; all but "krylov" use the
+exact engine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-CASES = ("lora", "dora", "full", "lora settled")
+CASES = ("lora", "dora", "full", "lora settled", "lora krylov")
 
 
 def write_case(folder: Path, case: str, size: int) -> None:
@@ -50,7 +51,7 @@ def write_case(folder: Path, case: str, size: int) -> None:
     (folder / "tuned" / "adapter_config.json").write_text(json.dumps(config))
 
 
-def measure(folder: Path, epsilon: float) -> dict[str, float]:
+def measure(folder: Path, epsilon: float, engine: str) -> dict[str, float]:
     """Bytes by which auditing ``folder`` raises this process's peak; run in a fresh process."""
     import io
     from contextlib import redirect_stdout
@@ -60,7 +61,20 @@ def measure(folder: Path, epsilon: float) -> dict[str, float]:
     def audit(tuned: Path, base: Path) -> dict[str, Any]:
         text = io.StringIO()
         with redirect_stdout(text):
-            spectra_command(["audit", str(tuned), "--base", str(base), "--epsilon", str(epsilon), "--format", "json"])
+            spectra_command(
+                [
+                    "audit",
+                    str(tuned),
+                    "--base",
+                    str(base),
+                    "--epsilon",
+                    str(epsilon),
+                    "--engine",
+                    engine,
+                    "--format",
+                    "json",
+                ]
+            )
         report: dict[str, Any] = json.loads(text.getvalue())
         return report
 
@@ -77,7 +91,7 @@ def measure(folder: Path, epsilon: float) -> dict[str, float]:
     return {
         "bytes": raised,
         "settled": "settled_in_float64" in layer["flags"],
-        "cosine": min(vector["max_cosine"] for vector in layer["vectors"]),
+        "cosine": min(vector["max_cosine_bounds"][1] for vector in layer["vectors"]),
     }
 
 
@@ -88,7 +102,8 @@ def run_case(case: str, size: int) -> dict[str, float]:
         write_case(folder, case, size)
 
         def child(epsilon: float) -> dict[str, float]:
-            command = [sys.executable, __file__, "--child", str(folder), str(epsilon)]
+            engine = "krylov" if case.endswith("krylov") else "exact"
+            command = [sys.executable, __file__, "--child", str(folder), str(epsilon), engine]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
             answer: dict[str, float] = json.loads(result.stdout)
             return answer
@@ -102,10 +117,10 @@ def run_case(case: str, size: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sizes", nargs="*", type=int, default=[1024, 2048])
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "EPSILON"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "EPSILON", "ENGINE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(Path(options.child[0]), float(options.child[1]))))
+        print(json.dumps(measure(Path(options.child[0]), float(options.child[1]), options.child[2])))
         return
     print(f"{'case':<14}{'size':>6}{'MiB':>9}{'pairs':>8}")
     for size in options.sizes:
