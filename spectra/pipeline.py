@@ -112,7 +112,7 @@ def audit_many(
         large weights without decomposing the base, and gives bounds where exact gives cosines.
     dtype : "float32" or "float64", the precision of the decompositions; weights that are stored in
         float64 are decomposed in float64 either way, since rounding them could hide the update.
-    device : "cpu", "cuda" or any torch device.
+    device : "cpu" or "cuda", with an index if need be.
     workers : how many base weights are worked on at a time (memory grows with it).
     threads : threads for one weight; part of the settings, since it may change last digits.
         By default torch's own number (which heeds OMP_NUM_THREADS), shared out among the workers.
