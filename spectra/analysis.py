@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from spectra.detect import detect, is_noise_like, random_floor
 from spectra.errors import NonFiniteError, UsageError
 from spectra.measures import layer_measures
 from spectra.records import Vector
-from spectra.svd import Engine, Question, check_finite, choose_engine
+from spectra.svd import Base, Engine, Question, Spectrum, check_finite, choose_engine
 from spectra.updates import Dense, LowRank, TunedWeight
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -25,17 +27,19 @@ class Findings:
 
     Attributes
     ----------
-    status : "analysed", or "unchanged" where W1 equals W0 and nothing was decomposed.
+    status : "analysed"; "proved_small" where the size of the update alone rules intruders out;
+        "unchanged" where W1 equals W0 and nothing was decomposed.
     shape : (m, n) of the weight.
     vectors : the compared singular vectors of W1, by falling singular value.
     measures : see :func:`spectra.measures.layer_measures`.
     random_floor : the mean max |cos| of a random direction.
     noise_like_base : W0's spectrum is plain noise, so that its intruders say little.
-    flags : "settled_in_float64", "zero_base".
+    flags : "settled_in_float64", "zero_base", "stale_cache" (the spectrum kept by an earlier run is
+        that of another weight, and was not used).
     residual, orthogonality : of the decompositions, relative to σ₁; None where there was none.
     """
 
-    status: Literal["analysed", "unchanged"]
+    status: Literal["analysed", "proved_small", "unchanged"]
     shape: tuple[int, int]
     vectors: tuple[Vector, ...] = ()
     measures: dict[str, float | None] = field(default_factory=dict)
@@ -59,10 +63,18 @@ class LayerAnalysis:
     The base is decomposed at most once, and only if some update changes it.
     """
 
-    def __init__(self, W0: Tensor, question: Question, engine: Engine):
+    def __init__(
+        self,
+        W0: Tensor,
+        question: Question,
+        engine: Engine,
+        *,
+        fine_tunes: int = 1,
+        stored: Callable[[], Spectrum | None] | None = None,
+    ):
         check_finite(W0)
-        self._W0, self._question, self._engine = W0, question, engine
-        self._prepared = engine.prepare(W0, question.side)
+        self._question, self._engine = question, engine
+        self._base = Base(W0, question.side, fine_tunes=fine_tunes, stored=stored)
 
     def of(self, tuned: TunedWeight) -> Findings:
         """Findings for W1.
@@ -76,21 +88,26 @@ class LayerAnalysis:
         if tuned.is_unchanged():
             return Findings("unchanged", tuned.shape)
         question = self._question
-        comparison = self._engine.compare(self._prepared, tuned, question)
+        with ieee_arithmetic():
+            comparison = self._engine.compare(self._base, tuned, question)
         vectors = detect(comparison, question)
         measures = layer_measures(tuned, comparison, vectors)
         m, n = tuned.shape
         flags = ["settled_in_float64"] if comparison.settled_in_float64 else []
-        top, size = measures["base_norm_spectral"], measures["base_norm_fro"]
+        top, size = comparison.base_norm_spectral, measures["base_norm_fro"]
+        assert size is not None
         if top == 0:
             flags.append("zero_base")
+        if self._base.stale:
+            flags.append("stale_cache")
+        small = all(match.decided_by == "bound" for match in comparison.matches)
         return Findings(
-            status="analysed",
+            status="proved_small" if small else "analysed",
             shape=(m, n),
             vectors=vectors,
             measures=measures,
             random_floor=random_floor(m if question.side == "left" else n, min(m, n)),
-            noise_like_base=None if top is None or size is None else is_noise_like((m, n), size, top),
+            noise_like_base=is_noise_like((m, n), size, top),
             flags=tuple(flags),
             engine=comparison.engine,
             methods=comparison.methods,
@@ -158,6 +175,29 @@ def find_intruders(
             )
         tuned = LowRank(left, right, scaling).tuned(base)
     return LayerAnalysis(base, question, choose_engine(engine)).of(tuned)
+
+
+@contextmanager
+def ieee_arithmetic() -> Iterator[None]:
+    """Float32 products in float32: on CUDA, TF32 would keep 10 bits of them."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError where torch cannot compute there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device = {device!r}; expected cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device = {device!r}, but torch finds no CUDA device here")
 
 
 def checked_question(top_k: int, epsilon: float, side: str) -> Question:

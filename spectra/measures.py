@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spectra.records import Vector
-from spectra.svd import Comparison, singular_values
+from spectra.svd import Comparison, singular_values, spectral_norm
 from spectra.updates import TunedWeight
 
 
@@ -22,9 +22,9 @@ def effective_rank(s: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def stable_rank(s: np.ndarray) -> float:
+def stable_rank(norm_fro: float, norm_spectral: float) -> float:
     """‖W‖_F² / ‖W‖₂²; 0 for a zero matrix."""
-    return float(((s / s[0]) ** 2).sum()) if s.size and s[0] > 0 else 0.0
+    return (norm_fro / norm_spectral) ** 2 if norm_spectral > 0 else 0.0
 
 
 def norm_fro(s: np.ndarray) -> float:
@@ -57,11 +57,18 @@ def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:
 
 
 def layer_measures(tuned: TunedWeight, comparison: Comparison, vectors: tuple[Vector, ...]) -> dict[str, float | None]:
-    """All measures of one analysed layer, by the names the report uses; ratios are of W0's norms."""
-    update = update_singular_values(tuned)
+    """All measures of one analysed layer, by the names the report uses; ratios are of W0's norms.
+
+    What would need a decomposition that the engine did without is None.
+    """
     base_size = float(torch.linalg.vector_norm(tuned.W0, dtype=torch.float64))
     base_top = comparison.base_norm_spectral
-    size, top = norm_fro(update), float(update[0])
+    if comparison.engine == "krylov" and tuned.low_rank() is None:
+        # A dense update's spectrum would cost more than the verdicts did.
+        size, top, entropy = tuned.delta_norm(), spectral_norm(tuned.delta()), None
+    else:
+        update = update_singular_values(tuned)
+        size, top, entropy = norm_fro(update), float(update[0]), effective_rank(update)
     return {
         "base_norm_fro": base_size,
         "base_norm_spectral": base_top,
@@ -69,7 +76,7 @@ def layer_measures(tuned: TunedWeight, comparison: Comparison, vectors: tuple[Ve
         "update_norm_spectral": top,
         "update_norm_relative": size / base_size if base_size else None,
         "update_norm_spectral_relative": top / base_top if base_top else None,
-        "effective_rank": effective_rank(update),
-        "stable_rank": stable_rank(update),
+        "effective_rank": entropy,
+        "stable_rank": stable_rank(size, top),
         "intruder_energy_share": intruder_energy_share(vectors),
     }

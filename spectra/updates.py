@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,8 @@ class TunedWeight(Protocol):
 
     ``matmul`` takes X (n, b) and ``rmatmul`` Y (m, b), both in the working dtype.  ``block`` gives
     the exact entries of a part of W1 in float64, ``dense`` all of it in the working dtype, each
-    entry rounded once.  ``low_rank()`` is (B, A) in float64 with W1 = W0 + B·A where the update
+    entry rounded once.  ``delta`` is W1 − W0 and
+    ``delta_norm`` its Frobenius norm.  ``low_rank()`` is (B, A) in float64 with W1 = W0 + B·A where the update
     has that form, else None.  ``parts`` is what W1 is made of besides W0.
     """
 
@@ -41,6 +43,7 @@ class TunedWeight(Protocol):
     def block(self, rows: slice, columns: slice) -> Tensor: ...
     def dense(self) -> Tensor: ...
     def delta(self) -> Tensor: ...
+    def delta_norm(self) -> float: ...
     def low_rank(self) -> tuple[Tensor, Tensor] | None: ...
     def parts(self) -> tuple[Tensor, ...]: ...
     def is_unchanged(self) -> bool: ...
@@ -96,6 +99,9 @@ class FactoredWeight:
     def delta(self) -> Tensor:
         return _assemble(self, minus=self.W0)
 
+    def delta_norm(self) -> float:
+        return _delta_norm(self)
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         return (self.B, self.A) if self.left is None else None
 
@@ -134,6 +140,9 @@ class DenseWeight:
     def delta(self) -> Tensor:
         return self.W1 - self.W0
 
+    def delta_norm(self) -> float:
+        return _delta_norm(self)
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         return None
 
@@ -150,6 +159,13 @@ def _assemble(weight: FactoredWeight, minus: Tensor | None = None) -> Tensor:
         part = weight.block(rows, ALL)
         whole[rows] = part if minus is None else part - minus[rows]
     return whole
+
+
+def _delta_norm(weight: TunedWeight) -> float:
+    squares = 0.0
+    for rows in slabs(weight.shape[0]):
+        squares += float((weight.block(rows, ALL) - weight.W0[rows].double()).square().sum())
+    return float(np.sqrt(squares))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,35 +6,49 @@ line in ``ENGINES``.  The contract tests then run on it by themselves.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from spectra.errors import UsageError
+from spectra.svd.base import Base, short_spectrum
+from spectra.svd.cached import CachedEngine
+from spectra.svd.decompose import check_finite, decompose, decompose_gram, singular_values
 from spectra.svd.engine import Comparison, Engine, Match, Question
-from spectra.svd.exact import ExactEngine, check_finite, decompose, decompose_gram, singular_values
-from spectra.svd.krylov import KrylovBase, KrylovEngine
+from spectra.svd.exact import ExactEngine
+from spectra.svd.krylov import KrylovEngine
+from spectra.svd.lanczos import spectral_norm
 from spectra.svd.matching import BORDERLINE, match_vectors
 from spectra.svd.spectrum import Side, Spectrum, clusters, numerical_rank
 from spectra.updates import TunedWeight
 
-# From here on the Krylov engine pays: about 5 times faster than the exact one here, 30 at 4096 (benchmarks/engines.py).
-KRYLOV_PAYS = 1024
+# Measured with benchmarks/engines.py.
+CACHED_PAYS = 256  # from here on, for one low-rank update, rather than two decompositions
+KRYLOV_PAYS = 1024  # from here on, for one update
+CACHE_PAYS = 3e-3  # updates of one base, times this times the size, from which its decomposition pays
 
 
 class AutoEngine:
-    """Krylov for large weights, where it can decide, else exact; the verdicts are the same."""
+    """Whatever is fastest for this weight and the number of its fine-tunes; the verdicts are the same."""
 
     name = "auto"
 
-    def prepare(self, W0: Tensor, side: Side) -> KrylovBase:
-        return KrylovEngine().prepare(W0, side)
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison:
+        return self.choose(base, tuned).compare(base, tuned, question)
 
-    def compare(self, base: KrylovBase, tuned: TunedWeight, question: Question) -> Comparison:
-        if min(tuned.shape) < KRYLOV_PAYS:
-            return ExactEngine().compare(base.exact, tuned, question)
-        return KrylovEngine().compare(base, tuned, question)
+    @staticmethod
+    def choose(base: Base, tuned: TunedWeight) -> Engine:
+        p = min(tuned.shape)
+        low_rank = tuned.low_rank() is not None
+        if base.has_spectrum or base.fine_tunes > max(2.0, CACHE_PAYS * p):
+            return CachedEngine()
+        if p >= KRYLOV_PAYS:
+            return KrylovEngine()
+        return CachedEngine() if low_rank and p >= CACHED_PAYS else ExactEngine()
 
 
-ENGINES: dict[str, type[Engine]] = {"auto": AutoEngine, "exact": ExactEngine, "krylov": KrylovEngine}
+ENGINES: dict[str, type[Engine]] = {
+    "auto": AutoEngine,
+    "exact": ExactEngine,
+    "krylov": KrylovEngine,
+    "cached": CachedEngine,
+}
 
 
 def choose_engine(name: str) -> Engine:
@@ -47,6 +61,7 @@ def choose_engine(name: str) -> Engine:
 __all__ = [
     "BORDERLINE",
     "ENGINES",
+    "Base",
     "Comparison",
     "Engine",
     "Match",
@@ -60,5 +75,7 @@ __all__ = [
     "decompose_gram",
     "match_vectors",
     "numerical_rank",
+    "short_spectrum",
     "singular_values",
+    "spectral_norm",
 ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from torch import Tensor
-
+from spectra.svd.base import Base
 from spectra.svd.spectrum import Side
 from spectra.updates import TunedWeight
 
@@ -76,13 +75,11 @@ class Comparison:
 
 
 class Engine(Protocol):
-    """Answers a :class:`Question`.
+    """Answers a :class:`Question` on any number of fine-tunes of one base weight.
 
-    ``prepare`` may be lazy; its result is handed back for every fine-tune of the same W0, so that
-    work on the base is done once.
+    What an engine learns of W0 it leaves in ``base``, so that work on it is done once.
     """
 
     name: str
 
-    def prepare(self, W0: Tensor, side: Side) -> Any: ...
-    def compare(self, base: Any, tuned: TunedWeight, question: Question) -> Comparison: ...
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison: ...

@@ -24,12 +24,13 @@ CAPTURE_ENERGY = 0.9
 WINDOWS = (0, 1, 2, 4, 8)  # neighbours on each side whose mixing the upper bound allows for
 
 
-def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int) -> list[Match]:
+def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int, cosines: np.ndarray | None = None) -> list[Match]:
     """The top ``top_k`` vectors of W1 against W0, largest singular value first.
 
-    Both spectra must be of the same side, ``base`` with all its vectors.  A tie across ``top_k`` is
-    returned whole.  Bounds follow from the residuals (|sin| ≤ residual/gap, Davis & Kahan 1970):
-    they enclose the exact cosine up to the rounding of float64.
+    Both spectra must be of the same side, ``base`` with all its vectors; or ``cosines`` has the
+    scalar products of W0's vectors (rows) with W1's.  A tie across ``top_k`` is returned whole.
+    Bounds follow from the residuals (|sin| ≤ residual/gap, Davis & Kahan 1970): they enclose the
+    exact cosine up to the rounding of float64.
     """
     starts = clusters(tuned.s)
     rank = tuned.rank
@@ -38,7 +39,7 @@ def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int) -> list[Match]:
     if starts[end] > stop and starts[end - 1] < rank:  # a tie across k, and not of null space
         stop = int(starts[end])
     stop = min(stop, tuned.vectors.shape[1])
-    groups = _BaseGroups(base, tuned.vectors[:, :stop])
+    groups = _BaseGroups(base, _cosines(base, tuned.vectors) if cosines is None else cosines, stop)
     matches: list[Match] = []
     for first, last in itertools.pairwise(starts):
         if first >= stop:
@@ -60,9 +61,13 @@ def verdict_is_open(match: Match, epsilon: float) -> bool:
     """Whether working precision leaves it open on which side of epsilon the exact cosine lies."""
     if match.max_cosine is None:
         return False
+    return straddles(match, epsilon) or "cluster" in match.flags or "base_cluster" in match.flags
+
+
+def straddles(match: Match, epsilon: float, margin: float = BORDERLINE) -> bool:
+    """Whether epsilon lies within the bounds, or within ``margin`` of them."""
     lower, upper = match.bounds
-    straddles = lower - BORDERLINE < epsilon <= upper + BORDERLINE
-    return straddles or "cluster" in match.flags or "base_cluster" in match.flags
+    return lower - margin < epsilon <= upper + margin
 
 
 def _null_space(index: int, sigma: float, flags: list[str]) -> Match:
@@ -76,15 +81,21 @@ def _angle_bound(spectrum: Spectrum, first: int, last: int) -> float:
     above = s[first - 1] - s[first] if first else np.inf
     below = s[last - 1] - s[last] if last < s.size else s[last - 1]
     gap = min(above, below) - 2 * residual
-    return float(min(1.0, np.sqrt(2) * residual / gap)) if gap > 0 else 1.0
+    rounding = float(np.linalg.norm(np.broadcast_to(spectrum.rounding, residuals.shape)[first:last]))
+    return float(min(1.0, np.sqrt(2) * residual / gap + rounding)) if gap > 0 else 1.0
+
+
+def _cosines(base: Spectrum, Y: torch.Tensor) -> np.ndarray:
+    cosines: np.ndarray = (base.vectors.T @ Y.to(base.dtype)).double().cpu().numpy()
+    return cosines
 
 
 class _BaseGroups:
-    """Cosines of some vectors with each cluster of W0's, and their error bounds."""
+    """Cosines of the leading ``count`` tuned vectors with each cluster of W0's, and their error bounds."""
 
-    def __init__(self, base: Spectrum, Y: torch.Tensor):
+    def __init__(self, base: Spectrum, cosines: np.ndarray, count: int):
         self.base = base
-        exact = base.dtype == torch.float64
+        exact = base.dtype == torch.float64 or base.method == "gram"
         # In float32 it is uncertain within a factor of two where the null space begins.
         doubt = 1.0 if exact else 2.0
         s, tolerance = base.s, max(base.shape) * EPS32 * (base.s[0] if base.s.size else 0.0)
@@ -96,8 +107,7 @@ class _BaseGroups:
         self.edges = edges[: np.searchsorted(edges, possibly) + 1]
         self.count = int(np.searchsorted(self.edges, self.rank))
         self.sure_count = int(np.searchsorted(self.edges, surely))
-        X = base.vectors[:, : self.edges[-1]]
-        self.C = (X.T.to(Y.dtype) @ Y if exact or Y.dtype == X.dtype else X.T @ Y.to(X.dtype)).double().cpu().numpy()
+        self.C = cosines[: self.edges[-1], :count]
         energy = np.cumsum(s**2)
         self.captured = int(np.searchsorted(energy, CAPTURE_ENERGY * energy[-1]) + 1) if self.rank else 0
         self._bound_windows()
@@ -109,6 +119,8 @@ class _BaseGroups:
         if not starts.size:
             return
         s, squares = self.base.s, np.concatenate([[0.0], np.cumsum(self.base.residuals**2)])
+        kept = np.broadcast_to(self.base.rounding, self.base.residuals.shape)
+        rounded = np.concatenate([[0.0], np.cumsum(kept**2)])
         groups = np.arange(starts.size)
         padded = np.concatenate([[np.inf], s, [0.0]])  # the null space is a neighbour too
         for reach in WINDOWS:
@@ -116,8 +128,9 @@ class _BaseGroups:
             first, last = self.edges[low], self.edges[high]
             residual = np.sqrt(np.maximum(squares[last] - squares[first], 0))
             gap = np.minimum(padded[first] - s[first], s[last - 1] - padded[last + 1]) - 2 * residual
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", over="ignore"):
                 error = np.where(gap > 0, np.sqrt(2) * residual / np.maximum(gap, 1e-300), 1.0)
+            error += np.sqrt(np.maximum(rounded[last] - rounded[first], 0))
             self.windows.append((low, high, np.minimum(error, 1.0)))
 
     def _masses(self, squares: np.ndarray) -> np.ndarray:

@@ -33,8 +33,10 @@ class Spectrum:
     orthogonality : max |vectorsᵀ vectors − I|.
     shape : (m, n).
     method : what computed it, for the record ("gesdd", "gesvd", "gram").
+    rounding : one number or (q,), how far each vector as kept may lie from the one computed.
 
-    A perturbation bound for vector i is residuals[i] / gap_i (Wedin 1972, Davis & Kahan 1970).
+    A perturbation bound for vector i is residuals[i] / gap_i (Wedin 1972, Davis & Kahan 1970), plus
+    ``rounding``.
     """
 
     s: np.ndarray
@@ -44,6 +46,7 @@ class Spectrum:
     orthogonality: float
     shape: tuple[int, int]
     method: str
+    rounding: np.ndarray | float = 0.0
 
     @property
     def residual(self) -> float:

@@ -1,0 +1,158 @@
+"""The base weight, and what becomes known of it while fine-tunes are compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.svd.decompose import decompose, decompose_gram
+from spectra.svd.spectrum import Side, Spectrum
+from spectra.updates import SLAB, DenseWeight
+
+PROBES = 16
+# What a stored spectrum may differ by from the weight as read, relative to σ₁·‖WᵀG‖; float32 rounds to about 3e-7.
+STALE = 1e-5
+
+
+class Base:
+    """W0, with everything that engines learn of it; each thing is computed once, when first asked for.
+
+    Parameters
+    ----------
+    W0 : (m, n), float32 or float64.
+    side : which singular vectors are in question.
+    fine_tunes : how many will be compared with it, as far as known.
+    stored : returns the spectrum that an earlier run kept (see :attr:`spectrum`), or None.
+    """
+
+    def __init__(
+        self,
+        W0: Tensor,
+        side: Side = "left",
+        *,
+        fine_tunes: int = 1,
+        stored: Callable[[], Spectrum | None] | None = None,
+    ):
+        self.W0, self.side, self.fine_tunes = W0, side, fine_tunes
+        self.stale = False
+        self._load, self._floor = stored, 0.0
+
+    @cached_property
+    def short(self) -> Side:
+        """The side on which W0·W0ᵀ (left) or W0ᵀ·W0 (right) is smaller; of a square, the one in question.
+
+        A stored spectrum of a square decides, since it has one side only.
+        """
+        m, n = self.W0.shape
+        if m == n:
+            return self._kept.side if self._kept is not None else self.side
+        return "left" if m < n else "right"
+
+    @property
+    def W(self) -> Tensor:
+        """W0 turned so that it has no more rows than columns: (p, q), a view."""
+        return self.W0 if self.short == "left" else self.W0.T
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the vectors in question are those of the short side."""
+        return self.side == self.short
+
+    @cached_property
+    def exact(self) -> Spectrum:
+        """Of the side in question, by a full SVD in the working dtype."""
+        return decompose(self.W0, self.side)
+
+    @cached_property
+    def settled(self) -> Spectrum:
+        """Of the side in question, from the float64 Gram matrix."""
+        # Settling is rare and takes the most memory, so the other spectrum goes; a further
+        # fine-tune that does not need settling computes it again, and gets the same answer.
+        self.__dict__.pop("exact", None)
+        return decompose_gram(DenseWeight(self.W0, self.W0), self.side)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Of the short side, from the float64 Gram matrix, its vectors kept in the working dtype."""
+        return self._kept or short_spectrum(self.W0, self.short)
+
+    @cached_property
+    def _kept(self) -> Spectrum | None:
+        found = self._load() if self._load is not None else None
+        if found is None:
+            return None
+        self.stale = not _belongs(found, self.W0)
+        return None if self.stale else replace(found, vectors=found.vectors.to(self.W0.device))
+
+    @property
+    def has_stored(self) -> bool:
+        """Whether an earlier run kept a spectrum, and it belongs to this very weight."""
+        return self._kept is not None
+
+    @property
+    def has_spectrum(self) -> bool:
+        """Whether :attr:`spectrum` costs nothing any more."""
+        return "spectrum" in self.__dict__ or self.has_stored
+
+    def has_no_eigenvalue_below(self, floor: float) -> bool:
+        """Whether W·Wᵀ − floor·I is positive definite, by a Cholesky factorisation.
+
+        Rounding of the Gram matrix, a few eps·‖W‖², is far below any floor worth asking for.
+        """
+        if floor <= self._floor:
+            return True
+        gram = _gram(self.W)
+        gram.diagonal().sub_(floor)
+        proven = int(torch.linalg.cholesky_ex(gram).info) == 0
+        if proven:
+            self._floor = floor
+        return proven
+
+
+def short_spectrum(W0: Tensor, side: Side | None = None) -> Spectrum:
+    """The spectrum that fine-tunes of W0 are compared with again and again.
+
+    Returns
+    -------
+    Spectrum : all p = min(m, n) values in float64, and the p vectors of the short side (p, p) in
+        W0's dtype, from the float64 Gram matrix; ``rounding`` is what storing them loses.
+
+    Raises
+    ------
+    NonFiniteError, ConvergenceError
+    """
+    side = side or ("left" if W0.shape[0] <= W0.shape[1] else "right")
+    found = decompose_gram(DenseWeight(W0, W0), side)
+    if W0.dtype == torch.float64:
+        return found
+    rounding = float(np.finfo(np.float32).eps) / 2
+    return replace(found, vectors=found.vectors.to(W0.dtype), rounding=rounding)
+
+
+def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:
+    """Whether X·diag(s²)·Xᵀ acts as W·Wᵀ does on random vectors."""
+    W = W0 if spectrum.side == "left" else W0.T
+    p = W.shape[0]
+    if spectrum.vectors.shape != (p, p) or spectrum.s.size != p:
+        return False
+    X = spectrum.vectors.to(W.device, W.dtype)
+    generator = torch.Generator().manual_seed(p)
+    G = torch.randn(p, PROBES, generator=generator).to(X)
+    half = W.T @ G
+    expected = X @ (torch.from_numpy(spectrum.s**2).to(X)[:, None] * (X.T @ G))
+    return float((W @ half - expected).norm()) <= STALE * float(spectrum.s[0]) * float(half.norm())
+
+
+def _gram(W: Tensor) -> Tensor:
+    """W·Wᵀ, its lower triangle alone, in W's dtype."""
+    p = W.shape[0]
+    gram = torch.zeros(p, p, dtype=W.dtype, device=W.device)
+    width = max(SLAB, -(-p // 8))
+    for at in range(0, p, width):
+        gram[at:, at : at + width] = W[at:] @ W[at : at + width].T
+    return gram

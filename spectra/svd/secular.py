@@ -1,0 +1,100 @@
+"""The leading eigenpairs of a diagonal plus a low-rank matrix, and the proof that none was missed.
+
+H = diag(d) + L·M·Lᵀ with L (p, q), q small.  Block Davidson: the search space starts with the
+leading unit vectors and the range of L, and grows by (diag(d) − θ)⁻¹ times the residuals; since every
+eigenvector is (diag(d) − θ)⁻¹·L·g for some g, a few steps suffice.  Completeness is Sylvester's law
+of inertia on the bordered matrix [[diag(d) − τ, L], [Lᵀ, −M⁻¹]].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectra.svd.decompose import eigh
+
+EXTRA = 24  # leading unit vectors beyond the ones asked for
+MAX_STEPS = 40
+SINGULAR = 1e-9  # |d − θ| below this, relative to θ₁, is not divided by
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalPlusLowRank:
+    """H = diag(d) + L·M·Lᵀ: d (p,), L (p, q), M (q, q) symmetric; float64."""
+
+    d: Tensor
+    L: Tensor
+    M: Tensor
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self.d[:, None] * X + self.L @ (self.M @ (self.L.T @ X))
+
+    def leading(self, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(θ, Y, residuals): the ``k`` largest eigenpairs, or None where they do not converge.
+
+        θ (k,) descends, Y (p, k) is orthonormal, residuals (k,) are ‖H·y − θ·y‖ ≤ tolerance·θ₁.
+        """
+        p = self.d.numel()
+        start = min(p, k + EXTRA)
+        Z = torch.zeros(p, start, dtype=torch.float64, device=self.d.device)
+        Z.diagonal().fill_(1)
+        added = _orthonormal(Z, self.L)
+        Z = torch.cat([Z, added], 1)
+        if Z.shape[1] < k:
+            return None
+        projected = Z.T @ self.matmul(Z)
+        for _ in range(MAX_STEPS):
+            values, C = eigh((projected + projected.T) / 2)
+            values, C = values.flip(0)[:k], C.flip(1)[:, :k]
+            Y = Z @ C
+            R = self.matmul(Y) - Y * values
+            residuals = R.norm(dim=0)
+            largest = float(values[0])
+            if not largest > 0:
+                return None
+            open_ones = residuals > tolerance * largest
+            if not bool(open_ones.any()):
+                return values, Y, residuals
+            if Z.shape[1] >= p // 2 + start:
+                return None
+            shift = self.d[:, None] - values[open_ones]
+            least = SINGULAR * largest
+            added = _orthonormal(Z, R[:, open_ones] / torch.where(shift.abs() < least, least, shift))
+            if not added.shape[1]:
+                return None
+            image = self.matmul(added)
+            border = Z.T @ image
+            projected = torch.cat([torch.cat([projected, border], 1), torch.cat([border.T, added.T @ image], 1)])
+            Z = torch.cat([Z, added], 1)
+        return None
+
+    def count_above(self, tau: float) -> int:
+        """How many eigenvalues exceed ``tau``; M must be invertible and tau no entry of d."""
+        shift = self.d - tau
+        inverse = torch.linalg.inv(self.M)
+        schur = -inverse - self.L.T @ (self.L / shift[:, None])
+        return (
+            int((shift > 0).sum())
+            + int((torch.linalg.eigvalsh((schur + schur.T) / 2) > 0).sum())
+            - int((torch.linalg.eigvalsh(-(inverse + inverse.T) / 2) > 0).sum())
+        )
+
+
+def _orthonormal(Z: Tensor, X: Tensor) -> Tensor:
+    """An orthonormal basis of what X adds to the span of Z, without directions that are rounding."""
+    size = X.norm(dim=0)
+    X = X[:, size > 0] / size[size > 0]
+    for _ in range(2):
+        X = X - Z @ (Z.T @ X)
+        length = X.norm(dim=0)
+        X = X[:, length > 1e-10] / length[length > 1e-10]
+    if not X.shape[1]:
+        return X
+    Q, R = torch.linalg.qr(X)
+    independent = R.diagonal().abs() > 1e-10
+    Q = Q[:, independent]
+    Q = Q - Z @ (Z.T @ Q)
+    orthonormal: Tensor = torch.linalg.qr(Q).Q
+    return orthonormal
