@@ -10,18 +10,31 @@ if TYPE_CHECKING:
     from spectra.analysis import Findings, find_intruders
     from spectra.errors import SpectraError
     from spectra.pipeline import audit, audit_many
+    from spectra.precompute import CachedBase, cache_base
     from spectra.report import Report
 
 _HOMES = {
+    "CachedBase": "spectra.precompute",
     "Findings": "spectra.analysis",
     "Report": "spectra.report",
     "SpectraError": "spectra.errors",
     "audit": "spectra.pipeline",
     "audit_many": "spectra.pipeline",
+    "cache_base": "spectra.precompute",
     "find_intruders": "spectra.analysis",
 }
 
-__all__ = ["Findings", "Report", "SpectraError", "__version__", "audit", "audit_many", "find_intruders"]
+__all__ = [
+    "CachedBase",
+    "Findings",
+    "Report",
+    "SpectraError",
+    "__version__",
+    "audit",
+    "audit_many",
+    "cache_base",
+    "find_intruders",
+]
 
 
 def __getattr__(name: str) -> Any:

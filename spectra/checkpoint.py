@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,12 +42,17 @@ PICKLE_ADVICE = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about one tensor: ``shape`` is as stored, ``dtype`` safetensors' name."""
+    """What a header says about one tensor.
+
+    ``shape`` is as stored, ``dtype`` safetensors' name, ``span`` the place and number of its bytes in
+    the file.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    span: tuple[int, int]
 
     @property
     def is_float(self) -> bool:
@@ -104,6 +110,18 @@ class Checkpoint:
         if digest and name not in self._digests:
             self._digests[name] = _digest(tensor)
         return tensor
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Asks the system to fetch these tensors' bytes from the disk, without waiting or keeping them."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            info = self.tensors[name]
+            try:
+                with info.file.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), *info.span, os.POSIX_FADV_WILLNEED)
+            except OSError:  # reading it will say what is wrong
+                return
 
     def fingerprint(self, *, verify: bool = False) -> Fingerprint:
         """What identifies this checkpoint.
@@ -328,7 +346,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             problem = f"truncated or swapped: its size does not fit its header ({problem})"
         raise CorruptFileError(path, f"malformed: {problem[:200]}") from None
     header.pop("__metadata__", None)
-    tensors = {name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path) for name, entry in header.items()}
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, (8 + length + begin, end - begin))
     if not tensors:
         raise CorruptFileError(path, "holds no tensors")
     for name in tensors:

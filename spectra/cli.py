@@ -8,29 +8,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra import __version__
-from spectra.errors import MissingFileError, SpectraError, UsageError
+from spectra.errors import SpectraError, UsageError
+from spectra.output import check_output, emit, progress
 
 if TYPE_CHECKING:
-    from spectra.pipeline import Progress
     from spectra.report import Report
 
 OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
-# How what we write begins, in each of its formats.
-REPORT_MARKS = (
-    b'{\n "schema": "spectra.report/',
-    b'{"schema": "spectra.report/',
-    b"tuned,layer,",
-    b"Verdict: ",
-    b"fine-tune  ",
-)
 
 EXIT_CODES = """exit codes:
   0  done
@@ -66,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spectra {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_audit(commands)
+    _add_cache(commands)
     _add_inspect(commands)
     return parser
 
@@ -124,7 +116,7 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="leave out modules whose name matches (repeatable)",
     )
     how = audit.add_argument_group("how to compute")
-    how.add_argument("--engine", choices=("auto", "exact", "krylov"), default="auto", help="default: auto")
+    how.add_argument("--engine", choices=("auto", "exact", "krylov", "cached"), default="auto", help="default: auto")
     how.add_argument(
         "--dtype",
         choices=("float32", "float64"),
@@ -142,6 +134,11 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument(
         "--threads", type=int, metavar="N", help="threads for one weight (default: the cores, shared among workers)"
     )
+    kept = how.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--cache", metavar="DIR", help="where `spectra cache` kept the base's spectra (default: its own default)"
+    )
+    kept.add_argument("--no-cache", dest="cache", action="store_false", default=None, help="use no kept spectra")
     how.add_argument("--verify", action="store_true", help="hash every byte of the files into the fingerprints")
     gate = audit.add_argument_group("gate")
     gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
@@ -166,6 +163,32 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     output.add_argument("--quiet", action="store_true", help="no progress bar")
     output.add_argument("--verbose", action="store_true", help="draw every layer, list every skipped tensor")
     audit.set_defaults(run=_audit)
+
+
+def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="decompose a base once, for many audits of its fine-tunes",
+        description="Decomposes the weights of BASE and keeps their spectra, which audits of its fine-tunes then use "
+        "instead of decomposing it again. Says first how much that is. What is there already is kept, so an "
+        "interrupted run goes on where it ended; a base that changed is noticed.",
+    )
+    cache.add_argument("base", metavar="BASE", help="checkpoint folder, safetensors file, or org/name in the hub cache")
+    cache.add_argument("--include", action="append", default=[], metavar="PATTERN", help="as for audit")
+    cache.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="as for audit")
+    cache.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="that of the audits (default: float32)"
+    )
+    cache.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    cache.add_argument("--threads", type=int, metavar="N", help="default: the cores")
+    cache.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep them there (default: the environment's SPECTRA_CACHE, else spectra in the user's cache folder)",
+    )
+    cache.add_argument("--dry-run", action="store_true", help="only say how much it would be")
+    cache.add_argument("--quiet", action="store_true", help="no progress bar")
+    cache.set_defaults(run=_cache)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -195,7 +218,7 @@ def _audit(options: argparse.Namespace) -> int:
         raise UsageError("--fail-on new needs --baseline REPORT.json")
     if options.fail_on is not None and options.fail_above is None and options.baseline is None:
         raise UsageError("--fail-on needs --fail-above N")
-    target = _check_output(options.output)
+    target = check_output(options.output)
     options.format = options.format or _format_of(target)
 
     from spectra.report import load_report
@@ -210,7 +233,7 @@ def _audit(options: argparse.Namespace) -> int:
         print(f"spectra: error: {error}", file=sys.stderr)
         unreadable.append(error)
 
-    with _progress(options.quiet) as progress:
+    with progress(options.quiet) as show:
         reports = audit_many(
             options.tuned,
             options.base,
@@ -225,14 +248,15 @@ def _audit(options: argparse.Namespace) -> int:
             workers=options.workers,
             threads=options.threads,
             verify=options.verify,
-            progress=progress,
+            cache=options.cache,
+            progress=show,
             on_unreadable=skip,
         )
     if not reports:
         return BAD
     if baseline is not None:
         reports = [report.against(baseline) for report in reports]
-    _emit(_rendered(reports, options), target)
+    emit(_rendered(reports, options), target)
     if target is not None and not options.quiet:
         print(f"spectra: wrote {target} ({options.format})", file=sys.stderr)
     code = _verdict(reports, options)
@@ -286,6 +310,48 @@ def _verdict(reports: Sequence[Report], options: argparse.Namespace) -> int:
     return code
 
 
+def _cache(options: argparse.Namespace) -> int:
+    from functools import partial
+
+    from spectra.precompute import cache_base, readable_size
+
+    run = partial(
+        cache_base,
+        options.base,
+        include=options.include,
+        exclude=options.exclude,
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+        root=options.cache,
+    )
+    _return_freed_matrices()
+    plan = run(dry_run=True)
+    if plan.stale:
+        folders = ", ".join(map(str, plan.stale))
+        print(
+            f"spectra: {plan.base} has changed since it was cached; the earlier spectra "
+            f"({readable_size(plan.stale_bytes)} in {folders}) are no longer used for it",
+            file=sys.stderr,
+        )
+    layers = f"{len(plan.layers)} layer{'s' * (len(plan.layers) != 1)}"
+    there = {0: "none", len(plan.layers): "all"}.get(len(plan.there), str(len(plan.there))) + " of them there already"
+    lines = [f"{plan.base}: {layers}, {readable_size(plan.bytes)} in {plan.folder}; {there}"]
+    reasons = Counter(item.reason for item in plan.skipped).most_common()
+    lines += [f"  skipped    {count} × {reason}" for reason, count in reasons]
+    emit("\n".join(lines) + "\n", None)
+    if options.dry_run:
+        return OK
+    with progress(options.quiet) as show:
+        done = run(progress=show)
+    for item in done.failed:
+        print(f"spectra: error: {item.reason}", file=sys.stderr)
+    how = f" (with --cache {options.cache})" if options.cache else ""
+    counts = f"{len(done.written)} written, {len(done.there)} found in order"
+    emit(f"{counts}; `spectra audit` uses them whenever it meets this base{how}\n", None)
+    return BAD if done.failed else OK
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from spectra.inspection import inspect, render_inspection, to_json
 
@@ -299,7 +365,7 @@ def _inspect(options: argparse.Namespace) -> int:
             code = BAD
     if found:
         text = to_json(found) if options.format == "json" else render_inspection(found, verbose=options.verbose)
-        _emit(text, None)
+        emit(text, None)
     return code
 
 
@@ -312,87 +378,6 @@ def _return_freed_matrices() -> None:
     with contextlib.suppress(OSError, AttributeError):
         m_mmap_threshold = -3  # malloc.h
         ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20)
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """A bar with a time estimate on standard error, where somebody may be looking."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    # The unit is arithmetic work, not layers, so that the estimate holds with unequal layers.
-    with tqdm(
-        total=1.0,
-        file=sys.stderr,
-        leave=False,
-        bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left  {desc}",
-    ) as bar:
-
-        def show(done: float, work: float, layer: str) -> None:
-            bar.set_description_str(layer, refresh=False)
-            bar.update(done / work - bar.n)
-
-        yield show
-
-
-def _check_output(output: str | None) -> Path | None:
-    """Where to write, checked before any work: nothing but an earlier report is ever replaced."""
-    if output is None:
-        return None
-    target = Path(output)
-    try:
-        if not target.parent.is_dir():
-            raise MissingFileError(target.parent, "no such folder to write into")
-        if target.is_dir():
-            raise UsageError(f"{target}: this is a folder; name a file to write")
-        replaceable = not target.exists() or _is_report(target)
-    except PermissionError as error:
-        raise UsageError(f"{target}: could not be written: {error.strerror}") from None
-    if not replaceable:
-        raise UsageError(f"{target}: exists and is no report of spectra's, so it is not overwritten")
-    return target
-
-
-def _is_report(path: Path) -> bool:
-    """Whether a file is empty or begins as what we write begins."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(40)
-    return not start or any(start.startswith(mark) for mark in REPORT_MARKS)
-
-
-def _emit(text: str, target: Path | None) -> None:
-    """Writes to standard output, or to a file that appears whole or not at all."""
-    if target is None:
-        if sys.stdout is None:
-            raise UsageError("standard output is closed")
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read it has seen enough; the verdict still goes out as the exit code.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise UsageError(f"standard output: could not be written: {error.strerror or error}") from None
-        return
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)  # mkstemp's own mode is for secrets
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise UsageError(f"{target}: could not be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from spectra.adapters import plan_updates
 from spectra.checkpoint import BYTES_PER_ELEMENT
 from spectra.errors import SpectraError, UsageError
 from spectra.layers import pair_layers
-from spectra.resolve import open_base, open_tuned
+from spectra.resolve import open_base, open_base_of, open_tuned
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def inspect(
     found_base, problem, pairs, skipped = None, None, {}, plan.skipped
     if base is not None or checkpoint.adapter_config is not None:
         try:
-            opened = open_base(base, checkpoint)
+            opened = open_base_of(checkpoint) if base is None else open_base(base)
             found_base = str(opened.path)
             pairing = pair_layers(opened, checkpoint, plan, include=include, exclude=exclude)
             pairs = {pair.update.module: pair for pair in pairing.pairs}

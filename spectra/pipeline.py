@@ -7,28 +7,35 @@ has, and let go before the next one.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from spectra import __version__
 from spectra.adapters import Plan, plan_updates
-from spectra.analysis import DTYPES, Findings, LayerAnalysis, checked_question
+from spectra.analysis import DTYPES, Findings, LayerAnalysis, check_device, checked_question
+from spectra.cache import SpectrumCache
 from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError
 from spectra.layers import LayerPair, Pairing, pair_layers
 from spectra.report import LayerReport, Report, module_type
-from spectra.resolve import named_base, open_base, open_tuned
-from spectra.svd import Question, choose_engine
+from spectra.resolve import named_base, open_base, open_base_of, open_tuned
+from spectra.svd import Question, Spectrum, choose_engine
 
 # Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
 Progress = Callable[[float, float, str], None]
+
+REMARKS = {
+    "krylov": ("decided by certificates: what they did not need is null",),
+    "proved_small": ("proven by the size of the update alone: each vector's lower bound is the proof",),
+}
 
 # What ends one layer and not the run; torch says "out of memory" with a RuntimeError.
 LAYER_ERRORS = (SpectraError, MemoryError, RuntimeError)
@@ -69,6 +76,7 @@ def audit(
     workers: int = 1,
     threads: int | None = None,
     verify: bool = False,
+    cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Flags the intruder dimensions of one fine-tune, layer by layer.
@@ -78,7 +86,7 @@ def audit(
     """
     return audit_many(
         [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
-        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, progress=progress,
+        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, cache=cache, progress=progress,
     )[0]  # fmt: skip
 
 
@@ -97,6 +105,7 @@ def audit_many(
     workers: int = 1,
     threads: int | None = None,
     verify: bool = False,
+    cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
 ) -> list[Report]:
@@ -108,8 +117,9 @@ def audit_many(
     base : the base checkpoint of all of them; None takes each adapter's from its config.
     top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
     include, exclude : shell patterns over module names.
-    engine : "auto", "exact" or "krylov"; the verdicts are the same.  Krylov decides low-rank updates of
-        large weights without decomposing the base, and gives bounds where exact gives cosines.
+    engine : "auto", "exact", "krylov" or "cached"; the verdicts are the same.  Krylov decides large weights
+        without decomposing the base, and gives bounds where the others give cosines; cached decomposes
+        the base once for all fine-tunes, or takes what :func:`spectra.cache_base` kept.
     dtype : "float32" or "float64", the precision of the decompositions; weights that are stored in
         float64 are decomposed in float64 either way, since rounding them could hide the update.
     device : "cpu" or "cuda", with an index if need be.
@@ -117,6 +127,8 @@ def audit_many(
     threads : threads for one weight; part of the settings, since it may change last digits.
         By default torch's own number (which heeds OMP_NUM_THREADS), shared out among the workers.
     verify : hash every byte of all files into the fingerprints.
+    cache : the folder where :func:`spectra.cache_base` kept the bases' spectra; None for the usual one,
+        False to use none.
     progress : called after each layer.
     on_unreadable : called with the error of a fine-tune that cannot be read or matched, and the
         others are audited; without it the error is raised.
@@ -131,6 +143,7 @@ def audit_many(
         values is no exception but that layer's status.
     """
     settings = _settings(top_k, epsilon, side, include, exclude, engine, dtype, device, workers, threads, verify)
+    spectra = None if cache is False else SpectrumCache(cache)
     runs = []
     for path in tuned:
         try:
@@ -139,7 +152,7 @@ def audit_many(
             if on_unreadable is None:
                 raise
             on_unreadable(error)
-    jobs = _jobs(runs)
+    jobs = _jobs(runs, spectra)
     work = sum(job.work for job in jobs)
     done = 0.0
     for job, results in _in_order(jobs, settings):
@@ -148,7 +161,7 @@ def audit_many(
             done += job.work / len(results)
             if progress is not None:
                 progress(done, work, pair.name)
-    return [run.report() for run in runs]
+    return [run.report(spectra) for run in runs]
 
 
 def _settings(
@@ -158,14 +171,7 @@ def _settings(
     choose_engine(engine)
     if dtype not in DTYPES:
         raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"device = {device!r}; expected cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device = {device!r}, but torch finds no CUDA device here")
+    check_device(device)
     if workers < 1 or (threads is not None and threads < 1):
         raise UsageError("workers and threads are at least 1")
     return Settings(
@@ -188,7 +194,7 @@ class _Run:
         self.settings = settings
         self.started = time.perf_counter()
         self.tuned: Checkpoint = open_tuned(path)
-        self.base: Checkpoint = open_base(base, self.tuned)
+        self.base: Checkpoint = open_base_of(self.tuned) if base is None else open_base(base)
         self.plan: Plan = plan_updates(self.tuned)
         self.pairing: Pairing = pair_layers(
             self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude
@@ -198,13 +204,14 @@ class _Run:
             raise UsageError(f"{self.tuned.path}: nothing to analyse ({'; '.join(reasons[:3]) or 'no tensors'})")
         self.results: dict[str, LayerReport] = {}
 
-    def report(self) -> Report:
+    def report(self, spectra: SpectrumCache | None) -> Report:
         return Report(
             base={
                 "path": str(self.base.path),
                 "format": self.base.layout,
                 **_fingerprint(self.base, self.settings.verify),
                 "named_by_adapter": named_base(self.tuned, self.base),
+                "changed_since_cached": spectra is not None and bool(spectra.stale_for(self.base)),
             },
             tuned={
                 "path": str(self.tuned.path),
@@ -230,6 +237,7 @@ class _Job:
     """One base weight and every pair that starts from it."""
 
     parts: tuple[tuple[_Run, LayerPair], ...]
+    cache: SpectrumCache | None
 
     @property
     def work(self) -> float:
@@ -243,7 +251,13 @@ class _Job:
         try:
             dtype = torch.float64 if first.float64 else DTYPES[settings.dtype]
             W0 = first.read_base(run.base, dtype, settings.device)
-            analysis = LayerAnalysis(W0, settings.question, choose_engine(settings.engine))
+            analysis = LayerAnalysis(
+                W0,
+                settings.question,
+                choose_engine(settings.engine),
+                fine_tunes=len(self.parts),
+                stored=lambda: self._stored(W0),
+            )
         except LAYER_ERRORS as error:
             problem = _explain(error, f"{first.base.file}: {first.base.name}")
             return [(run, pair, _failure(pair, *problem)) for run, pair in self.parts]
@@ -253,13 +267,27 @@ class _Job:
             started = time.perf_counter()
         return results
 
+    def prefetch(self) -> None:
+        """Has the disk work ahead; nothing of it is kept here."""
+        run, first = self.parts[0]
+        run.base.prefetch([first.base.name])
+        for run, pair in self.parts:
+            run.tuned.prefetch(pair.update.tensors)
 
-def _jobs(runs: Sequence[_Run]) -> list[_Job]:
+    def _stored(self, W0: torch.Tensor) -> Spectrum | None:
+        """What an earlier run kept of this weight's spectrum."""
+        run, first = self.parts[0]
+        if self.cache is None or first.rows is not None:
+            return None
+        return self.cache.load(run.base, first.base.name, first.layout, W0.dtype)
+
+
+def _jobs(runs: Sequence[_Run], cache: SpectrumCache | None) -> list[_Job]:
     groups: dict[Any, list[tuple[_Run, LayerPair]]] = defaultdict(list)
     for run in runs:
         for pair in run.pairing.pairs:
             groups[(run.base.path.resolve(), pair.base_key)].append((run, pair))
-    return [_Job(tuple(parts)) for parts in groups.values()]
+    return [_Job(tuple(parts), cache) for parts in groups.values()]
 
 
 def _in_order(
@@ -270,7 +298,9 @@ def _in_order(
     if settings.workers == 1:
         torch.set_num_threads(settings.threads)
         try:
-            for job in jobs:
+            for job, following in itertools.zip_longest(jobs, jobs[1:]):
+                if following is not None:
+                    following.prefetch()
                 yield job, job.do()
         finally:
             torch.set_num_threads(before)
@@ -346,8 +376,7 @@ def _failure(pair: LayerPair, status: str, message: str) -> LayerReport:
 
 def _layer_report(pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:
     flags, describe = findings.flags, _describe(pair)
-    if findings.engine == "krylov":
-        describe["notes"] += ("decided by certificates: what they did not need is null",)
+    describe["notes"] += REMARKS.get("proved_small" if findings.status == "proved_small" else findings.engine or "", ())
     if base_differs:
         flags += ("base_copy_differs",)
     if pair.float64:

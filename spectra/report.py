@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "spectra.report/1"
 FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
+DECIDED_STATUSES = frozenset({"analysed", "proved_small"})
 # Which layers a total counts; the paper looks at no embeddings and no heads.
 SCOPES = ("all", "paper", "non-noise", "new")
 
@@ -86,7 +87,7 @@ class Report:
     @property
     def summary(self) -> dict[str, Any]:
         """Totals over layers; see ``report.schema.json`` for each field."""
-        analysed = [layer for layer in self.layers if layer.status == "analysed"]
+        analysed = [layer for layer in self.layers if layer.status in DECIDED_STATUSES]
         vectors = sum(len(layer.vectors) for layer in analysed)
         by_status: dict[str, int] = defaultdict(int)
         for layer in self.layers:
@@ -210,7 +211,7 @@ class Report:
         """The report as JSON-ready objects (schema ``spectra.report/1``).
 
         ``canonical`` leaves out what differs between runs of the same work: seconds, the number of
-        workers, and the paths of this machine (errors name them, so they go too).
+        workers, and the paths and caches of this machine (errors name them, so they go too).
         """
         value: dict[str, Any] = {
             "schema": SCHEMA,
@@ -227,6 +228,7 @@ class Report:
             value["baseline"] = dict(self.baseline)
         if canonical:
             del value["seconds"], value["base"]["path"], value["tuned"]["path"]
+            value["base"].pop("changed_since_cached", None)
             value["settings"].pop("workers", None)
             for layer in value["layers"]:
                 del layer["seconds"], layer["error"]

@@ -50,16 +50,28 @@ def _found(name: str | Path) -> Path:
     return found
 
 
-def open_base(name: str | Path | None, tuned: Checkpoint) -> Checkpoint:
-    """Opens the base: the one named, or else the one that the adapter's config names.
+def open_base(name: str | Path) -> Checkpoint:
+    """Opens the base that is named.
 
     Raises
     ------
-    UsageError : none was named, and ``tuned`` is no adapter or names none.
-    MissingFileError : the adapter's base is not on this machine.
-    WrongBaseError : what was given as base is itself an adapter.
+    MissingFileError : it is not on this machine.
+    WrongBaseError : it is itself an adapter.
     """
-    found = _base_of_adapter(tuned) if name is None else _found(name)
+    return _open_base(_found(name))
+
+
+def open_base_of(tuned: Checkpoint) -> Checkpoint:
+    """Opens the base that an adapter's config names; raises as :func:`open_base` does.
+
+    Raises
+    ------
+    UsageError : ``tuned`` is no adapter or names no base.
+    """
+    return _open_base(_base_of_adapter(tuned))
+
+
+def _open_base(found: Path) -> Checkpoint:
     base = open_checkpoint(found, as_base=True)
     if base.layout == "peft folder":
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["SPECTRA_CACHE"] = os.devnull  # what a developer has cached is none of the tests' business
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import spectra
 from spectra.checkpoint import Checkpoint, open_checkpoint, read_header
 from spectra.cli import main
 from spectra.errors import (
@@ -342,3 +344,45 @@ def test_errors_also_inherit_the_builtin(tmp_path):
     with pytest.raises(SpectraError):
         open_checkpoint(tmp_path / "nowhere")
     assert isinstance(open_checkpoint(FIXTURES / "base"), Checkpoint)
+
+
+def test_the_bytes_that_are_fetched_ahead_are_the_tensor_s(tmp_path, rng, monkeypatch):
+    values = {name: rng.normal(size=shape).astype("f4") for name, shape in (("a", (3, 5)), ("b", (4,)), ("c", (2, 2)))}
+    save_file({name: torch.from_numpy(value) for name, value in values.items()}, tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", "soon", raising=False)
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.prefetch(["c", "a"])
+    data = (tmp_path / "model.safetensors").read_bytes()
+    for name, (begin, size, advice) in zip("ca", asked, strict=True):
+        assert data[begin : begin + size] == values[name].tobytes()
+        assert advice == "soon"
+    (tmp_path / "model.safetensors").unlink()
+    checkpoint.prefetch(["a"])  # reading it will say what is wrong
+
+
+def test_the_next_layer_is_fetched_while_one_is_worked_on(make_base, make_adapter, rng, monkeypatch):
+    names = [f"layer.{i}.q" for i in range(3)]
+    base = make_base({f"{name}.weight": rng.normal(size=(16, 16)).astype("f4") for name in names})
+    adapter = make_adapter(
+        {name: (rng.normal(size=(16, 2)).astype("f4"), rng.normal(size=(2, 16)).astype("f4")) for name in names}
+    )
+    events = []
+    read, prefetch = Checkpoint.read, Checkpoint.prefetch
+
+    def noted_read(self, name, **options):
+        events.append(("read", name))
+        return read(self, name, **options)
+
+    def noted_prefetch(self, names):
+        events.extend(("ahead", name) for name in names)
+        prefetch(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", noted_read)
+    monkeypatch.setattr(Checkpoint, "prefetch", noted_prefetch)
+    spectra.audit(adapter, base)
+    for before, after in itertools.pairwise(names):
+        assert events.index(("ahead", f"{after}.weight")) < events.index(("read", f"{before}.weight"))
+        assert events.index(("read", f"{before}.weight")) < events.index(("read", f"{after}.weight"))
+    assert sum(kind == "read" and name.startswith("layer") for kind, name in events) == 3

@@ -32,10 +32,13 @@ ALLOWED = {
     "measures": {"records", "svd", "updates"},
     "analysis": {"detect", "errors", "measures", "records", "svd", "updates"},
     "report": {"errors", "records"},
-    "pipeline": {"adapters", "analysis", "checkpoint", "errors", "layers", "report", "resolve", "svd"},
+    "cache": {"checkpoint", "errors", "orientation", "svd"},
+    "precompute": {"adapters", "analysis", "cache", "checkpoint", "errors", "layers", "resolve", "svd"},
+    "pipeline": {"adapters", "analysis", "cache", "checkpoint", "errors", "layers", "report", "resolve", "svd"},
     "inspection": {"adapters", "checkpoint", "errors", "layers", "resolve"},
     "render": {"report"},
-    "cli": {"errors", "inspection", "pipeline", "render", "report"},
+    "output": {"errors"},
+    "cli": {"errors", "inspection", "output", "pipeline", "precompute", "render", "report"},
 }
 
 
@@ -77,7 +80,8 @@ def test_no_file_outgrows_its_purpose():
 
 def test_public_names():
     assert sorted(spectra.__all__) == [
-        "Findings", "Report", "SpectraError", "__version__", "audit", "audit_many", "find_intruders",
+        "CachedBase", "Findings", "Report", "SpectraError", "__version__", "audit", "audit_many", "cache_base",
+        "find_intruders",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None

@@ -89,7 +89,7 @@ def mean_update_size(report: Report) -> float | None:
 
 def _verdict(report: Report) -> str:
     summary = report.summary
-    analysed = [layer for layer in report.layers if layer.status == "analysed"]
+    analysed = [layer for layer in report.layers if layer.vectors]
     if not analysed:
         return "Verdict: no layer could be analysed." if report.failed else "Verdict: nothing changed."
     vectors = sum(len(layer.vectors) for layer in analysed if not layer.noise_like_base)
@@ -126,7 +126,10 @@ def _facts(report: Report) -> str:
     if tuned.get("conditional"):
         method += " (conditional: active only after its invocation tokens)"
     floors = sorted({f"{layer.random_floor:.2f}" for layer in report.layers if layer.random_floor is not None})
-    counts = [f"{summary['layers_analysed']} analysed", f"{summary['layers_unchanged']} unchanged"]
+    counts = [f"{summary['layers_analysed']} analysed"]
+    if summary["layers_proved_small"]:
+        counts.append(f"{summary['layers_proved_small']} proved small")
+    counts.append(f"{summary['layers_unchanged']} unchanged")
     if summary["layers_failed"]:
         counts.append(f"{summary['layers_failed']} FAILED")
     counts.append(f"{summary['layers_skipped']} skipped")
@@ -164,7 +167,12 @@ def _problems(report: Report) -> str:
         for layer in report.layers
         if "base_copy_differs" in layer.flags
     ]
-    small = [layer.name for layer in report.layers if layer.status == "analysed" and min(layer.shape) < 128]
+    if report.base.get("changed_since_cached"):
+        lines.append("note: the base has changed since its spectra were cached; they were not used")
+    stale = sum("stale_cache" in layer.flags for layer in report.layers)
+    if stale:
+        lines.append(f"note: the cached spectra of {_plural(stale, 'layer')} are of other weights and were not used")
+    small = [layer.name for layer in report.layers if layer.vectors and min(layer.shape) < 128]
     if small:
         lines.append(
             f"note: {_plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer "
@@ -207,7 +215,7 @@ def _module_types(report: Report) -> str:
 
 
 def _picture(report: Report, verbose: bool, marks: dict[str, str]) -> str:
-    analysed = [layer for layer in report.layers if layer.status == "analysed"]
+    analysed = [layer for layer in report.layers if layer.vectors]
     if not analysed:
         return ""
     shown = analysed

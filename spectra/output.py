@@ -1,0 +1,102 @@
+"""Where results and messages go: standard output or a file, and a progress bar on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from spectra.errors import MissingFileError, UsageError
+
+# How what we write begins, in each of its formats.
+REPORT_MARKS = (
+    b'{\n "schema": "spectra.report/',
+    b'{"schema": "spectra.report/',
+    b"tuned,layer,",
+    b"Verdict: ",
+    b"fine-tune  ",
+)
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None] | None]:
+    """A bar with a time estimate on standard error, where somebody may be looking."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    # The unit is arithmetic work, not layers, so that the estimate holds with unequal layers.
+    with tqdm(
+        total=1.0,
+        file=sys.stderr,
+        leave=False,
+        bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left  {desc}",
+    ) as bar:
+
+        def show(done: float, work: float, layer: str) -> None:
+            bar.set_description_str(layer, refresh=False)
+            bar.update(done / work - bar.n)
+
+        yield show
+
+
+def check_output(output: str | None) -> Path | None:
+    """Where to write, checked before any work: nothing but an earlier report is ever replaced."""
+    if output is None:
+        return None
+    target = Path(output)
+    try:
+        if not target.parent.is_dir():
+            raise MissingFileError(target.parent, "no such folder to write into")
+        if target.is_dir():
+            raise UsageError(f"{target}: this is a folder; name a file to write")
+        replaceable = not target.exists() or _is_report(target)
+    except PermissionError as error:
+        raise UsageError(f"{target}: could not be written: {error.strerror}") from None
+    if not replaceable:
+        raise UsageError(f"{target}: exists and is no report of spectra's, so it is not overwritten")
+    return target
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is empty or begins as what we write begins."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(40)
+    return not start or any(start.startswith(mark) for mark in REPORT_MARKS)
+
+
+def emit(text: str, target: Path | None) -> None:
+    """Writes to standard output, or to a file that appears whole or not at all."""
+    if target is None:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed")
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read it has seen enough; the verdict still goes out as the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise UsageError(f"standard output: could not be written: {error.strerror or error}") from None
+        return
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)  # mkstemp's own mode is for secrets
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+    except OSError as error:
+        raise UsageError(f"{target}: could not be written: {error.strerror or error}") from None
