@@ -6,8 +6,11 @@ For M = W·Wᵀ (p × p), any unit eigenvector x at λ and *every* z:
 
 and moving λ by t changes the right side by at most t·‖z‖, so finitely many λ cover the whole spectrum.
 The residual is evaluated from the projected problem in float64, plus the measured rounding ‖F‖·‖z‖ of
-the Lanczos relation; what remains is "up to rounding".  The other way round, a converged Ritz vector of
-W0 whose cosine with y, less the error of both, is at least epsilon shows a base vector close by.
+the Lanczos relation; what remains is "up to rounding".
+
+The other way round, a converged Ritz vector of W0 whose cosine with y, less the error of both, is at least
+epsilon shows a base vector close by: its error is at most residual/η (Davis & Kahan 1970) if no other
+eigenvalue lies within η, which the same residuals show, of random columns in the start block.
 
 On the longer side, where W0's singular vectors are Wᵀx/σ, a vector y is represented by h = W·y, and
 ⟨Wᵀx/σ, y⟩ = ⟨x, h⟩/σ: the same bounds, divided by √λ.  They cannot reach λ = 0, so there the spectrum's
@@ -16,6 +19,8 @@ lower end must be proven (:meth:`Base.has_no_eigenvalue_below`).
 
 from __future__ import annotations
 
+import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -28,7 +33,7 @@ from spectra.svd.spectrum import CLUSTER_WIDTH, EPS32
 
 MAX_EVALUATIONS = 4000
 DIRECTION_ERROR = 0.02  # how well a tuned vector must be known before it is judged
-RESOLVED = 0.5  # sine of the error of a Ritz vector that has begun to converge
+NEVER = 1e-5  # the probability of missing a second singular vector beside a Ritz value
 SAFE_FLOOR = 0.25  # of the smallest Ritz value: where the spectrum is supposed to end
 LEAST_FLOOR = 1e-5  # of ‖M‖: a float32 Gram matrix proves nothing below
 
@@ -36,10 +41,13 @@ LEAST_FLOOR = 1e-5  # of ‖M‖: a float32 Gram matrix proves nothing below
 class Certificate:
     """What a Lanczos space of W0 says of the leading vectors of W1.
 
-    ``X`` (p, k) stands for them: W1's vectors themselves, or W times those of the longer side.
+    ``X`` (p, k) stands for them: W1's vectors themselves, or W times those of the longer side.  ``random`` (p, c)
+    are the normal columns of variance 1/p in the start block.
     """
 
-    def __init__(self, base: Base, lanczos: BlockLanczos, X: Tensor, leading: Leading, question: Question):
+    def __init__(
+        self, base: Base, lanczos: BlockLanczos, X: Tensor, random: Tensor, leading: Leading, question: Question
+    ):
         self.base, self.leading, self.question = base, leading, question
         T = lanczos.projected()
         self.theta, self.Q = eigh(T)
@@ -50,48 +58,64 @@ class Certificate:
         self.lost = (X.double() - lanczos.P.double() @ coordinates).norm(dim=0)
         d = T.shape[0]
         self.C, self.outside = self.Q.T @ coordinates[:d], coordinates[d:]
+        self.random = self.Q.T @ (lanczos.basis.T @ random.to(lanczos.P.dtype)).double()
         self.aligned = base.is_aligned
         self.direction_error = leading.direction_errors(self.aligned)
         self.known = self.direction_error <= DIRECTION_ERROR
         self._judge_by_ritz()
 
     def _judge_by_ritz(self) -> None:
-        """Lower bounds from converged Ritz vectors of W0."""
-        theta, error = self.theta, self.G.norm(dim=0) + self.rounding
-        infinite = theta.new_tensor([torch.inf])
-        spread = theta[1:] - theta[:-1]
-        gap = torch.minimum(torch.cat([infinite, spread]), torch.cat([spread, infinite])) - error
-        # A Ritz vector whose neighbours have not converged may have company: count their error too.
-        neighbours = torch.maximum(torch.cat([error[1:], error[-1:]]), torch.cat([error[:1], error[:-1]]))
-        gap = gap - neighbours
-        sine = torch.where(gap > 0, error / gap.clamp_min(1e-300), 1.0).clamp_max(1.0)
-        # Lanczos resolves a spectrum from its upper end.  Below the first pair that has not converged, and in the
-        # last block, a Ritz value may stand for many singular values at once, however small its residual.
-        resolved = (sine < RESOLVED).flip(0).cummin(0).values.flip(0)
-        resolved[: self.G.shape[0]] = False
-        tolerance = (2 * max(self.base.W.shape) * EPS32) ** 2
-        sine = torch.where(resolved & (theta > tolerance * self.top), sine, 1.0)[:, None]
+        """Lower bounds from converged Ritz vectors of W0, for each vector from the one it resembles most."""
+        error = self.G.norm(dim=0) + self.rounding
         size = (self.C.square().sum(0) + self.outside.square().sum(0)).sqrt()
-        overlap = torch.minimum(self.C.abs(), size)
+        weight = self.C.abs() if self.aligned else self.C.abs() / self.theta.clamp_min(1e-300).sqrt()[:, None]
+        tolerance = (2 * max(self.base.W.shape) * EPS32) ** 2
+        weight[self.theta <= tolerance * self.top] = 0
+        self.best = weight.argmax(0)
+        theta, error = self.theta[self.best], error[self.best]
+        radius = self._isolation(self.best)
+        sine = torch.where(radius > 0, error / radius.clamp_min(1e-300), 1.0).clamp_max(1.0)
+        overlap = torch.minimum(self.C.gather(0, self.best[None])[0].abs(), size)
         rest = (size**2 - overlap**2).clamp_min(0).sqrt()
         lower = overlap * (1 - sine**2).sqrt() - rest * sine - self.lost
+        reach = overlap + size * sine + self.lost
+        self.cosine = overlap
         if not self.aligned:
-            lower = lower / (theta + error).clamp_min(1e-300).sqrt()[:, None]
-        self.lower, self.best = lower.max(0)
-        self.lower = (self.lower - self.direction_error).clamp(0, 1)
-        columns = torch.arange(overlap.shape[1], device=overlap.device)
-        self.cosine = overlap[self.best, columns]
-        reach = self.cosine + size * sine[self.best, 0] + self.lost
-        if not self.aligned:
-            self.cosine = self.cosine / theta[self.best].clamp_min(1e-300).sqrt()
-            least = (theta - error)[self.best]
+            least = theta - error
+            lower = lower / (theta + error).clamp_min(1e-300).sqrt()
             reach = torch.where(least > 0, reach / least.clamp_min(1e-300).sqrt(), 1.0)
-        reach = reach + self.direction_error
+            self.cosine = overlap / theta.clamp_min(1e-300).sqrt()
         self.cosine = self.cosine.clamp_max(1.0)
+        self.lower = (lower - self.direction_error).clamp(0, 1)
         # With a cosine above √½ no other base vector can be closer.
-        self.upper = torch.where(self.lower**2 > 0.5, reach.clamp_max(1.0), 1.0)
+        self.upper = torch.where(self.lower**2 > 0.5, (reach + self.direction_error).clamp_max(1.0), 1.0)
         self.not_intruder = self.known & (self.lower >= self.question.epsilon + BORDERLINE)
         self.intruder = torch.zeros_like(self.not_intruder)
+
+    def _isolation(self, chosen: Tensor) -> Tensor:
+        """How far around each of the ``chosen`` Ritz values W0 has no second singular vector; 0 where that is open.
+
+        The distance to the next *Ritz* value would not do: where only y reaches into a bunch of eigenvalues,
+        one Ritz vector stands for all of them, with a small residual.  But were there two eigenvectors within η
+        of θ, some unit vector e of their span would be orthogonal to the Ritz vector, and its scalar product
+        with a random column w (normal, variance 1/p) is itself normal; while, w' being w without
+        its part along the Ritz vector, |⟨e, w'⟩| ≤ ‖w' − (M − θ)z‖ + η·‖z‖ for every z.  So η is what keeps the right
+        side, over all c random columns, below what such a product is as good as never: χ² with c − 1 degrees
+        of freedom, since the Ritz vector itself may lean on the columns in one direction.
+        """
+        lam, at = self.theta[chosen], torch.arange(chosen.numel(), device=chosen.device)
+        mask = torch.ones(chosen.numel(), self.theta.numel(), dtype=torch.float64, device=chosen.device)
+        mask[at, chosen] = 0
+        residuals, sizes = [], []
+        for w in self.random.T:
+            residual, length = self.residual(lam, w * mask, torch.zeros_like(self.outside[:, 0]), mask)
+            residuals.append(residual)
+            sizes.append(length)
+        residual, length = torch.stack(residuals), torch.stack(sizes)
+        # ‖residual + η·length‖ over the columns ≤ limit, by the triangle inequality.
+        limit = float(np.sqrt(scipy.stats.chi2.ppf(NEVER, residual.shape[0] - 1) / self.base.W.shape[0]))
+        radius: Tensor = (limit - residual.norm(dim=0)) / length.norm(dim=0).clamp_min(1e-300)
+        return radius.clamp_min(0)
 
     def is_complete(self) -> bool:
         """Whether every vector is decided; marches along the spectrum for those that Ritz left open."""
@@ -152,14 +176,17 @@ class Certificate:
         end = image / slack if self.aligned else (image / slack) ** (2 / 3)
         return max(end, self.top) * (1 + 1e-9)
 
-    def residual(self, lam: Tensor, c: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def residual(self, lam: Tensor, c: Tensor, out: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(‖y − (M − λ)z‖, ‖z‖) at each λ for a z that nearly minimises it; true for any z.
 
-        y has the coordinates ``c`` on the Ritz vectors and ``out`` on the block that closes the basis.
+        y has the coordinates ``c`` on the Ritz vectors (or a row of them for each λ) and ``out`` on the block
+        that closes the basis; z is zero where ``mask`` is.
         """
         shift = self.theta[None] - lam[:, None]  # (L, d)
         damping = max(10 * self.rounding, 1e-12 * self.top)  # keeps ‖z‖ in bounds near an eigenvalue
         weight = 1 / (shift**2 + damping**2)
+        if mask is not None:
+            weight = weight * mask
         Gw = self.G[None] * weight[:, None, :]
         small = torch.eye(self.G.shape[0], dtype=torch.float64, device=c.device) + Gw @ self.G.T
         right = shift * c + out @ self.G

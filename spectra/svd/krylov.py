@@ -35,6 +35,7 @@ from spectra.svd.matching import BORDERLINE
 from spectra.updates import TunedWeight
 
 FIRST_STEPS = 8  # fewer have decided nothing; trained-like weights of 1024 to 4096 took 8 to 12
+LARGEST_SHARE = 4  # the basis stays below a quarter of the matrix; what is open then has stayed open
 
 
 class KrylovEngine:
@@ -57,13 +58,12 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Comparison 
     if small is not None:
         return small
     X = leading.Y if base.is_aligned else (W @ leading.half) / leading.sigma[: leading.k].to(W.dtype)
-    columns = torch.cat([X.double(), leading.more.double()], 1)
-    start = torch.cat([columns, random_columns(p, width - columns.shape[1], p).to(W.device)], 1)
-    lanczos = BlockLanczos(lambda X: W @ (W.T @ X), start, W.dtype)
-    for steps in schedule(FIRST_STEPS, p, width):
+    random = random_columns(p, width - leading.k, p + 1).to(W.device) / np.sqrt(p)
+    lanczos = BlockLanczos(lambda Z: W @ (W.T @ Z), torch.cat([X.double(), random], 1), W.dtype)
+    for steps in schedule(FIRST_STEPS, p, width, LARGEST_SHARE):
         if not lanczos.extend(steps):
             return None
-        certificate = Certificate(base, lanczos, X, leading, question)
+        certificate = Certificate(base, lanczos, X, random, leading, question)
         if certificate.is_complete():
             return _comparison(certificate.matches(), leading, certificate.top)
     return None

@@ -118,9 +118,9 @@ def padded(columns: int, p: int) -> int:
     return -(-columns // MULTIPLE) * MULTIPLE if p >= LARGE else columns
 
 
-def schedule(first: int, p: int, width: int) -> Iterator[int]:
-    """The numbers of steps after which to look, as far as a basis of that width may grow."""
-    most = min(MAX_STEPS, int(p / (LARGEST_SHARE * width)))
+def schedule(first: int, p: int, width: int, share: float) -> Iterator[int]:
+    """The numbers of steps after which to look, while a basis of that width is at most p/share columns."""
+    most = min(MAX_STEPS, int(p / (share * width)))
     steps = first
     while steps <= most:
         yield steps
@@ -158,7 +158,6 @@ class Leading:
     theta : (≥ k + 1,) float64, descending: σ², converged for the first k.
     Y : (p, k) of the working dtype, of unit length up to rounding.
     half, image : W1ᵀ·Y (q, k) and W1·W1ᵀ·Y (p, k, float64), by the operator itself.
-    more : (p, g), the Ritz vectors that follow.
     next_residual : of the pair after the top k.
     """
 
@@ -166,7 +165,6 @@ class Leading:
     Y: Tensor
     half: Tensor
     image: Tensor
-    more: Tensor
     next_residual: float
 
     @property
@@ -215,10 +213,10 @@ class Leading:
 
 def ritz_leading(lanczos: BlockLanczos, values: Tensor, vectors: Tensor, turned: Turned, k: int) -> Leading:
     """From the eigenpairs (descending) of W1·W1ᵀ projected on the basis of ``lanczos``."""
-    Y = (lanczos.basis.double() @ vectors[:, : k + GUARDS]).to(lanczos.P.dtype)
-    half = turned.rmatmul(Y[:, :k])
+    Y = (lanczos.basis.double() @ vectors[:, :k]).to(lanczos.P.dtype)
+    half = turned.rmatmul(Y)
     next_residual = float((lanczos.below[-1] @ vectors[-lanczos.width :, k]).norm())
-    return Leading(values, Y[:, :k], half, turned.matmul(half).double(), Y[:, k:], next_residual)
+    return Leading(values, Y, half, turned.matmul(half).double(), next_residual)
 
 
 def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Leading | None:
@@ -232,7 +230,7 @@ def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Le
     turned = Turned(tuned, base.short == "left")
     start = random_columns(p, width, p).to(base.W.device)
     lanczos = BlockLanczos(lambda X: turned.matmul(turned.rmatmul(X)), start, base.W.dtype)
-    for steps in schedule(FIRST_STEPS, p, width):
+    for steps in schedule(FIRST_STEPS, p, width, LARGEST_SHARE):
         if not lanczos.extend(steps):
             return None
         values, vectors = eigh(lanczos.projected())
@@ -256,7 +254,7 @@ def spectral_norm(W: Tensor) -> float:
     p = turned.shape[0]
     width = padded(GUARDS, p)
     lanczos = BlockLanczos(lambda X: turned @ (turned.T @ X), random_columns(p, width, p).to(W.device), W.dtype)
-    for steps in schedule(FIRST_STEPS, p, width):
+    for steps in schedule(FIRST_STEPS, p, width, LARGEST_SHARE):
         if not lanczos.extend(steps):
             break
         values, vectors = eigh(lanczos.projected())

@@ -1,0 +1,1 @@
+"""What backs every number in the documents; ``python -m benchmarks`` runs all of it."""
