@@ -1,0 +1,84 @@
+"""How the time for one square weight grows with its size n, LoRA of rank 16, float32.
+
+``cached, cold`` computes the base's spectrum, ``cached`` finds it in the page cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.methods import engine, stored_spectrum, timed
+from benchmarks.options import Options, Row
+from benchmarks.plots import look
+from benchmarks.problems import prescribed_base, tuned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TITLE = "Growth with the size of the weight"
+ASYMPTOTIC = 1024
+
+
+def run(options: Options) -> Iterator[Row]:
+    sizes = options.scale(quick=(64, 128, 256), default=(256, 512, 1024, 2048, 4096))
+    for n in options.sizes or ((*sizes, 8192) if options.full else sizes):
+        problem = tuned(prescribed_base(n, n), "lora", min(options.rank, n // 8))
+        with stored_spectrum(problem.W0, options.scratch) as stored:
+            methods = {
+                "exact": engine("exact", problem),
+                "krylov": engine("krylov", problem),
+                "cached": engine("cached", problem, stored),
+                "cached, cold": engine("cached", problem),
+            }
+            first = None
+            for method, once in methods.items():
+                timing = timed(once, options.repeat)
+                first = first or timing.answer
+                yield {
+                    "n": n,
+                    "method": method,
+                    "seconds": timing.seconds,
+                    "runs": timing.runs,
+                    "answered by": timing.answer.by,
+                    "intruders": timing.answer.count,
+                    "agrees": timing.answer.agrees(first),
+                }
+
+
+def slope(rows: list[Row], method: str, least: int = 0) -> float | None:
+    """Of log seconds over log n, by least squares over sizes from ``least``."""
+    points = [(row["n"], row["seconds"]) for row in rows if row["method"] == method and row["n"] >= least]
+    if len(points) < 2:
+        return None
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def notes(rows: list[Row]) -> list[str]:
+    said = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        large, overall = _form(slope(rows, method, ASYMPTOTIC)), _form(slope(rows, method))
+        said.append(f"{method}: seconds grow as n^{large} from n = {ASYMPTOTIC}, as n^{overall} over all sizes.")
+    return said
+
+
+def _form(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"
+
+
+def draw(rows: list[Row], axes: Axes) -> None:
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [(row["n"], row["seconds"]) for row in rows if row["method"] == method]
+        fitted = slope(rows, method, ASYMPTOTIC) or slope(rows, method)
+        axes.plot(*zip(*points, strict=True), label=f"{method}, $n^{{{_form(fitted)}}}$", linewidth=1, **look(method))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({row["n"] for row in rows})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("size n of an n × n weight")
+    axes.set_ylabel("seconds")
+    axes.legend()

@@ -1,0 +1,165 @@
+"""The audit of a 7B-shaped model from its files, nothing cached: seconds and peak memory of the command.
+
+Writes 32 layers of q, k, v, o, gate, up and down (224 weights, bfloat16, sharded safetensors, 13 GB) with
+spectra like a trained model's, and a LoRA adapter of rank 16 of which every third layer is strong enough to
+plant intruders among the top 10.  The exact engine audits the first layer alone; its time for all is
+extrapolated.  Everything goes to ``--scratch`` and is deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from benchmarks.memory import ROOT, peak
+from benchmarks.options import Options, Row
+from benchmarks.plots import bars
+from benchmarks.problems import ENTRY, factors, scaled_base, seeded, write_adapter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TITLE = "A 7B-shaped model with a LoRA of rank 16"
+SHARD = 1.4e9  # bytes
+ALPHA = 2  # of the rank, as trainers do
+STRENGTHS = (0.3, 2.0, 8.0)  # ‖dW‖ by layer, in units of a noise matrix's √n·entry: below, among, above the outliers
+
+
+def weights(width: int, inner: int) -> dict[str, tuple[int, int]]:
+    """The linear modules of one layer with their shapes (out, in)."""
+    square = dict.fromkeys((f"self_attn.{name}_proj" for name in "qkvo"), (width, width))
+    return square | {
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+
+
+def write_base(folder: Path, layers: int, shapes: dict[str, tuple[int, int]], shard: float = SHARD) -> int:
+    """A sharded bfloat16 checkpoint; returns its bytes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers}))
+    each = 2 * sum(m * n for m, n in shapes.values())
+    shards = max(1, round(layers * each / shard))
+    ends = [round((i + 1) * layers / shards) for i in range(shards)]
+    place: dict[str, str] = {}
+    for number, end in enumerate(ends):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        tensors = {}
+        for layer in range(ends[number - 1] if number else 0, end):
+            for position, (module, (m, n)) in enumerate(shapes.items()):
+                name = f"model.layers.{layer}.{module}.weight"
+                tensors[name] = scaled_base(m, n, seeded(1000 * layer + position)).bfloat16()
+                place[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": layers * each}, "weight_map": place}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return layers * each
+
+
+def write_tuned(folder: Path, layers: int, shapes: dict[str, tuple[int, int]], rank: int) -> Path:
+    modules = {}
+    for layer in range(layers):
+        for position, (module, (m, n)) in enumerate(shapes.items()):
+            strength = STRENGTHS[layer % len(STRENGTHS)] * ENTRY * max(m, n) ** 0.5 / ALPHA
+            generator = seeded(1_000_000 + 1000 * layer + position)
+            modules[f"model.layers.{layer}.{module}"] = factors(m, n, rank, strength, generator)
+    return write_adapter(folder, modules, rank, ALPHA * rank)
+
+
+def audit(report: Path, adapter: Path, base: Path, *more: str) -> dict[str, Any]:
+    """Runs ``spectra audit`` as a process of its own: its report, seconds and peak resident bytes."""
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "spectra", "audit", str(adapter), "--base", str(base), "-o", str(report)]
+    started = time.perf_counter()
+    process = subprocess.Popen([*command, "--no-cache", "--quiet", *more], cwd=ROOT)
+    largest = 0
+    while process.poll() is None:
+        try:
+            largest = max(largest, peak(process.pid))
+        except (OSError, IndexError):  # it has just ended
+            break
+        time.sleep(0.02)
+    if process.wait() != 0:
+        raise RuntimeError(f"spectra audit ended with {process.returncode}")
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak": largest, "report": json.loads(report.read_text())}
+
+
+def run(options: Options) -> Iterator[Row | str]:
+    layers = options.layers or options.scale(quick=3, default=32)
+    width = options.width or options.scale(quick=192, default=4096)
+    shapes = weights(width, width * 43 // 16)  # 11008 at 4096
+    with tempfile.TemporaryDirectory(dir=options.scratch) as home:
+        needed = layers * sum(2 * m * n + 4 * options.rank * (m + n) for m, n in shapes.values())
+        free = shutil.disk_usage(home).free
+        if needed * 1.05 > free:
+            raise RuntimeError(f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; see --scratch")
+        started = time.perf_counter()
+        base, adapter, report = (Path(home) / name for name in ("base", "adapter", "report.json"))
+        size = write_base(base, layers, shapes, SHARD if layers * width > 4096 else 1e6)
+        write_tuned(adapter, layers, shapes, options.rank)
+        shards = len(list(base.glob("*.safetensors")))
+        yield f"{size / 1e9:.2f} GB in {shards} shards, written in {time.perf_counter() - started:.0f} s."
+        libraries = audit(report, ROOT / "fixtures" / "lora-r1", ROOT / "fixtures" / "base")
+        result = audit(report, adapter, base)
+        first = audit(report, adapter, base, "--engine", "exact", "--include", "model.layers.0.*")
+    yield _row("auto", result, layers * len(shapes), libraries["peak"], options.rank, width)
+    row = _row("exact", first, layers * len(shapes), libraries["peak"], options.rank, width)
+    quick = [layer for layer in result["report"]["layers"] if layer["name"].startswith("model.layers.0.")]
+    yield row | {"agrees": _verdicts(quick) == _verdicts(first["report"]["layers"])}
+
+
+def _row(engine: str, result: dict[str, Any], weights: int, libraries: int, rank: int, width: int) -> Row:
+    found = result["report"]["layers"]
+    inside = sum(layer["seconds"] for layer in found)
+    whole = result["seconds"] if len(found) == weights else inside / len(found) * weights
+    return {
+        "engine": engine,
+        "width": width,
+        "weights": weights,
+        "measured": len(found),
+        "rank": rank,
+        "seconds": result["seconds"],
+        "seconds for all": whole,
+        "GiB above the libraries": (result["peak"] - libraries) / 2**30,
+        "answered by": _counted(layer["engine"] or layer["status"] for layer in found),
+        "status": _counted(layer["status"] for layer in found),
+        "intruders": sum(layer["intruders"] or 0 for layer in found),
+        "with intruders": sum(bool(layer["intruders"]) for layer in found),
+        "agrees": True,
+    }
+
+
+def _counted(values: Iterator[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(Counter(values).items()))
+
+
+def _verdicts(layers: list[dict[str, Any]]) -> dict[str, list[int]]:
+    return {layer["name"]: list(layer["intruder_indices"]) for layer in layers}
+
+
+def notes(rows: list[Row]) -> list[str]:
+    auto, exact = rows
+    return [
+        f"auto was measured on all {auto['weights']} weights: {auto['seconds'] / 60:.1f} minutes, from bfloat16 files; "
+        f"exact on {exact['measured']} of them, one of each kind, and extrapolated: "
+        f"{exact['seconds for all'] / 60:.0f} minutes, {exact['seconds for all'] / auto['seconds']:.0f} times as long.",
+        "Peak memory is the process's resident size, above that of an audit of a tiny model.",
+    ]
+
+
+def draw(rows: list[Row], axes: Axes) -> None:
+    names = [row["engine"] + ("" if row["measured"] == row["weights"] else ",\nextrapolated") for row in rows]
+    bars(axes, names, [row["seconds for all"] / 60 for row in rows], "{:.2g}")
+    axes.set_xlabel(f"minutes for {rows[0]['weights']} weights")

@@ -1,0 +1,112 @@
+"""Ten LoRA adapters (rank 4 to 32) of one base, audited together: each base weight is read and decomposed once.
+
+``on disk`` has the base's spectra kept by ``spectra.cache_base`` before (its seconds are said below).
+``exact`` is measured with one adapter and with two, and extrapolated; ``peft`` with one, times ten.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+import spectra
+from benchmarks.methods import peft
+from benchmarks.options import Options, Row
+from benchmarks.plots import bars
+from benchmarks.problems import ENTRY, Problem, factors, scaled_base, seeded, write_adapter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from spectra import Report
+
+TITLE = "Ten adapters of one base"
+RANKS = (4, 8, 8, 12, 16, 16, 16, 24, 32, 32)
+STRENGTHS = (4.0, 7.0, 10.0)  # ‖dW‖ in units of a noise matrix's √n·entry; the outliers go from 12 to 3
+
+
+def run(options: Options) -> Iterator[Row | str]:
+    width = options.width or options.scale(quick=192, default=2048)
+    layers = options.layers or options.scale(quick=2, default=4)
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(layers)]
+    with tempfile.TemporaryDirectory(dir=options.scratch) as home:
+        base, root = Path(home) / "base", Path(home) / "cache"
+        base.mkdir()
+        bases = {name: scaled_base(width, width, seeded(i)) for i, name in enumerate(names)}
+        save_file({f"{name}.weight": W0 for name, W0 in bases.items()}, base / "model.safetensors")
+        adapters, modules = [], {}
+        for number, rank in enumerate(RANKS):
+            unit = STRENGTHS[number % len(STRENGTHS)] * ENTRY * width**0.5
+            modules = {
+                name: factors(width, width, rank, unit, seeded(100 * number + i + 7)) for i, name in enumerate(names)
+            }
+            adapters.append(write_adapter(Path(home) / f"adapter-{number}", modules, rank, rank))
+
+        def audited(count: int, engine: str, cache: Any = False) -> tuple[float, list[Report]]:
+            started = time.perf_counter()
+            reports = spectra.audit_many(adapters[:count], base, engine=engine, cache=cache)
+            return time.perf_counter() - started, reports
+
+        audited(1, "auto")  # libraries and page cache are warm
+        one, _ = audited(1, "exact")
+        two, exact = audited(2, "exact")
+        found = [peft(Problem("lora", W0, *modules[name]))() for name, W0 in bases.items()]
+        incumbent = len(RANKS) * sum(answer.seconds or 0.0 for answer in found)
+
+        def row(method: str, seconds: float, reports: list[Report], how: str = "measured") -> Row:
+            return {
+                "method": method,
+                "seconds": seconds,
+                "× peft": incumbent / seconds,
+                "how": how,
+                "answered by": " ".join(sorted({layer.engine or layer.status for r in reports for layer in r.layers})),
+                "adapters": len(reports),
+                "intruders": sum(map(_count, reports)),
+                "agrees": all(_verdicts(a) == _verdicts(b) for a, b in zip(reports, exact, strict=False)),
+            }
+
+        yield {
+            "method": "peft",
+            "seconds": incumbent,
+            "× peft": 1.0,
+            "how": f"the last one, times {len(RANKS)}",
+            "answered by": "peft",
+            "adapters": 1,
+            "intruders": sum(answer.count for answer in found),
+            "agrees": sum(answer.count for answer in found) == _count(spectra.audit(adapters[-1], base, cache=False)),
+        }
+        yield row("exact", one + (len(RANKS) - 1) * (two - one), exact, "extrapolated from 1 and 2")
+        for method in ("krylov", "cached", "auto"):
+            yield row(method, *audited(len(RANKS), method))
+        started = time.perf_counter()
+        spectra.cache_base(base, root=root)
+        preparing = time.perf_counter() - started
+        yield f"The spectra were put on disk in {preparing:.1f} s, once for all audits of this base."
+        audited(1, "auto", root)
+        yield row("auto, on disk", *audited(len(RANKS), "auto", root))
+
+
+def _count(report: Report) -> int:
+    return sum(map(len, _verdicts(report).values()))
+
+
+def _verdicts(report: Report) -> dict[str, tuple[int, ...]]:
+    return {layer.name: tuple(layer.intruder_indices) for layer in report.layers}
+
+
+def notes(rows: list[Row]) -> list[str]:
+    return [
+        "Whole audits, reading included, all adapters in one call of audit_many; agrees compares the indices of the "
+        "first two adapters with exact's, and peft's number with this package's.",
+    ]
+
+
+def draw(rows: list[Row], axes: Axes) -> None:
+    order = sorted(rows, key=lambda row: -float(row["seconds"]))
+    bars(axes, [row["method"] for row in order], [row["seconds"] for row in order], "{:.3g} s")
+    axes.set_xlabel(f"seconds for {len(RANKS)} adapters")
