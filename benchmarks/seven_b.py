@@ -161,5 +161,5 @@ def notes(rows: list[Row]) -> list[str]:
 
 def draw(rows: list[Row], axes: Axes) -> None:
     names = [row["engine"] + ("" if row["measured"] == row["weights"] else ",\nextrapolated") for row in rows]
-    bars(axes, names, [row["seconds for all"] / 60 for row in rows], "{:.2g}")
+    bars(axes, names, [row["seconds for all"] / 60 for row in rows])
     axes.set_xlabel(f"minutes for {rows[0]['weights']} weights")

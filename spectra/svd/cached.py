@@ -39,7 +39,7 @@ LARGEST_SHARE = 4  # of p that 2r may be; beyond, the small problem is no longer
 EXTRA = 2  # eigenvalues beyond the top k, which say where the next ones are
 LANCZOS = "block lanczos"
 COARSE, FINE = 1e-9, 1e-14  # residuals of the small problem, relative to its largest eigenvalue
-ACCURACY = 1e-4  # of directions from Lanczos; their true error has been 10 to 30 times smaller
+ACCURACY = 1e-3  # of directions from Lanczos, as a bound; their true error has been 10 to 30 times smaller
 FAINT = 1e-4  # σ_k²/σ₁² from which float32 products are too coarse for the last vectors
 
 
