@@ -35,6 +35,7 @@ from spectra.svd.matching import BORDERLINE
 from spectra.updates import TunedWeight
 
 FIRST_STEPS = 8  # fewer have decided nothing; trained-like weights of 1024 to 4096 took 8 to 12
+LIKE_THE_FIRST = 0.75  # of the steps that the leading vectors took, before the first look
 LARGEST_SHARE = 4  # the basis stays below a quarter of the matrix; what is open then has stayed open
 
 
@@ -60,7 +61,9 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Comparison 
     X = leading.Y if base.is_aligned else (W @ leading.half) / leading.sigma[: leading.k].to(W.dtype)
     random = random_columns(p, width - leading.k, p + 1).to(W.device) / np.sqrt(p)
     lanczos = BlockLanczos(lambda Z: W @ (W.T @ Z), torch.cat([X.double(), random], 1), W.dtype)
-    for steps in schedule(FIRST_STEPS, p, width, LARGEST_SHARE):
+    # W0's spectrum is about as hard to resolve as W1's was, and each look costs as much as a step.
+    first = max(FIRST_STEPS, int(LIKE_THE_FIRST * leading.theta.numel() / width))
+    for steps in schedule(first, p, width, LARGEST_SHARE):
         if not lanczos.extend(steps):
             return None
         certificate = Certificate(base, lanczos, X, random, leading, question)
