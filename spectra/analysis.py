@@ -60,7 +60,7 @@ class Findings:
 class LayerAnalysis:
     """The analysis of one base weight, for any number of updates of it.
 
-    The base is decomposed at most once, and only if some update changes it.
+    The base is decomposed only if some update changes it, and what is learnt of it is kept.
     """
 
     def __init__(

@@ -164,3 +164,26 @@ def test_what_float32_leaves_open_is_computed_in_float64(rng, monkeypatch):
         asked.clear()
         ENGINES["cached"]().compare(Base(tuned.W0), tuned, Question(1, epsilon))
         assert asked == expected
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("engine", ["exact", "cached", "krylov", "auto"])
+def test_an_update_outside_the_span_of_a_square_base(rng, engine, side):
+    """A zero row and column, as pruning leaves them, and an update that lives there alone."""
+    W0 = problems.trained_like(rng, 300, 300)
+    W0[17], W0[:, 40] = 0, 0
+    B, A = np.zeros((300, 1)), np.zeros((1, 300))
+    B[17], A[0, 40] = 30, 1
+    found = find_intruders(W0, B=B, A=A, engine=engine, side=side, top_k=4)
+    assert found.intruders == (0,)
+    assert found.vectors[0].sigma == pytest.approx(30)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_a_stored_spectrum_is_told_apart_at_any_scale(rng, scale):
+    W0 = torch.from_numpy(problems.trained_like(rng, 60, 80) * scale).float()
+    kept = short_spectrum(W0)
+    assert Base(W0, stored=lambda: kept).has_stored
+    assert not Base(W0.flip(0), stored=lambda: kept).has_stored
+    zero = short_spectrum(torch.zeros(60, 80))
+    assert not Base(W0, stored=lambda: zero).has_stored

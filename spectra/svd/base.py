@@ -15,7 +15,8 @@ from spectra.svd.spectrum import Side, Spectrum
 from spectra.updates import SLAB, DenseWeight
 
 PROBES = 16
-# What a stored spectrum may differ by from the weight as read, relative to σ₁·‖WᵀG‖; float32 rounds to about 3e-7.
+# What a stored spectrum may differ by from the weight as read, relative to σ₁·‖WᵀG‖: a sieve for other weights, no
+# part of any bound.  float32 rounds to about 3e-7.
 STALE = 1e-5
 
 
@@ -106,8 +107,13 @@ class Base:
         """
         if floor <= self._floor:
             return True
-        gram = _gram(self.W)
-        gram.diagonal().sub_(floor)
+        # Scaled, since squares of tiny or huge entries leave the range of float32.
+        low, high = torch.aminmax(self.W)
+        scale = max(abs(float(low)), abs(float(high)))
+        if not scale > 0:
+            return False
+        gram = _gram(self.W / scale)
+        gram.diagonal().sub_(floor / scale**2)
         proven = int(torch.linalg.cholesky_ex(gram).info) == 0
         if proven:
             self._floor = floor
@@ -143,9 +149,12 @@ def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:
     X = spectrum.vectors.to(W.device, W.dtype)
     generator = torch.Generator().manual_seed(p)
     G = torch.randn(p, PROBES, generator=generator).to(X)
-    half = W.T @ G
-    expected = X @ (torch.from_numpy(spectrum.s**2).to(X)[:, None] * (X.T @ G))
-    return float((W @ half - expected).norm()) <= STALE * float(spectrum.s[0]) * float(half.norm())
+    scale = float(spectrum.s[0])  # whose square may leave the range of float32
+    if not scale > 0:
+        return not bool(W.any())
+    half = (W.T @ G) / scale
+    expected = X @ (torch.from_numpy((spectrum.s / scale) ** 2).to(X)[:, None] * (X.T @ G))
+    return float((W @ half / scale - expected).norm()) <= STALE * float(half.norm())
 
 
 def _gram(W: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, precise: bool) 
     if not base.is_aligned:
         # x̂ of the short side off by e turns into Wᵀe/σ on the long side.
         with np.errstate(divide="ignore", invalid="ignore"):
-            before = replace(before, rounding=np.minimum(before.rounding * before.s[0] / before.s, 1.0))
+            off = np.minimum(before.rounding * before.s[0] / before.s, 1.0)
+        before = replace(before, rounding=np.where(before.s > 0, off, 1.0))
     top = Spectrum(
         s=leading.s,
         vectors=torch.empty(p, k),

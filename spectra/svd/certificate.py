@@ -33,7 +33,7 @@ from spectra.svd.spectrum import CLUSTER_WIDTH, EPS32
 
 MAX_EVALUATIONS = 4000
 DIRECTION_ERROR = 0.02  # how well a tuned vector must be known before it is judged
-NEVER = 1e-5  # the probability of missing a second singular vector beside a Ritz value
+NEVER = 1e-5  # about the probability of missing a second singular vector beside a Ritz value
 SAFE_FLOOR = 0.25  # of the smallest Ritz value: where the spectrum is supposed to end
 LEAST_FLOOR = 1e-5  # of ‖M‖: a float32 Gram matrix proves nothing below
 
@@ -87,8 +87,9 @@ class Certificate:
             self.cosine = overlap / theta.clamp_min(1e-300).sqrt()
         self.cosine = self.cosine.clamp_max(1.0)
         self.lower = (lower - self.direction_error).clamp(0, 1)
-        # With a cosine above √½ no other base vector can be closer.
-        self.upper = torch.where(self.lower**2 > 0.5, (reach + self.direction_error).clamp_max(1.0), 1.0)
+        # With a cosine above √½ no other base vector can be closer, unless it counts as one with its neighbours.
+        alone = (self.lower**2 > 0.5) & (radius > 2 * CLUSTER_WIDTH * self.top + error)
+        self.upper = torch.where(alone, (reach + self.direction_error).clamp_max(1.0), 1.0)
         self.not_intruder = self.known & (self.lower >= self.question.epsilon + BORDERLINE)
         self.intruder = torch.zeros_like(self.not_intruder)
 

@@ -94,7 +94,8 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
     NonFiniteError, ConvergenceError
     """
     m, n = weight.shape
-    short: Side = "left" if m <= n else "right"
+    # Of a square the side in question: the other one's vectors are not formed where σ is zero.
+    short: Side = side if m == n else ("left" if m < n else "right")
     p, length = min(m, n), max(m, n)
 
     def slab(part: slice) -> Tensor:  # (p, width), float64

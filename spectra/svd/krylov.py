@@ -94,8 +94,9 @@ def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Que
         changes = leading.half.double() - half0.double(), leading.image / sigma - (W @ right.to(W.dtype)).double()
     lost = leading.residuals / sigma
     rho = ((changes[0].square().sum(0) + changes[1].square().sum(0)) / 2).sqrt() + lost
-    uncertain = float(lost.max()) + leading.next_residual / float(sigma[-1])
-    bounds = _small_bounds(s.cpu().numpy(), k, rho.cpu().numpy(), norm + uncertain)
+    known = s[: k + 1].cpu().numpy()
+    known[k] = np.sqrt(max(float(leading.theta[k]), 0.0) + leading.next_residual)  # as far up as it may lie
+    bounds = _small_bounds(known, k, rho.cpu().numpy(), norm + float(lost.max()))
     bounds = bounds - leading.direction_errors(base.is_aligned).cpu().numpy()
     if bounds.min() < question.epsilon + BORDERLINE:
         return None

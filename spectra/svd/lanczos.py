@@ -249,7 +249,7 @@ def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Le
 
 
 def spectral_norm(W: Tensor) -> float:
-    """‖W‖₂ to about six digits, by block Lanczos, or by all singular values where that does not get there."""
+    """‖W‖₂ to four digits or better, by block Lanczos, or by all singular values where that does not get there."""
     turned = W if W.shape[0] <= W.shape[1] else W.T
     p = turned.shape[0]
     width = padded(GUARDS, p)

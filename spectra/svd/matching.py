@@ -67,7 +67,7 @@ def verdict_is_open(match: Match, epsilon: float) -> bool:
 def straddles(match: Match, epsilon: float, margin: float = BORDERLINE) -> bool:
     """Whether epsilon lies within the bounds, or within ``margin`` of them."""
     lower, upper = match.bounds
-    return lower - margin < epsilon <= upper + margin
+    return not (epsilon <= lower - margin or epsilon > upper + margin)  # NaN is open
 
 
 def _null_space(index: int, sigma: float, flags: list[str]) -> Match:

@@ -71,15 +71,15 @@ class DiagonalPlusLowRank:
         return None
 
     def count_above(self, tau: float) -> int:
-        """How many eigenvalues exceed ``tau``; M must be invertible and tau no entry of d."""
+        """How many eigenvalues exceed ``tau``, which is no entry of d; M must be [[K, I], [I, 0]], as it is for
+        W·Wᵀ + F·Eᵀ + E·Fᵀ + E·K·Eᵀ: its inverse is [[0, I], [I, −K]], with as many positive as negative eigenvalues.
+        """
+        r = self.M.shape[0] // 2
+        inverse = torch.zeros_like(self.M)
+        inverse[:r, r:], inverse[r:, :r], inverse[r:, r:] = self.M[:r, r:], self.M[r:, :r], -self.M[:r, :r]
         shift = self.d - tau
-        inverse = torch.linalg.inv(self.M)
         schur = -inverse - self.L.T @ (self.L / shift[:, None])
-        return (
-            int((shift > 0).sum())
-            + int((torch.linalg.eigvalsh((schur + schur.T) / 2) > 0).sum())
-            - int((torch.linalg.eigvalsh(-(inverse + inverse.T) / 2) > 0).sum())
-        )
+        return int((shift > 0).sum()) + int((torch.linalg.eigvalsh((schur + schur.T) / 2) > 0).sum()) - r
 
 
 def _orthonormal(Z: Tensor, X: Tensor) -> Tensor:
