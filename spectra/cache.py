@@ -17,14 +17,13 @@ import json
 import math
 import os
 import re
-import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra import __version__
-from spectra.checkpoint import Checkpoint, read_json
-from spectra.errors import SpectraError, UsageError
+from spectra.checkpoint import PARTIAL, Checkpoint, read_json, write_whole
+from spectra.errors import SpectraError
 from spectra.orientation import Layout, matrix_shape
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class SpectrumCache:
             "s": torch.from_numpy(spectrum.s),
             "residuals": torch.from_numpy(spectrum.residuals),
         }
-        _write(self.file(base, name, layout, dtype), save(tensors, {"spectra": json.dumps(facts)}))
+        write_whole(self.file(base, name, layout, dtype), save(tensors, {"spectra": json.dumps(facts)}))
 
     def remember(self, base: Checkpoint) -> None:
         """Notes where this base lies, so that :meth:`stale_for` can tell when it changes."""
@@ -137,7 +136,7 @@ class SpectrumCache:
         paths = _paths(folder)
         if here not in paths:
             facts = {"schema": SCHEMA, "paths": [*paths, here], "fingerprint_headers": base.fingerprint().headers}
-            _write(folder / "base.json", (json.dumps(facts, indent=1) + "\n").encode())
+            write_whole(folder / "base.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def stale_for(self, base: Checkpoint) -> tuple[Path, ...]:
         """Folders with spectra of what lay at this base's path before it changed."""
@@ -151,7 +150,7 @@ class SpectrumCache:
 
     def clean(self, base: Checkpoint) -> None:
         """Removes what a run that was killed left half written."""
-        for file in self.folder(base).glob(".*.part"):
+        for file in self.folder(base).glob(f".*{PARTIAL}"):
             with contextlib.suppress(OSError):
                 if time.time() - file.stat().st_mtime > ABANDONED:
                     file.unlink()
@@ -203,20 +202,3 @@ def _makes_sense(spectrum: Spectrum) -> bool:
         and bool((s[:-1] >= s[1:]).all() and s[-1] >= 0 and (residuals >= 0).all())
         and all(math.isfinite(bound) and bound >= 0 for bound in bounds)
     )
-
-
-def _write(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())  # or a power cut could leave the name without the content
-            temporary.replace(file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UsageError(f"{file}: could not be written: {error.strerror or error}") from None

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from spectra.errors import (
     SpectraError,
     UnsafeFileError,
     UnsupportedMethodError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what can be analysed
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+PARTIAL = ".part"  # how a file ends that is being written
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_ADVICE = (
     "this is a pickle, which can run code when it is read; convert it to safetensors where you "
@@ -356,6 +359,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if not name.isprintable():  # what would end up in a terminal, or split a line
             raise CorruptFileError(path, f"a tensor's name holds control characters: {name[:80]!r}")
     return tensors
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all, in a folder that is made if need be.
+
+    Raises
+    ------
+    UsageError : it could not be written.
+    """
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())  # or a power cut could leave the name without the content
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(f"{file}: could not be written: {error.strerror or error}") from None
 
 
 def _unique(path: Path, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

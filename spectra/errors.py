@@ -89,3 +89,12 @@ class NonFiniteError(NumericError):
 
 class ConvergenceError(NumericError):
     """No driver converged."""
+
+
+# What ends one layer and not the run; torch says "out of memory" with a RuntimeError.
+LAYER_ERRORS = (SpectraError, MemoryError, RuntimeError)
+
+
+def in_short(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

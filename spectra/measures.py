@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spectra.records import Vector
-from spectra.svd import Comparison, singular_values, spectral_norm
+from spectra.svd import Comparison, product_singular_values, singular_values, spectral_norm
 from spectra.updates import TunedWeight
 
 
@@ -41,8 +41,7 @@ def update_singular_values(tuned: TunedWeight) -> np.ndarray:
     factors = tuned.low_rank()
     if factors is None:
         return singular_values(tuned.delta())
-    B, A = factors
-    return singular_values(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T)
+    return product_singular_values(*factors)
 
 
 def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:

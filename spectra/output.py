@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from spectra.checkpoint import write_whole
 from spectra.errors import MissingFileError, UsageError
 
 # How what we write begins, in each of its formats.
@@ -86,17 +86,4 @@ def emit(text: str, target: Path | None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise UsageError(f"standard output: could not be written: {error.strerror or error}") from None
         return
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)  # mkstemp's own mode is for secrets
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise UsageError(f"{target}: could not be written: {error.strerror or error}") from None
+    write_whole(target, text.encode())

@@ -20,10 +20,10 @@ import torch
 
 from spectra import __version__
 from spectra.adapters import Plan, plan_updates
-from spectra.analysis import DTYPES, Findings, LayerAnalysis, check_device, checked_question
+from spectra.analysis import DTYPES, Findings, LayerAnalysis, check_device, checked_question, using_threads
 from spectra.cache import SpectrumCache
 from spectra.checkpoint import Checkpoint
-from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError
+from spectra.errors import LAYER_ERRORS, ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.layers import LayerPair, Pairing, pair_layers
 from spectra.report import LayerReport, Report, module_type
 from spectra.resolve import named_base, open_base, open_base_of, open_tuned
@@ -36,9 +36,6 @@ REMARKS = {
     "krylov": ("decided by certificates: what they did not need is null",),
     "proved_small": ("proven by the size of the update alone: each vector's lower bound is the proof",),
 }
-
-# What ends one layer and not the run; torch says "out of memory" with a RuntimeError.
-LAYER_ERRORS = (SpectraError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -294,17 +291,14 @@ def _in_order(
     jobs: Sequence[_Job], settings: Settings
 ) -> Iterator[tuple[_Job, list[tuple[_Run, LayerPair, LayerReport]]]]:
     """Each job with its results; ``workers`` of them at a time, none kept waiting in memory."""
-    before = torch.get_num_threads()
     if settings.workers == 1:
-        torch.set_num_threads(settings.threads)
-        try:
+        with using_threads(settings.threads):
             for job, following in itertools.zip_longest(jobs, jobs[1:]):
                 if following is not None:
                     following.prefetch()
                 yield job, job.do()
-        finally:
-            torch.set_num_threads(before)
         return
+    before = torch.get_num_threads()
     # The number of threads is each worker thread's own setting.
     with ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(settings.threads,)) as pool:
         waiting = iter(jobs)
@@ -348,7 +342,7 @@ def _explain(error: Exception, what: str) -> tuple[str, str]:
         return "not_converged", f"{what}: {error}"
     if isinstance(error, SpectraError):
         return "failed", str(error)
-    return "failed", f"{what}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    return "failed", f"{what}: {in_short(error)}"
 
 
 def _describe(pair: LayerPair) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from spectra.adapters import Skipped
 from spectra.adapters.full import FullCheckpoint
 from spectra.cache import SpectrumCache
 from spectra.checkpoint import Checkpoint
-from spectra.errors import CheckpointError, SpectraError, UsageError
+from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers
 from spectra.resolve import open_base
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4, "float64": 8}
 EIGENVECTORS = 10  # p³, in products' time: m·n·p + 10·p³ fits short_spectrum within 1.6 from 512 to 2048 (measured)
-# What ends one layer and not the run; torch says "out of memory" with a RuntimeError.
-LAYER_ERRORS = (SpectraError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def cache_base(
 
     import torch
 
-    from spectra.analysis import check_device
+    from spectra.analysis import check_device, using_threads
 
     check_device(device)
     cache = SpectrumCache(root)
@@ -152,7 +149,7 @@ def cache_base(
         cache.remember(opened)
         efforts = [_effort(layer, known=layer.name in there) for layer in layers]
         done = 0.0
-        with _threads(threads or torch.get_num_threads()):
+        with using_threads(threads or torch.get_num_threads()):
             for layer, effort in zip(layers, efforts, strict=True):
                 try:
                     spectrum = work.compute(layer)
@@ -209,8 +206,7 @@ class _Work:
 def _explain(error: Exception, layer: PlannedLayer) -> str:
     if isinstance(error, CheckpointError):  # names its file and tensor itself
         return str(error)
-    what = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"{layer.pair.base.file}: {layer.name}: {what}"
+    return f"{layer.pair.base.file}: {layer.name}: {in_short(error)}"
 
 
 def _check_room(folder: Path, wanted: int) -> None:
@@ -229,18 +225,6 @@ def _effort(layer: PlannedLayer, *, known: bool) -> float:
     m, n = layer.shape
     p = float(min(m, n))
     return 100.0 * m * n if known else m * n * p + EIGENVECTORS * p**3
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def readable_size(size: float) -> str:

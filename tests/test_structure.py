@@ -37,7 +37,7 @@ ALLOWED = {
     "pipeline": {"adapters", "analysis", "cache", "checkpoint", "errors", "layers", "report", "resolve", "svd"},
     "inspection": {"adapters", "checkpoint", "errors", "layers", "resolve"},
     "render": {"report"},
-    "output": {"errors"},
+    "output": {"checkpoint", "errors"},
     "cli": {"errors", "inspection", "output", "pipeline", "precompute", "render", "report"},
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from spectra.errors import UsageError
 from spectra.svd.base import Base, short_spectrum
 from spectra.svd.cached import CachedEngine
-from spectra.svd.decompose import check_finite, decompose, decompose_gram, singular_values
+from spectra.svd.decompose import check_finite, decompose, decompose_gram, product_singular_values, singular_values
 from spectra.svd.engine import Comparison, Engine, Match, Question
 from spectra.svd.exact import ExactEngine
 from spectra.svd.krylov import KrylovEngine
@@ -75,6 +75,7 @@ __all__ = [
     "decompose_gram",
     "match_vectors",
     "numerical_rank",
+    "product_singular_values",
     "short_spectrum",
     "singular_values",
     "spectral_norm",

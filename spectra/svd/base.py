@@ -112,7 +112,7 @@ class Base:
         scale = max(abs(float(low)), abs(float(high)))
         if not scale > 0:
             return False
-        gram = _gram(self.W / scale)
+        gram = _gram(self.W, scale)
         gram.diagonal().sub_(floor / scale**2)
         proven = int(torch.linalg.cholesky_ex(gram).info) == 0
         if proven:
@@ -157,11 +157,11 @@ def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:
     return float((W @ half / scale - expected).norm()) <= STALE * float(half.norm())
 
 
-def _gram(W: Tensor) -> Tensor:
-    """W·Wᵀ, its lower triangle alone, in W's dtype."""
+def _gram(W: Tensor, scale: float) -> Tensor:
+    """W·Wᵀ/scale², its lower triangle alone, in W's dtype."""
     p = W.shape[0]
     gram = torch.zeros(p, p, dtype=W.dtype, device=W.device)
     width = max(SLAB, -(-p // 8))
     for at in range(0, p, width):
-        gram[at:, at : at + width] = W[at:] @ W[at : at + width].T
+        gram[at:, at : at + width] = W[at:] @ (W[at : at + width] / scale / scale).T
     return gram

@@ -12,7 +12,7 @@ W0's row and column spaces need no extra rows.  The count of the leading eigenva
 Any other update needs only the leading vectors of W1, by block Lanczos or from its Gram matrix, and one
 product with X.
 
-A float32 pass over the weight is tried first on large ones; what its bounds leave open is computed
+For low-rank updates of large weights a float32 pass is tried first; what its bounds leave open is computed
 again from float64 products, and what even that leaves open goes to the exact engine.
 """
 
@@ -37,7 +37,6 @@ from spectra.updates import TunedWeight, slabs
 SMALL = 1024  # below, float64 products cost next to nothing
 LARGEST_SHARE = 4  # of p that 2r may be; beyond, the small problem is no longer small
 EXTRA = 2  # eigenvalues beyond the top k, which say where the next ones are
-LANCZOS = "block lanczos"
 COARSE, FINE = 1e-9, 1e-14  # residuals of the small problem, relative to its largest eigenvalue
 ACCURACY = 1e-3  # of directions from Lanczos, as a bound; their true error has been 10 to 30 times smaller
 FAINT = 1e-4  # σ_k²/σ₁² from which float32 products are too coarse for the last vectors
@@ -49,9 +48,16 @@ class CachedEngine:
     name = "cached"
 
     def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison:
-        coarse = base.is_aligned and min(tuned.shape) >= SMALL and base.W0.dtype != torch.float64
+        p, k = base.W.shape[0], question.top_k
+        if k + EXTRA > p or not base.spectrum.s[0] > 0:
+            return ExactEngine().compare(base, tuned, question)
+        factors = Turned(tuned, base.short == "left").low_rank()
+        if factors is None or 2 * LARGEST_SHARE * factors[0].shape[1] > p:
+            found = _compare(base, tuned, question, _by_vectors(base, tuned, k))
+            return found or ExactEngine().compare(base, tuned, question)
+        coarse = base.is_aligned and p >= SMALL and base.W0.dtype != torch.float64
         for precise in (False, True) if coarse else (True,):
-            found = _compare(base, tuned, question, precise)
+            found = _compare(base, tuned, question, _by_algebra(base, factors, k, precise))
             if found is not None:
                 return found
         return ExactEngine().compare(base, tuned, question)
@@ -61,7 +67,8 @@ class CachedEngine:
 class _Leading:
     """The leading singular vectors of W1, by their cosines (p, k) with W0's of the side in question.
 
-    s (more than k), residuals (k,) and rounding are as in :class:`Spectrum`.
+    s (more than k), residuals (k,) and rounding are as in :class:`Spectrum`; ``margin`` around epsilon
+    is what they may not decide.
     """
 
     s: np.ndarray
@@ -69,21 +76,14 @@ class _Leading:
     cosines: np.ndarray
     rounding: float
     method: str
+    margin: float
 
 
-def _compare(base: Base, tuned: TunedWeight, question: Question, precise: bool) -> Comparison | None:
-    factors = tuned.low_rank()
-    p, k = base.W.shape[0], question.top_k
-    before = base.spectrum
-    if k + EXTRA > p or not before.s[0] > 0:
-        return None
-    leading: _Leading | None
-    if factors is not None and 2 * LARGEST_SHARE * factors[0].shape[1] <= p:
-        leading = _by_algebra(base, factors, k, precise)
-    else:
-        leading = _by_vectors(base, tuned, k)
+def _compare(base: Base, tuned: TunedWeight, question: Question, leading: _Leading | None) -> Comparison | None:
+    """The comparison, or None where these vectors leave a verdict open."""
     if leading is None:
         return None
+    k, before = question.top_k, base.spectrum
     if not base.is_aligned:
         # x̂ of the short side off by e turns into Wᵀe/σ on the long side.
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -91,7 +91,7 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, precise: bool) 
         before = replace(before, rounding=np.where(before.s > 0, off, 1.0))
     top = Spectrum(
         s=leading.s,
-        vectors=torch.empty(p, k),
+        vectors=torch.empty(base.W.shape[0], k),
         side=question.side,
         residuals=leading.residuals,
         orthogonality=0.0,
@@ -100,8 +100,7 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, precise: bool) 
         rounding=leading.rounding,
     )
     matches = match_vectors(before, top, k, leading.cosines)
-    margin = 0.0 if precise and leading.method != LANCZOS else BORDERLINE  # what float64 may decide
-    if len(matches) != k or any(straddles(match, question.epsilon, margin) or match.flags for match in matches):
+    if len(matches) != k or any(straddles(match, question.epsilon, leading.margin) or match.flags for match in matches):
         return None
     return Comparison(
         matches=tuple(matches),
@@ -116,7 +115,7 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, precise: bool) 
 
 def _by_algebra(base: Base, factors: tuple[Tensor, Tensor], k: int, precise: bool) -> _Leading | None:
     W, spectrum = base.W, base.spectrum
-    B, A = factors if base.short == "left" else (factors[1].T, factors[0].T)
+    B, A = factors
     X = spectrum.vectors
     s = torch.from_numpy(spectrum.s).to(W.device)
     times = _product64 if precise else _product
@@ -152,6 +151,7 @@ def _by_algebra(base: Base, factors: tuple[Tensor, Tensor], k: int, precise: boo
         cosines=cosines.cpu().numpy(),
         rounding=spectrum.orthogonality + (0.0 if precise else 4 * EPS32),
         method="diagonal plus low rank",
+        margin=0.0 if precise else BORDERLINE,
     )
 
 
@@ -173,10 +173,11 @@ def _by_vectors(base: Base, tuned: TunedWeight, k: int) -> _Leading:
         values = torch.cat([top.theta[:k], top.theta[k : k + 1] + top.next_residual]).clamp_min(0).sqrt()
         sigma, residuals = values.cpu().numpy(), (top.residuals / values[:k]).cpu().numpy()
         Y = top.Y if base.is_aligned else Turned(tuned, base.short == "left").rmatmul64(top.Y) / values[:k]
-        method = LANCZOS
+        method, margin = "block lanczos", BORDERLINE
     else:
         found = decompose_gram(tuned, base.side, keep=k)
         sigma, residuals, Y, method = found.s, found.residuals[:k], found.vectors[:, :k], found.method
+        margin = 0.0
     if base.is_aligned:
         cosines = _product64(spectrum.vectors.T, Y)
     else:
@@ -184,7 +185,7 @@ def _by_vectors(base: Base, tuned: TunedWeight, k: int) -> _Leading:
         inner = _product64(spectrum.vectors.T, _product64(W, Y))
         cosines = torch.where(s > 0, inner / s.clamp_min(1e-300), 0.0)
     rounding = spectrum.orthogonality + (0.0 if top is None else 4 * EPS32)
-    return _Leading(sigma, residuals, cosines.cpu().numpy(), rounding, method)
+    return _Leading(sigma, residuals, cosines.cpu().numpy(), rounding, method, margin)
 
 
 def _product(W: Tensor, X: Tensor) -> Tensor:

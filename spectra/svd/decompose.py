@@ -75,6 +75,11 @@ def singular_values(W: Tensor) -> np.ndarray:
     return values
 
 
+def product_singular_values(B: Tensor, A: Tensor) -> np.ndarray:
+    """The singular values of B·A (m × r times r × n), from two QR factorisations and an r × r problem."""
+    return singular_values(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T)
+
+
 def _run_driver(W: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     if name != "gesvd" or W.is_cuda:
         result = torch.linalg.svd(W, full_matrices=False, driver=name if W.is_cuda else None)

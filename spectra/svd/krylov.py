@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from spectra.svd.base import Base
 from spectra.svd.cached import CachedEngine
 from spectra.svd.certificate import DIRECTION_ERROR, Certificate
+from spectra.svd.decompose import product_singular_values
 from spectra.svd.engine import Comparison, Match, Question
 from spectra.svd.lanczos import (
     GUARDS,
     BlockLanczos,
     Leading,
+    Turned,
     leading_pairs,
     padded,
     random_columns,
@@ -81,14 +82,14 @@ def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Que
     """
     k, s, W = leading.k, leading.sigma, base.W
     sigma = s[:k]
-    factors = tuned.low_rank()
-    norm = _norm(*factors) if factors is not None else tuned.delta_norm()
+    factors = Turned(tuned, base.short == "left").low_rank()
+    norm = float(product_singular_values(*factors)[0]) if factors is not None else tuned.delta_norm()
     if not norm < float((sigma - s[k]).max()):
         return None  # no window can be free
     Y, right = leading.Y, leading.half.double() / sigma
     half0 = W.T @ Y
     if factors is not None:
-        B, A = factors if base.short == "left" else (factors[1].T, factors[0].T)
+        B, A = factors
         changes = A.T @ (B.T @ Y.double()), B @ (A @ right)
     else:
         changes = leading.half.double() - half0.double(), leading.image / sigma - (W @ right.to(W.dtype)).double()
@@ -120,12 +121,6 @@ def _small_bounds(s: np.ndarray, k: int, rho: np.ndarray, norm: float) -> np.nda
             if eta > rho[j]:
                 bounds[j] = max(bounds[j], (2 * np.sqrt(1 - (rho[j] / eta) ** 2) - 1) / np.sqrt(g))
     return bounds
-
-
-def _norm(B: Tensor, A: Tensor) -> float:
-    """‖B·A‖₂, from the small factors alone."""
-    product = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
-    return float(torch.linalg.matrix_norm(product, 2))
 
 
 def _comparison(matches: tuple[Match, ...], leading: Leading, top: float) -> Comparison:

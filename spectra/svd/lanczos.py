@@ -140,6 +140,11 @@ class Turned:
     def rmatmul(self, Y: Tensor) -> Tensor:
         return self.weight.rmatmul(Y) if self.left else self.weight.matmul(Y)
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of W1 = W + B·A where the update has that form, turned likewise."""
+        factors = self.weight.low_rank()
+        return factors if factors is None or self.left else (factors[1].T, factors[0].T)
+
     def rmatmul64(self, Y: Tensor) -> Tensor:
         """W1ᵀ·Y from exact entries, in float64."""
         parts = []
