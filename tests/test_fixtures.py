@@ -56,12 +56,17 @@ def test_member_of_the_family(member, side):
 
 def test_the_family_is_what_it_says():
     record = json.loads((FIXTURES / "family.json").read_text())
-    assert set(record) == set(MEMBERS)
-    accuracies = [entry["test_accuracy"] for entry in record.values()]
+    folders = {str(path.parent.relative_to(FIXTURES)) for path in FIXTURES.rglob("*.safetensors")}
+    assert set(record) == folders
+    assert set(MEMBERS) < folders
+    assert record["base"].keys() == {"pretraining_loss"}
+    members = [entry for name, entry in record.items() if name != "base" and not name.startswith("run-r4")]
+    accuracies = [entry["test_accuracy"] for entry in members]
     assert min(accuracies) > 0.9
     assert max(accuracies) - min(accuracies) < 0.03, "comparable accuracy"
+    assert all(entry["pretraining_loss"] > record["base"]["pretraining_loss"] for entry in members)
     size = sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file())
-    assert size < 20e6
+    assert size < 32e6
 
 
 def test_lora_plants_intruders_and_full_fine_tuning_hardly_any():
