@@ -36,7 +36,7 @@ import torch
 from benchmarks.options import Options, Row
 from benchmarks.plots import look
 from spectra.detect import detect
-from spectra.svd import ENGINES, Base, Comparison, Question, Side, cached, krylov, lanczos
+from spectra.svd import ENGINES, Answer, Base, Question, Side, cached, krylov, lanczos
 from spectra.updates import Dense, LowRank, RowScaled, Update
 from tests import problems, reference
 
@@ -281,7 +281,7 @@ def _moved(question: Question, near: tuple[int, float] | None, values: list[floa
     return Question(question.top_k, float(np.clip(value + near[1], 0.01, 1)), question.side)
 
 
-def difference(comparison: Comparison, question: Question, values: list[float | None]) -> str | None:
+def difference(comparison: Answer, question: Question, values: list[float | None]) -> str | None:
     """How the answer differs from the definition's ``values``, or None."""
     vectors = detect(comparison, question)
     if len(vectors) != len(values):

@@ -8,32 +8,53 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from spectra.analysis import Findings, find_intruders
+    from spectra.comparing import compare, layer_spectra
+    from spectra.comparison import Comparison
     from spectra.errors import SpectraError
     from spectra.pipeline import audit, audit_many
     from spectra.precompute import CachedBase, cache_base
+    from spectra.ranking import Extraction, extract_adapter, suggest_ranks
+    from spectra.ranks import RankReport
+    from spectra.records import LayerSpectra
     from spectra.report import Report
 
 _HOMES = {
     "CachedBase": "spectra.precompute",
+    "Comparison": "spectra.comparison",
+    "Extraction": "spectra.ranking",
     "Findings": "spectra.analysis",
+    "LayerSpectra": "spectra.records",
+    "RankReport": "spectra.ranks",
     "Report": "spectra.report",
     "SpectraError": "spectra.errors",
     "audit": "spectra.pipeline",
     "audit_many": "spectra.pipeline",
     "cache_base": "spectra.precompute",
+    "compare": "spectra.comparing",
+    "extract_adapter": "spectra.ranking",
     "find_intruders": "spectra.analysis",
+    "layer_spectra": "spectra.comparing",
+    "suggest_ranks": "spectra.ranking",
 }
 
 __all__ = [
     "CachedBase",
+    "Comparison",
+    "Extraction",
     "Findings",
+    "LayerSpectra",
+    "RankReport",
     "Report",
     "SpectraError",
     "__version__",
     "audit",
     "audit_many",
     "cache_base",
+    "compare",
+    "extract_adapter",
     "find_intruders",
+    "layer_spectra",
+    "suggest_ranks",
 ]
 
 

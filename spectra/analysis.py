@@ -15,6 +15,7 @@ from spectra.detect import detect, is_noise_like, random_floor
 from spectra.errors import NonFiniteError, UsageError
 from spectra.measures import layer_measures
 from spectra.records import Vector
+from spectra.study import Extras, Study, update_spectrum
 from spectra.svd import Base, Engine, Question, Spectrum, check_finite, choose_engine
 from spectra.updates import Dense, LowRank, TunedWeight
 
@@ -31,7 +32,7 @@ class Findings:
         "unchanged" where W1 equals W0 and nothing was decomposed.
     shape : (m, n) of the weight.
     vectors : the compared singular vectors of W1, by falling singular value.
-    measures : see :func:`spectra.measures.layer_measures`.
+    measures : see :func:`spectra.measures.layer_measures` and, in comparisons, :class:`spectra.study.Extras`.
     random_floor : the mean max |cos| of a random direction.
     noise_like_base : W0's spectrum is plain noise, so that its intruders say little.
     flags : "settled_in_float64", "zero_base", "stale_cache" (the spectrum kept by an earlier run is
@@ -50,6 +51,7 @@ class Findings:
     methods: tuple[str, ...] = ()
     residual: float | None = None
     orthogonality: float | None = None
+    extras: Extras = field(default=Extras(), repr=False)
 
     @property
     def intruders(self) -> tuple[int, ...]:
@@ -71,13 +73,14 @@ class LayerAnalysis:
         *,
         fine_tunes: int = 1,
         stored: Callable[[], Spectrum | None] | None = None,
+        study: Study | None = None,
     ):
         check_finite(W0)
-        self._question, self._engine = question, engine
+        self._question, self._engine, self._study = question, engine, study
         self._base = Base(W0, question.side, fine_tunes=fine_tunes, stored=stored)
 
-    def of(self, tuned: TunedWeight) -> Findings:
-        """Findings for W1.
+    def of(self, tuned: TunedWeight, seed: int = 0) -> Findings:
+        """Findings for W1; ``seed`` is that of the random updates of a :class:`Study`.
 
         Raises
         ------
@@ -87,32 +90,36 @@ class LayerAnalysis:
             check_finite(part)
         if tuned.is_unchanged():
             return Findings("unchanged", tuned.shape)
-        question = self._question
+        question, update, extras = self._question, None, Extras()
         with ieee_arithmetic():
-            comparison = self._engine.compare(self._base, tuned, question)
-        vectors = detect(comparison, question)
-        measures = layer_measures(tuned, comparison, vectors)
+            answer = self._engine.compare(self._base, tuned, question)
+            if self._study is not None:
+                update = update_spectrum(tuned, question.side, question.top_k)
+                extras = self._study.of(self._base, tuned, question, self._engine, answer, update, seed)
+        vectors = detect(answer, question)
+        measures = layer_measures(tuned, answer, vectors, None if update is None else update.s)
         m, n = tuned.shape
-        flags = ["settled_in_float64"] if comparison.settled_in_float64 else []
-        top, size = comparison.base_norm_spectral, measures["base_norm_fro"]
+        flags = ["settled_in_float64"] if answer.settled_in_float64 else []
+        top, size = answer.base_norm_spectral, measures["base_norm_fro"]
         assert size is not None
         if top == 0:
             flags.append("zero_base")
         if self._base.stale:
             flags.append("stale_cache")
-        small = all(match.decided_by == "bound" for match in comparison.matches)
+        small = all(match.decided_by == "bound" for match in answer.matches)
         return Findings(
             status="proved_small" if small else "analysed",
             shape=(m, n),
             vectors=vectors,
-            measures=measures,
+            measures={**measures, **extras.measures},
             random_floor=random_floor(m if question.side == "left" else n, min(m, n)),
             noise_like_base=is_noise_like((m, n), size, top),
             flags=tuple(flags),
-            engine=comparison.engine,
-            methods=comparison.methods,
-            residual=comparison.residual,
-            orthogonality=comparison.orthogonality,
+            engine=answer.engine,
+            methods=answer.methods,
+            residual=answer.residual,
+            orthogonality=answer.orthogonality,
+            extras=extras,
         )
 
 

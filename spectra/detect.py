@@ -13,19 +13,19 @@ import scipy.integrate
 import scipy.special
 
 from spectra.records import Vector
-from spectra.svd import BORDERLINE, Comparison, Match, Question
+from spectra.svd import BORDERLINE, Answer, Match, Question
 
 # Gaussian matrices reached σ₁ = 1.028 times the Marchenko–Pastur edge (measured, min(m, n) ≥ 32).
 NOISE_EDGE = 1.05
 NOISE_MIN_SIZE = 32
 
 
-def detect(comparison: Comparison, question: Question) -> tuple[Vector, ...]:
+def detect(answer: Answer, question: Question) -> tuple[Vector, ...]:
     """The verdict on every compared vector, in order of falling singular value.
 
     A cosine within 1e-3 of epsilon is flagged "borderline"; a vector in W1's null space is none.
     """
-    return tuple(_verdict(match, question.epsilon) for match in comparison.matches)
+    return tuple(_verdict(match, question.epsilon) for match in answer.matches)
 
 
 def _verdict(match: Match, epsilon: float) -> Vector:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from spectra.adapters import Plan, PlannedUpdate, Skipped
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, WrongBaseError
-from spectra.orientation import Layout, Orientation, Role, as_matrix, matrix_shape, role_of
+from spectra.orientation import TIED, Layout, Orientation, Role, as_matrix, matrix_shape, role_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,6 @@ WRAPPERS = frozenset(
 )
 # transformers 5 renamed these; (tuned prefix, base prefix), tried in both directions
 RENAMES = (("language_model.model.", "model.language_model."),)
-# A head that shares the embedding's weight has no tensor of its own in the file.
-TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
 
 LEFT_OUT = "left out by --include or --exclude"
 NEW_MODULE = "new module: the base has no such weight"

@@ -39,6 +39,8 @@ _HEAD = re.compile(
     r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|seq_relationship|vocab_projector|logits)$"
 )
 _HEAD_PARENTS = frozenset({"classifier", "cls", "predictions", "lm_head", "score"})
+# The embedding that a head without a tensor of its own in the file shares its weight with.
+TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
 
 
 def role_of(module: str, ndim: int) -> Role:

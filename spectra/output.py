@@ -13,12 +13,19 @@ from spectra.errors import MissingFileError, UsageError
 
 # How what we write begins, in each of its formats.
 REPORT_MARKS = (
-    b'{\n "schema": "spectra.report/',
-    b'{"schema": "spectra.report/',
+    b'{\n "schema": "spectra.',
+    b'{"schema": "spectra.',
     b"tuned,layer,",
+    b"label,path,method,",
+    b"layer,module_type,",
     b"Verdict: ",
     b"fine-tune  ",
+    b"base       ",
+    b"Suggestion: ",
 )
+# How pictures begin; ours name their maker somewhere within.
+PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")
+MAKER = b"intruder-spectra"
 
 
 @contextlib.contextmanager
@@ -68,22 +75,28 @@ def _is_report(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(40)
-    return not start or any(start.startswith(mark) for mark in REPORT_MARKS)
+        if start.startswith(PICTURE_MARKS):
+            return MAKER in start + file.read()
+    return not start or start.startswith(REPORT_MARKS)
 
 
-def emit(text: str, target: Path | None) -> None:
-    """Writes to standard output, or to a file that appears whole or not at all."""
-    if target is None:
-        if sys.stdout is None:
-            raise UsageError("standard output is closed")
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read it has seen enough; the verdict still goes out as the exit code.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise UsageError(f"standard output: could not be written: {error.strerror or error}") from None
-        return
-    write_whole(target, text.encode())
+def emit(content: str | bytes, target: Path | None) -> None:
+    """Writes text to standard output, or anything to a file that appears whole or not at all."""
+    if target is not None:
+        write_whole(target, content if isinstance(content, bytes) else content.encode())
+    else:
+        _print(content if isinstance(content, str) else content.decode())
+
+
+def _print(text: str) -> None:
+    if sys.stdout is None:
+        raise UsageError("standard output is closed")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read it has seen enough; the verdict still goes out as the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UsageError(f"standard output: could not be written: {error.strerror or error}") from None

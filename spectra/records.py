@@ -1,8 +1,12 @@
-"""The record that the numeric side makes and the report keeps; it needs nothing but Python."""
+"""The records that the numeric side makes for reports and figures; they need nothing but Python."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,37 @@ class Vector:
     decided_by: str
     intruder: bool
     flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectra:
+    """Singular values and cosines of one layer of one fine-tune, as arrays.
+
+    Attributes
+    ----------
+    name, module_type : the layer.
+    tuned : the fine-tune, by a short name.
+    kind : of its update: "low_rank", "row_scaled", "dense" or "merged".
+    shape : (m, n) of the weight.
+    side, epsilon : which singular vectors were compared, and what counts as an intruder.
+    base_values, tuned_values, update_values : (p,) all singular values of W0, W1 and dW = W1 − W0 in
+        float64, descending, p = min(m, n); of a low-rank dW its r values.
+    cosines : (rows, columns) |cos| of W0's leading singular vectors (rows) with W1's (columns).
+    vectors : the verdicts on W1's leading vectors, one a column.
+    noise_edge : the largest singular value that plain noise of the size of a dense dW's bulk would
+        have, or None; see :func:`spectra.measures.noise_edge`.
+    """
+
+    name: str
+    module_type: str
+    tuned: str
+    kind: str
+    shape: tuple[int, int]
+    side: str
+    epsilon: float
+    base_values: np.ndarray
+    tuned_values: np.ndarray
+    update_values: np.ndarray
+    cosines: np.ndarray
+    vectors: tuple[Vector, ...]
+    noise_edge: float | None

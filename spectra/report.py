@@ -34,7 +34,10 @@ SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings."""
+    """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings.
+
+    ``principal_cosines``, ``weights`` and ``null`` come with comparisons; see :class:`spectra.study.Study`.
+    """
 
     name: str
     module_type: str
@@ -51,6 +54,9 @@ class LayerReport:
     noise_like_base: bool | None = None
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    principal_cosines: tuple[float, ...] = ()
+    weights: Mapping[str, Any] | None = None
+    null: Mapping[str, Any] | None = None
     error: str | None = None
     engine: str | None = None
     methods: tuple[str, ...] = ()
@@ -282,11 +288,7 @@ class Report:
 
         Layers without vectors (unchanged, failed) have one row with empty vector columns.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
-        return pandas.DataFrame(self.rows(), columns=list(ROW_COLUMNS))
+        return as_dataframe(self.rows(), ROW_COLUMNS)
 
     def rows(self) -> list[dict[str, Any]]:
         """The table behind the CSV and the DataFrame: ``ROW_COLUMNS``, one row per vector."""
@@ -337,6 +339,15 @@ ROW_COLUMNS = (
 )  # fmt: skip
 
 
+def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pandas.DataFrame:
+    """Rows as a DataFrame; raises UsageError without pandas."""
+    try:
+        import pandas
+    except ImportError:
+        raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
+    return pandas.DataFrame(rows, columns=list(columns))
+
+
 def load_report(path: str | Path) -> Report:
     """Reads a report that was written as JSON.
 
@@ -363,8 +374,12 @@ def load_report(path: str | Path) -> Report:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of :meth:`Report.to_dict`."""
-    text = resources.files("spectra").joinpath("report.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
+    return read_schema("report.schema.json")
+
+
+def read_schema(name: str) -> dict[str, Any]:
+    """A JSON Schema that comes with the package."""
+    schema: dict[str, Any] = json.loads(resources.files("spectra").joinpath(name).read_text(encoding="utf-8"))
     return schema
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
 from spectra.errors import MissingFileError, SpectraError, UsageError, WrongBaseError
+
+STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
 
 def find(name: str | Path, *, revision: str | None = None, beside: Path | None = None) -> Path | None:
@@ -35,6 +38,19 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
         return Path(snapshot_download(text, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+
+
+def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path]:
+    """A training run's ``checkpoint-N`` folders by their step, where ``name`` is a folder of these alone; else itself.
+
+    ``within`` looks for them beside a model that lies in the same folder, too.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (not within and any(folder.glob("*.safetensors"))):
+        return [name]
+    steps = ((STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    found = sorted((int(match[1]), path) for match, path in steps if match)
+    return [path for _, path in found] or [name]
 
 
 def open_tuned(name: str | Path) -> Checkpoint:

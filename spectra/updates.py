@@ -10,6 +10,7 @@ factors are float64, so that scaling them rounds nothing, and are cast when they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +32,7 @@ class TunedWeight(Protocol):
     the exact entries of a part of W1 in float64, ``dense`` all of it in the working dtype, each
     entry rounded once.  ``delta`` is W1 − W0 and
     ``delta_norm`` its Frobenius norm.  ``low_rank()`` is (B, A) in float64 with W1 = W0 + B·A where the update
-    has that form, else None.  ``parts`` is what W1 is made of besides W0.
+    has that form, else None.  ``parts`` is what W1 is made of besides W0.  ``scaled(weight)`` is W0 + weight·(W1 − W0).
     """
 
     @property
@@ -47,6 +48,7 @@ class TunedWeight(Protocol):
     def low_rank(self) -> tuple[Tensor, Tensor] | None: ...
     def parts(self) -> tuple[Tensor, ...]: ...
     def is_unchanged(self) -> bool: ...
+    def scaled(self, weight: float) -> TunedWeight: ...
 
 
 class Update(Protocol):
@@ -113,6 +115,10 @@ class FactoredWeight:
         identity = self.left is None or bool(((self.left - 1).abs() <= MAGNITUDE_ROUNDING).all())
         return identity and not (bool(self.B.any()) and bool(self.A.any()))
 
+    def scaled(self, weight: float) -> FactoredWeight:
+        left = None if self.left is None else 1 + weight * (self.left - 1)
+        return FactoredWeight(self.W0, weight * self.B, self.A, left)
+
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:
@@ -151,6 +157,27 @@ class DenseWeight:
 
     def is_unchanged(self) -> bool:
         return torch.equal(self.W0, self.W1)
+
+    def scaled(self, weight: float) -> DenseWeight:
+        return DenseWeight(self.W0, torch.lerp(self.W0, self.W1, weight))
+
+
+def merged(parts: Sequence[tuple[float, TunedWeight]]) -> TunedWeight:
+    """W0 + Σ weight·(W1 − W0) over fine-tunes of the same W0; in factors where all of them are."""
+    W0 = parts[0][1].W0
+    if not all(isinstance(tuned, FactoredWeight) for _, tuned in parts):
+        whole = W0.clone()
+        for weight, tuned in parts:
+            whole.add_(tuned.delta(), alpha=weight)
+        return DenseWeight(W0, whole)
+    scaled = [tuned.scaled(weight) for weight, tuned in parts if isinstance(tuned, FactoredWeight)]
+    lefts = [part.left - 1 for part in scaled if part.left is not None]
+    return FactoredWeight(
+        W0,
+        torch.cat([part.B for part in scaled], 1),
+        torch.cat([part.A for part in scaled], 0),
+        1 + torch.stack(lefts).sum(0) if lefts else None,
+    )
 
 
 def _assemble(weight: FactoredWeight, minus: Tensor | None = None) -> Tensor:

@@ -57,8 +57,8 @@ def test_hopeless_problems_are_given_up(rng):
 UPDATES: dict[str, Callable[..., tuple[Update, np.ndarray]]] = {
     "low rank": lambda rng, W0, B, A: (LowRank(B, A, 0.5), W0 + 0.5 * (B @ A).numpy()),
     "dense": lambda rng, W0, B, A: (
-        Dense(torch.from_numpy(W0) + 0.5 * B @ A),
-        W0 + 0.5 * (B @ A).numpy(),
+        Dense((torch.from_numpy(W0) + 0.5 * B @ A).float()),
+        (W0 + 0.5 * (B @ A).numpy()).astype(np.float32).astype(float),
     ),
     "row scaled": lambda rng, W0, B, A: (
         RowScaled(B, A, 0.5, torch.from_numpy(np.linalg.norm(W0, axis=1))),

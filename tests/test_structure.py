@@ -30,15 +30,64 @@ ALLOWED = {
     "svd": {"errors", "updates"},
     "detect": {"records", "svd"},
     "measures": {"records", "svd", "updates"},
-    "analysis": {"detect", "errors", "measures", "records", "svd", "updates"},
+    "threshold": {"svd"},
+    "null": {"svd"},
+    "study": {"detect", "measures", "null", "records", "svd", "threshold", "updates"},
+    "analysis": {"detect", "errors", "measures", "records", "study", "svd", "updates"},
     "report": {"errors", "records"},
+    "sweeps": {"errors", "report"},
+    "comparison": {"errors", "report", "sweeps"},
+    "naming": {"adapters"},
+    "ranks": {"errors", "measures", "naming", "report"},
+    "truncation": {"errors", "measures", "svd", "updates"},
     "cache": {"checkpoint", "errors", "orientation", "svd"},
     "precompute": {"adapters", "analysis", "cache", "checkpoint", "errors", "layers", "resolve", "svd"},
-    "pipeline": {"adapters", "analysis", "cache", "checkpoint", "errors", "layers", "report", "resolve", "svd"},
+    "runs": {"adapters", "analysis", "checkpoint", "errors", "layers", "resolve", "svd", "updates"},
+    "pipeline": {"analysis", "cache", "errors", "layers", "report", "runs", "study", "svd"},
+    "comparing": {
+        "analysis",
+        "comparison",
+        "errors",
+        "measures",
+        "pipeline",
+        "records",
+        "report",
+        "resolve",
+        "runs",
+        "study",
+        "svd",
+    },
+    "ranking": {
+        "adapters",
+        "analysis",
+        "errors",
+        "layers",
+        "measures",
+        "ranks",
+        "runs",
+        "truncation",
+        "updates",
+    },
     "inspection": {"adapters", "checkpoint", "errors", "layers", "resolve"},
-    "render": {"report"},
+    "render": {"comparison", "errors", "ranks", "report", "sweeps"},
+    "plots": {"comparison", "errors", "records", "report", "sweeps"},
     "output": {"checkpoint", "errors"},
-    "cli": {"errors", "inspection", "output", "pipeline", "precompute", "render", "report"},
+    "cli": {
+        "comparing",
+        "comparison",
+        "errors",
+        "inspection",
+        "output",
+        "pipeline",
+        "plots",
+        "precompute",
+        "ranking",
+        "ranks",
+        "records",
+        "render",
+        "report",
+        "resolve",
+    },
 }
 
 
@@ -56,7 +105,9 @@ def imports(path):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("spectra."))
 
 
-@pytest.mark.parametrize(("room", "path"), [pytest.param(*item, id=str(item[1].name)) for item in modules()])
+@pytest.mark.parametrize(
+    ("room", "path"), [pytest.param(*item, id=str(item[1].relative_to(ROOT / "spectra"))) for item in modules()]
+)
 def test_import_rule(room, path):
     if room in ("__init__", "__main__"):
         return
@@ -80,8 +131,9 @@ def test_no_file_outgrows_its_purpose():
 
 def test_public_names():
     assert sorted(spectra.__all__) == [
-        "CachedBase", "Findings", "Report", "SpectraError", "__version__", "audit", "audit_many", "cache_base",
-        "find_intruders",
+        "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "RankReport", "Report", "SpectraError",
+        "__version__", "audit", "audit_many", "cache_base", "compare", "extract_adapter", "find_intruders",
+        "layer_spectra", "suggest_ranks",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None
@@ -118,12 +170,16 @@ def readme_blocks(language):
 def test_readme_shows_the_real_output(capsys, monkeypatch):
     """The block after the audit command is what that command prints."""
     monkeypatch.chdir(ROOT)
-    one, several = readme_blocks("text")
+    one, *others = readme_blocks("text")
     assert main(["audit", "fixtures/lora-r4"]) == 0
     assert capsys.readouterr().out.startswith(one.partition("[…]")[0])
-    command, _, table = several.replace("\\\n", "").partition("\n")
-    assert main(command.removeprefix("$ spectra").split()) == 0
-    assert capsys.readouterr().out == table
+    assert len(others) == 3
+    for block in others:
+        command, _, shown = block.replace("\\\n", "").partition("\n")
+        assert main(command.removeprefix("$ spectra").split()) == 0
+        out = capsys.readouterr().out
+        for part in shown.split("[…]\n"):
+            assert part in out
 
 
 def test_readme_commands_exist(capsys):
@@ -155,7 +211,7 @@ def test_versions_agree():
     assert f"## {spectra.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
-    wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["test"]
+    wanted = [*project["project"]["dependencies"], *sum(project["project"]["optional-dependencies"].values(), [])]
     for requirement in wanted:
         name = re.split(r"[<>=\[]", requirement)[0].lower()
         assert name == "intruder-spectra" or name in pinned, f"{name} is not pinned"

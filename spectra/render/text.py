@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from spectra.render.columns import decimals, number, plural, table
 from spectra.report import LayerReport, Report
+from spectra.sweeps import mean_update_size
 
 PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
 PICTURE_COLUMNS = 60
@@ -16,7 +17,9 @@ UNRELATED = 1.0  # ‖dW‖/‖W0‖ of a real fine-tune is far below; of two un
 MARKS = {"intruder": "█", "borderline intruder": "▓", "borderline": "░", "not": "·", "absent": " "}
 ASCII_MARKS = {"intruder": "#", "borderline intruder": "%", "borderline": "+", "not": ".", "absent": " "}
 # What else stands in the text, where a terminal knows no more than ASCII.
-ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "≤": "<=", "×": "x", "…": "...", "–": "-", "—": "-"}
+ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "≤": "<=", "×": "x", "…": "...", "–": "-", "—": "-", "·": "*"}
+ASCII_WORDS |= {"‖dW‖₂/σ₁": "|dW|2/s1", "r₉₀": "r90", "ε": "epsilon", "‖σ(W1)−σ(W0)‖/‖σ(W0)‖": "|s1-s0|/|s0|"}
+ASCII_WORDS |= {"‖dW‖²": "|dW|^2", "Σσ²": "the sum of sigma^2"}
 
 MEANING = {
     "none": "none of the leading singular vectors is new",
@@ -38,11 +41,14 @@ def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = F
         _skipped(report, verbose),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
-    if ascii_only:
-        for word, plain in ASCII_WORDS.items():
-            text = text.replace(word, plain)
-        text = text.encode("ascii", "replace").decode()
-    return text
+    return in_ascii(text) if ascii_only else text
+
+
+def in_ascii(text: str) -> str:
+    """For a terminal that knows no more than ASCII."""
+    for word, plain in ASCII_WORDS.items():
+        text = text.replace(word, plain)
+    return text.encode("ascii", "replace").decode()
 
 
 def render_summary(reports: Sequence[Report]) -> str:
@@ -64,11 +70,11 @@ def render_summary(reports: Sequence[Report]) -> str:
         summary = report.summary
         verdict = summary["severity"]
         if summary["layers_failed"]:
-            verdict += f" ({_plural(summary['layers_failed'], 'layer')} failed)"
+            verdict += f" ({plural(summary['layers_failed'], 'layer')} failed)"
         rows.append([
             report.tuned["path"], report.tuned["format"],
-            _number(report.tuned.get("rank")), _number(report.tuned.get("alpha")),
-            _decimals(mean_update_size(report)), str(summary["intruders"]),
+            number(report.tuned.get("rank")), number(report.tuned.get("alpha")),
+            decimals(mean_update_size(report)), str(summary["intruders"]),
             f"{summary['intruders'] / max(summary['vectors_compared'], 1):.1%}",
             str(summary["intruders_outside_noise_like_base"]),
             f"{summary['layers_with_intruders']} of {summary['layers_analysed']}", verdict,
@@ -77,14 +83,7 @@ def render_summary(reports: Sequence[Report]) -> str:
         "‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; non-noise leaves out layers whose base "
         "is plain noise."
     )
-    return _table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
-
-
-def mean_update_size(report: Report) -> float | None:
-    """Mean over analysed layers of ‖dW‖_F / ‖W0‖_F."""
-    sizes = [layer.measures.get("update_norm_relative") for layer in report.layers if layer.status == "analysed"]
-    known = [size for size in sizes if size is not None]
-    return sum(known) / len(known) if known else None
+    return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
 
 
 def _verdict(report: Report) -> str:
@@ -122,7 +121,7 @@ def _facts(report: Report) -> str:
     if tuned.get("rank") is not None:
         method += f", rank {tuned['rank']}"
     if tuned.get("alpha") is not None:
-        method += f", alpha {_number(tuned['alpha'])}, scaling {_number(tuned['scaling'], 3)}"
+        method += f", alpha {number(tuned['alpha'])}, scaling {number(tuned['scaling'], 3)}"
     if tuned.get("conditional"):
         method += " (conditional: active only after its invocation tokens)"
     floors = sorted({f"{layer.random_floor:.2f}" for layer in report.layers if layer.random_floor is not None})
@@ -134,7 +133,7 @@ def _facts(report: Report) -> str:
         counts.append(f"{summary['layers_failed']} FAILED")
     counts.append(f"{summary['layers_skipped']} skipped")
     total, paper = summary["intruders"], summary["intruders_as_in_paper"]
-    intruders = f"{total} in {_plural(summary['layers_with_intruders'], 'layer')}"
+    intruders = f"{total} in {plural(summary['layers_with_intruders'], 'layer')}"
     if paper != total:
         intruders += f"; {paper} as the paper counts, without embeddings and heads"
     top = (
@@ -151,10 +150,10 @@ def _facts(report: Report) -> str:
     rows += [
         ("layers", ", ".join(counts)),
         ("intruders", intruders),
-        ("update", f"mean ‖dW‖/‖W0‖ {_decimals(mean_update_size(report))}, {parameters}"),
+        ("update", f"mean ‖dW‖/‖W0‖ {decimals(mean_update_size(report))}, {parameters}"),
     ]
     if summary["borderline"]:
-        cosines = _plural(summary["borderline"], "cosine")
+        cosines = plural(summary["borderline"], "cosine")
         rows.append(("borderline", f"{cosines} within 0.001 of epsilon, settled in float64"))
     return "\n".join(f"{label:<11}{text}".rstrip() for label, text in rows)
 
@@ -171,11 +170,11 @@ def _problems(report: Report) -> str:
         lines.append("note: the base has changed since its spectra were cached; they were not used")
     stale = sum("stale_cache" in layer.flags for layer in report.layers)
     if stale:
-        lines.append(f"note: the cached spectra of {_plural(stale, 'layer')} are of other weights and were not used")
+        lines.append(f"note: the cached spectra of {plural(stale, 'layer')} are of other weights and were not used")
     small = [layer.name for layer in report.layers if layer.vectors and min(layer.shape) < 128]
     if small:
         lines.append(
-            f"note: {_plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer "
+            f"note: {plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer "
             "to epsilon"
         )
     return "\n".join(lines)
@@ -192,26 +191,26 @@ def _worst(report: Report) -> str:
         known = all(vector.max_cosine is not None for vector in found)  # else a bound stands for it
         rows.append([
             layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), _ranges(layer.intruder_indices),
-            f"{lowest:.2f}" if known else f"≤ {lowest:.2f}", _decimals(layer.measures["update_norm_relative"]),
-            _decimals(layer.measures["effective_rank"], 1), _number(layer.update["rank"]),
+            f"{lowest:.2f}" if known else f"≤ {lowest:.2f}", decimals(layer.measures["update_norm_relative"]),
+            decimals(layer.measures["effective_rank"], 1), number(layer.update["rank"]),
         ])  # fmt: skip
     header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "eff. rank", "rank"]
-    text = _table(header, rows, left=(0, 2))
+    text = table(header, rows, left=(0, 2))
     if any(layer.noise_like_base for layer in layers[:WORST_ROWS]):
         text += "\n* its base is plain noise"
     return text
 
 
 def _module_types(report: Report) -> str:
-    table = report.summary["by_module_type"]
-    if not any(row["intruders"] for row in table.values()):
+    kinds = report.summary["by_module_type"]
+    if not any(row["intruders"] for row in kinds.values()):
         return ""
-    ordered = sorted(table.items(), key=lambda item: (-item[1]["intruders"], item[0]))
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1]["intruders"], item[0]))
     rows = [
         [name, str(row["layers"]), str(row["intruders"]), f"{row['intruders'] / max(row['vectors'], 1):.0%}"]
         for name, row in ordered
     ]
-    return _table(["by module type", "layers", "intruders", "of vectors"], rows, left=(0,))
+    return table(["by module type", "layers", "intruders", "of vectors"], rows, left=(0,))
 
 
 def _picture(report: Report, verbose: bool, marks: dict[str, str]) -> str:
@@ -244,7 +243,7 @@ def _picture(report: Report, verbose: bool, marks: dict[str, str]) -> str:
     if prefix:
         key += f"; names without {prefix!r}"
     counts = {row["index"]: row["intruders"] for row in report.summary["by_index"] if row["intruders"]}
-    by_index = ", ".join(f"{index} in {_plural(count, 'layer')}" for index, count in counts.items())
+    by_index = ", ".join(f"{index} in {plural(count, 'layer')}" for index, count in counts.items())
     lines += [key, f"by index: {by_index}" if counts else "", hidden]
     return "\n".join(line for line in lines if line)
 
@@ -293,29 +292,3 @@ def _ranges(indices: Iterable[int]) -> str:
             spans.append([index, index])
     parts = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
     return ",".join(parts) if len(parts) <= RANGES else ",".join(parts[:RANGES]) + ",…"
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
-def _decimals(value: Any, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _number(value: Any, digits: int | None = None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}g}" if digits else f"{value:g}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for line in [header, *rows]:
-        cells = [
-            f"{cell:<{w}}" if i in left else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -9,12 +9,19 @@ from __future__ import annotations
 from spectra.errors import UsageError
 from spectra.svd.base import Base, short_spectrum
 from spectra.svd.cached import CachedEngine
-from spectra.svd.decompose import check_finite, decompose, decompose_gram, product_singular_values, singular_values
-from spectra.svd.engine import Comparison, Engine, Match, Question
+from spectra.svd.decompose import (
+    check_finite,
+    decompose,
+    decompose_gram,
+    gram_singular_values,
+    product_singular_values,
+    singular_values,
+)
+from spectra.svd.engine import Answer, Engine, Match, Question
 from spectra.svd.exact import ExactEngine
 from spectra.svd.krylov import KrylovEngine
 from spectra.svd.lanczos import spectral_norm
-from spectra.svd.matching import BORDERLINE, match_vectors
+from spectra.svd.matching import BORDERLINE, cosines_between, match_vectors
 from spectra.svd.spectrum import Side, Spectrum, clusters, numerical_rank
 from spectra.updates import TunedWeight
 
@@ -29,7 +36,7 @@ class AutoEngine:
 
     name = "auto"
 
-    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison:
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Answer:
         return self.choose(base, tuned).compare(base, tuned, question)
 
     @staticmethod
@@ -61,8 +68,8 @@ def choose_engine(name: str) -> Engine:
 __all__ = [
     "BORDERLINE",
     "ENGINES",
+    "Answer",
     "Base",
-    "Comparison",
     "Engine",
     "Match",
     "Question",
@@ -71,8 +78,10 @@ __all__ = [
     "check_finite",
     "choose_engine",
     "clusters",
+    "cosines_between",
     "decompose",
     "decompose_gram",
+    "gram_singular_values",
     "match_vectors",
     "numerical_rank",
     "product_singular_values",

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.svd.decompose import decompose, decompose_gram
+from spectra.svd.decompose import decompose, decompose_gram, other_side, product64
 from spectra.svd.spectrum import Side, Spectrum
 from spectra.updates import SLAB, DenseWeight
 
+ROOMY = 1024  # below, a spectrum in float64 takes no memory to speak of
 PROBES = 16
 # What a stored spectrum may differ by from the weight as read, relative to σ₁·‖WᵀG‖: a sieve for other weights, no
 # part of any bound.  float32 rounds to about 3e-7.
@@ -72,15 +73,29 @@ class Base:
     @cached_property
     def settled(self) -> Spectrum:
         """Of the side in question, from the float64 Gram matrix."""
+        weight = DenseWeight(self.W0, self.W0)
+        if self._has_spectrum64:
+            return self.spectrum if self.is_aligned else other_side(weight, self.spectrum)
         # Settling is rare and takes the most memory, so the other spectrum goes; a further
         # fine-tune that does not need settling computes it again, and gets the same answer.
         self.__dict__.pop("exact", None)
-        return decompose_gram(DenseWeight(self.W0, self.W0), self.side)
+        return decompose_gram(weight, self.side)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether :attr:`settled` costs no decomposition any more."""
+        return "settled" in self.__dict__ or self._has_spectrum64
+
+    @property
+    def _has_spectrum64(self) -> bool:
+        return "spectrum" in self.__dict__ and self.spectrum.dtype == torch.float64 and not self.has_stored
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Of the short side, from the float64 Gram matrix, its vectors kept in the working dtype."""
-        return self._kept or short_spectrum(self.W0, self.short)
+        """Of the short side, from the float64 Gram matrix; large ones keep their vectors in the working dtype."""
+        if self._kept is not None:
+            return self._kept
+        return short_spectrum(self.W0, self.short, torch.float64 if min(self.W0.shape) < ROOMY else self.W0.dtype)
 
     @cached_property
     def _kept(self) -> Spectrum | None:
@@ -99,6 +114,14 @@ class Base:
     def has_spectrum(self) -> bool:
         """Whether :attr:`spectrum` costs nothing any more."""
         return "spectrum" in self.__dict__ or self.has_stored
+
+    def leading_vectors(self, k: int) -> Tensor:
+        """The k leading singular vectors of W0 on the side in question, (d, k) float64; zero in the null space."""
+        X = self.spectrum.vectors[:, :k].double()
+        if self.is_aligned:
+            return X
+        s = torch.from_numpy(self.spectrum.s[: X.shape[1]].copy()).to(X.device)
+        return torch.where(s > 0, product64(self.W.T, X) / s.clamp_min(1e-300), 0.0)
 
     def has_no_eigenvalue_below(self, floor: float) -> bool:
         """Whether W·Wᵀ − floor·I is positive definite, by a Cholesky factorisation.
@@ -120,13 +143,13 @@ class Base:
         return proven
 
 
-def short_spectrum(W0: Tensor, side: Side | None = None) -> Spectrum:
+def short_spectrum(W0: Tensor, side: Side | None = None, dtype: torch.dtype | None = None) -> Spectrum:
     """The spectrum that fine-tunes of W0 are compared with again and again.
 
     Returns
     -------
     Spectrum : all p = min(m, n) values in float64, and the p vectors of the short side (p, p) in
-        W0's dtype, from the float64 Gram matrix; ``rounding`` is what storing them loses.
+        ``dtype`` (by default W0's), from the float64 Gram matrix; ``rounding`` is what storing them loses.
 
     Raises
     ------
@@ -134,10 +157,11 @@ def short_spectrum(W0: Tensor, side: Side | None = None) -> Spectrum:
     """
     side = side or ("left" if W0.shape[0] <= W0.shape[1] else "right")
     found = decompose_gram(DenseWeight(W0, W0), side)
-    if W0.dtype == torch.float64:
+    dtype = dtype or W0.dtype
+    if dtype == torch.float64:
         return found
     rounding = float(np.finfo(np.float32).eps) / 2
-    return replace(found, vectors=found.vectors.to(W0.dtype), rounding=rounding)
+    return replace(found, vectors=found.vectors.to(dtype), rounding=rounding)
 
 
 def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:

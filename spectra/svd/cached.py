@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from spectra.svd.base import Base
-from spectra.svd.decompose import decompose_gram
-from spectra.svd.engine import Comparison, Question
+from spectra.svd.decompose import decompose_gram, product64
+from spectra.svd.engine import Answer, Question
 from spectra.svd.exact import ExactEngine
 from spectra.svd.lanczos import Turned, leading_pairs, padded
 from spectra.svd.matching import BORDERLINE, match_vectors, straddles
 from spectra.svd.secular import DiagonalPlusLowRank
 from spectra.svd.spectrum import EPS32, Spectrum
-from spectra.updates import TunedWeight, slabs
+from spectra.updates import TunedWeight
 
 SMALL = 1024  # below, float64 products cost next to nothing
 LARGEST_SHARE = 4  # of p that 2r may be; beyond, the small problem is no longer small
@@ -47,7 +47,7 @@ class CachedEngine:
 
     name = "cached"
 
-    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison:
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Answer:
         p, k = base.W.shape[0], question.top_k
         if k + EXTRA > p or not base.spectrum.s[0] > 0:
             return ExactEngine().compare(base, tuned, question)
@@ -79,8 +79,8 @@ class _Leading:
     margin: float
 
 
-def _compare(base: Base, tuned: TunedWeight, question: Question, leading: _Leading | None) -> Comparison | None:
-    """The comparison, or None where these vectors leave a verdict open."""
+def _compare(base: Base, tuned: TunedWeight, question: Question, leading: _Leading | None) -> Answer | None:
+    """The answer, or None where these vectors leave a verdict open."""
     if leading is None:
         return None
     k, before = question.top_k, base.spectrum
@@ -102,7 +102,7 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, leading: _Leadi
     matches = match_vectors(before, top, k, leading.cosines)
     if len(matches) != k or any(straddles(match, question.epsilon, leading.margin) or match.flags for match in matches):
         return None
-    return Comparison(
+    return Answer(
         matches=tuple(matches),
         engine="cached",
         base_norm_spectral=float(before.s[0]),
@@ -110,6 +110,8 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, leading: _Leadi
         orthogonality=before.orthogonality,
         settled_in_float64=any(straddles(match, question.epsilon) for match in matches),
         methods=(before.method, leading.method),
+        base_values=before.s,
+        cosines=leading.cosines,
     )
 
 
@@ -118,7 +120,7 @@ def _by_algebra(base: Base, factors: tuple[Tensor, Tensor], k: int, precise: boo
     B, A = factors
     X = spectrum.vectors
     s = torch.from_numpy(spectrum.s).to(W.device)
-    times = _product64 if precise else _product
+    times = product64 if precise else _product
     AW = times(W, A.T)
     r = B.shape[1]
     EF = times(X.T, torch.cat([B, AW], 1))
@@ -179,10 +181,10 @@ def _by_vectors(base: Base, tuned: TunedWeight, k: int) -> _Leading:
         sigma, residuals, Y, method = found.s, found.residuals[:k], found.vectors[:, :k], found.method
         margin = 0.0
     if base.is_aligned:
-        cosines = _product64(spectrum.vectors.T, Y)
+        cosines = product64(spectrum.vectors.T, Y)
     else:
         s = torch.from_numpy(spectrum.s).to(W.device)[:, None]
-        inner = _product64(spectrum.vectors.T, _product64(W, Y))
+        inner = product64(spectrum.vectors.T, product64(W, Y))
         cosines = torch.where(s > 0, inner / s.clamp_min(1e-300), 0.0)
     rounding = spectrum.orthogonality + (0.0 if top is None else 4 * EPS32)
     return _Leading(sigma, residuals, cosines.cpu().numpy(), rounding, method, margin)
@@ -190,18 +192,3 @@ def _by_vectors(base: Base, tuned: TunedWeight, k: int) -> _Leading:
 
 def _product(W: Tensor, X: Tensor) -> Tensor:
     return (W @ X.to(W.dtype)).double()
-
-
-def _product64(W: Tensor, X: Tensor) -> Tensor:
-    """W @ X in float64, W upcast part by part."""
-    X = X.double()
-    if W.dtype == torch.float64:
-        return W @ X
-    result = torch.zeros(W.shape[0], X.shape[1], dtype=torch.float64, device=W.device)
-    if W.stride(0) >= W.stride(1):
-        for rows in slabs(W.shape[0]):
-            result[rows] = W[rows].double() @ X
-    else:
-        for columns in slabs(W.shape[1]):
-            result.addmm_(W[:, columns].double(), X[columns])
-    return result

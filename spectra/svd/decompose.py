@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -12,6 +14,7 @@ from spectra.svd.spectrum import CLUSTER_WIDTH, Side, Spectrum
 from spectra.updates import ALL, TunedWeight, slabs
 
 EPS64 = float(np.finfo(np.float64).eps)
+TINY = float(np.finfo(np.float64).tiny)
 ROUNDING_OF_GRAM = 4 * EPS64  # of ‖W‖²
 NOT_CONVERGED = (torch.linalg.LinAlgError, np.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in torch's stubs
 
@@ -101,17 +104,9 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
     m, n = weight.shape
     # Of a square the side in question: the other one's vectors are not formed where σ is zero.
     short: Side = side if m == n else ("left" if m < n else "right")
-    p, length = min(m, n), max(m, n)
-
-    def slab(part: slice) -> Tensor:  # (p, width), float64
-        return weight.block(ALL, part) if short == "left" else weight.block(part, ALL).T
-
-    device = weight.W0.device
-    gram = torch.zeros(p, p, dtype=torch.float64, device=device)
-    for part in slabs(length):
-        block = slab(part)
-        check_finite(block)
-        gram.addmm_(block, block.T)
+    p = min(m, n)
+    gram = _gram64(weight, short)
+    device = gram.device
     try:
         squares, Q = _descending(*eigh(gram))
     except ConvergenceError as error:
@@ -120,8 +115,8 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
     kept = _kept(values, keep)
     Q = Q if kept == p else Q[:, :kept].clone()
     sigma = torch.from_numpy(values[:kept].copy()).to(device)
-    usable = sigma > max(m, n) * EPS64 * (sigma[0] if kept else 0.0)
-    inverse = torch.where(usable, 1 / sigma.clamp_min(np.finfo(np.float64).tiny), 0.0)
+    usable = _usable(sigma, (m, n))
+    inverse = torch.where(usable, 1 / sigma.clamp_min(TINY), 0.0)
     residuals = np.empty(kept)
     for columns in slabs(kept):
         # With v = Wᵀu/σ, Wᵀu − σv is zero and Wv − σu is (Gu − σ²u)/σ, up to the rounding of G.  Where v is not
@@ -130,13 +125,56 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
         lost = (image.norm(dim=0) + ROUNDING_OF_GRAM * (sigma[0] ** 2)) * inverse[columns]
         residuals[columns] = torch.where(usable[columns], lost, sigma[columns]).cpu().numpy()
     del gram
-    vectors = Q
-    if side != short:
-        vectors = torch.empty(length, kept, dtype=torch.float64, device=device)
-        for part in slabs(length):
-            vectors[part] = (slab(part).T @ Q) * inverse
+    found = Spectrum(values, Q, short, residuals, 0.0, (m, n), "gram")
+    return replace(found, orthogonality=_orthogonality(Q)) if side == short else other_side(weight, found)
+
+
+def gram_singular_values(weight: TunedWeight) -> np.ndarray:
+    """All singular values, float64, descending, from the float64 Gram matrix: off by at most about 1e-15·σ₁²/σ.
+
+    Raises
+    ------
+    NonFiniteError, ConvergenceError
+    """
+    gram = _gram64(weight, "left" if weight.shape[0] <= weight.shape[1] else "right")
+    try:
+        squares = torch.linalg.eigvalsh(gram)
+    except NOT_CONVERGED:
+        squares = eigh(gram)[0]
+    values: np.ndarray = squares.clamp_min(0).sqrt().flip(0).cpu().numpy()
+    return values
+
+
+def _gram64(weight: TunedWeight, short: Side) -> Tensor:
+    """W·Wᵀ (left) or Wᵀ·W (right) in float64."""
+    gram = torch.zeros(min(weight.shape), min(weight.shape), dtype=torch.float64, device=weight.W0.device)
+    for part in slabs(max(weight.shape)):
+        block = weight.block(ALL, part) if short == "left" else weight.block(part, ALL).T
+        check_finite(block)
+        gram.addmm_(block, block.T)
+    return gram
+
+
+def other_side(weight: TunedWeight, found: Spectrum) -> Spectrum:
+    """The vectors of the weight's longer side, float64, from a float64 spectrum of its shorter one: Wᵀ·u/σ.
+
+    They are zero where σ is in the null space.
+    """
+    side: Side = "right" if found.side == "left" else "left"
+    kept, sigma = found.vectors.shape[1], torch.from_numpy(found.s).to(found.vectors.device)
+    usable = _usable(sigma[:kept], found.shape)
+    inverse = torch.where(usable, 1 / sigma[:kept].clamp_min(TINY), 0.0)
+    vectors = torch.empty(max(found.shape), kept, dtype=torch.float64, device=found.vectors.device)
+    for part in slabs(max(found.shape)):
+        block = weight.block(ALL, part).T if side == "right" else weight.block(part, ALL)
+        vectors[part] = (block @ found.vectors) * inverse
     orthogonality = _orthogonality(vectors if bool(usable.all()) else vectors[:, usable]) if kept else 0.0
-    return Spectrum(values, vectors, side, residuals, orthogonality, (m, n), "gram")
+    return replace(found, vectors=vectors, side=side, orthogonality=orthogonality)
+
+
+def _usable(sigma: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Of which singular values float64 can divide by: those above the null space."""
+    return sigma > max(shape) * EPS64 * (sigma[0] if sigma.numel() else 0.0)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +192,21 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             raise ConvergenceError(f"its eigenvalues did not converge (evd: {first}; ev: {second})") from None
         values, vectors = (torch.from_numpy(part).to(matrix.device) for part in found)
     return values, vectors
+
+
+def product64(W: Tensor, X: Tensor) -> Tensor:
+    """W @ X in float64, W upcast part by part."""
+    X = X.double()
+    if W.dtype == torch.float64:
+        return W @ X
+    result = torch.zeros(W.shape[0], X.shape[1], dtype=torch.float64, device=W.device)
+    if W.stride(0) >= W.stride(1):
+        for rows in slabs(W.shape[0]):
+            result[rows] = W[rows].double() @ X
+    else:
+        for columns in slabs(W.shape[1]):
+            result.addmm_(W[:, columns].double(), X[columns])
+    return result
 
 
 def _descending(values: Tensor, vectors: Tensor) -> tuple[np.ndarray, Tensor]:

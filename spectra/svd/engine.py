@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+
 from spectra.svd.base import Base
 from spectra.svd.spectrum import Side
 from spectra.updates import TunedWeight
@@ -50,7 +52,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Answer:
     """An engine's answer for one layer.
 
     Attributes
@@ -63,6 +65,9 @@ class Comparison:
     orthogonality : max |XᵀX − I| of the vectors, where the engine keeps any.
     settled_in_float64 : whether working precision left a verdict open.
     methods : what was run, for the record.
+    base_values : (p,) all singular values of W0, descending, or None where they were not computed.
+    cosines : (p, q) ⟨x_i, y_j⟩ of all of W0's vectors with W1's leading ones, q at least the number of matches;
+        signs are arbitrary, and ties are as they came.  None where they were not computed.
     """
 
     matches: tuple[Match, ...]
@@ -72,6 +77,8 @@ class Comparison:
     orthogonality: float | None
     settled_in_float64: bool
     methods: tuple[str, ...]
+    base_values: np.ndarray | None = None
+    cosines: np.ndarray | None = None
 
 
 class Engine(Protocol):
@@ -82,4 +89,4 @@ class Engine(Protocol):
 
     name: str
 
-    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison: ...
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Answer: ...

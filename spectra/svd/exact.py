@@ -12,8 +12,8 @@ import torch
 
 from spectra.svd.base import Base
 from spectra.svd.decompose import decompose, decompose_gram
-from spectra.svd.engine import Comparison, Question
-from spectra.svd.matching import match_vectors, verdict_is_open
+from spectra.svd.engine import Answer, Question
+from spectra.svd.matching import cosines_between, match_vectors, verdict_is_open
 from spectra.updates import TunedWeight
 
 
@@ -22,18 +22,24 @@ class ExactEngine:
 
     name = "exact"
 
-    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison:
-        spectrum = decompose(tuned.dense(), question.side, keep=question.top_k)
-        matches = match_vectors(base.exact, spectrum, question.top_k)
-        before = base.exact
-        settle = before.dtype != torch.float64 and any(verdict_is_open(match, question.epsilon) for match in matches)
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Answer:
+        k = question.top_k
+        settle = base.is_settled  # what is known in float64 is not decomposed again in float32
+        if not settle:
+            spectrum = decompose(tuned.dense(), question.side, keep=k)
+            before = base.exact
+            cosines = cosines_between(before, spectrum.vectors)
+            matches = match_vectors(before, spectrum, k, cosines)
+            settle = before.dtype != torch.float64 and any(verdict_is_open(m, question.epsilon) for m in matches)
+            if settle:
+                del before, cosines
         if settle:
             # The tuned side first: only its top vectors stay while the base's take the memory.
-            del before
-            spectrum = decompose_gram(tuned, question.side, keep=question.top_k)
+            spectrum = decompose_gram(tuned, question.side, keep=k)
             before = base.settled
-            matches = match_vectors(before, spectrum, question.top_k)
-        return Comparison(
+            cosines = cosines_between(before, spectrum.vectors)
+            matches = match_vectors(before, spectrum, k, cosines)
+        return Answer(
             matches=tuple(matches),
             engine=self.name,
             base_norm_spectral=float(before.s[0]),
@@ -41,4 +47,6 @@ class ExactEngine:
             orthogonality=max(before.orthogonality, spectrum.orthogonality),
             settled_in_float64=settle,
             methods=tuple(dict.fromkeys((before.method, spectrum.method))),
+            base_values=before.s,
+            cosines=cosines,
         )

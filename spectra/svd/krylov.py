@@ -21,7 +21,7 @@ from spectra.svd.base import Base
 from spectra.svd.cached import CachedEngine
 from spectra.svd.certificate import DIRECTION_ERROR, Certificate
 from spectra.svd.decompose import product_singular_values
-from spectra.svd.engine import Comparison, Match, Question
+from spectra.svd.engine import Answer, Match, Question
 from spectra.svd.lanczos import (
     GUARDS,
     BlockLanczos,
@@ -45,12 +45,12 @@ class KrylovEngine:
 
     name = "krylov"
 
-    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Comparison:
+    def compare(self, base: Base, tuned: TunedWeight, question: Question) -> Answer:
         return certified(base, tuned, question) or CachedEngine().compare(base, tuned, question)
 
 
-def certified(base: Base, tuned: TunedWeight, question: Question) -> Comparison | None:
-    """The comparison where certificates decide every vector, else None."""
+def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | None:
+    """The answer where certificates decide every vector, else None."""
     W, p = base.W, base.W.shape[0]
     width = padded(question.top_k + GUARDS, p)
     leading = leading_pairs(base, tuned, question.top_k, DIRECTION_ERROR / 4)
@@ -69,12 +69,12 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Comparison 
             return None
         certificate = Certificate(base, lanczos, X, random, leading, question)
         if certificate.is_complete():
-            return _comparison(certificate.matches(), leading, certificate.top)
+            return _answer(certificate.matches(), leading, certificate.top)
     return None
 
 
-def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Question) -> Comparison | None:
-    """The comparison where no leading vector can be an intruder, because dW is small, else None.
+def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Question) -> Answer | None:
+    """The answer where no leading vector can be an intruder, because dW is small, else None.
 
     With ρ² = (‖dW·v‖² + ‖dWᵀ·u‖²)/2 on the triplet (u, v, σ) of W1, and at most g singular values of W0
     within η of σ, 0 < η < σ: max |cos| ≥ (2·√(1 − ρ²/η²) − 1)/√g.  By Weyl, W0 has no more values
@@ -106,7 +106,7 @@ def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Que
     )
     # One more product takes W1's leading space to W0's, for the norm of W0.
     Z = torch.linalg.qr(W @ half0).Q
-    return _comparison(matches, leading, float(torch.linalg.matrix_norm(W.T @ Z, 2)) ** 2)
+    return _answer(matches, leading, float(torch.linalg.matrix_norm(W.T @ Z, 2)) ** 2)
 
 
 def _small_bounds(s: np.ndarray, k: int, rho: np.ndarray, norm: float) -> np.ndarray:
@@ -123,9 +123,9 @@ def _small_bounds(s: np.ndarray, k: int, rho: np.ndarray, norm: float) -> np.nda
     return bounds
 
 
-def _comparison(matches: tuple[Match, ...], leading: Leading, top: float) -> Comparison:
+def _answer(matches: tuple[Match, ...], leading: Leading, top: float) -> Answer:
     largest = float(leading.theta[0])
-    return Comparison(
+    return Answer(
         matches=matches,
         engine="krylov",
         base_norm_spectral=float(np.sqrt(max(top, 0.0))),

@@ -24,11 +24,11 @@ CAPTURE_ENERGY = 0.9
 WINDOWS = (0, 1, 2, 4, 8)  # neighbours on each side whose mixing the upper bound allows for
 
 
-def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int, cosines: np.ndarray | None = None) -> list[Match]:
+def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int, cosines: np.ndarray) -> list[Match]:
     """The top ``top_k`` vectors of W1 against W0, largest singular value first.
 
-    Both spectra must be of the same side, ``base`` with all its vectors; or ``cosines`` has the
-    scalar products of W0's vectors (rows) with W1's.  A tie across ``top_k`` is returned whole.
+    ``cosines`` (p, q) has the scalar products of W0's vectors with W1's leading ones; of both spectra only the
+    values and their accuracy are used.  A tie across ``top_k`` is returned whole.
     Bounds follow from the residuals (|sin| ≤ residual/gap, Davis & Kahan 1970): they enclose the
     exact cosine up to the rounding of float64.
     """
@@ -38,8 +38,8 @@ def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int, cosines: np.ndarr
     end = int(np.searchsorted(starts, stop))
     if starts[end] > stop and starts[end - 1] < rank:  # a tie across k, and not of null space
         stop = int(starts[end])
-    stop = min(stop, tuned.vectors.shape[1])
-    groups = _BaseGroups(base, _cosines(base, tuned.vectors) if cosines is None else cosines, stop)
+    stop = min(stop, cosines.shape[1])
+    groups = _BaseGroups(base, cosines, stop)
     matches: list[Match] = []
     for first, last in itertools.pairwise(starts):
         if first >= stop:
@@ -85,7 +85,8 @@ def _angle_bound(spectrum: Spectrum, first: int, last: int) -> float:
     return float(min(1.0, np.sqrt(2) * residual / gap + rounding)) if gap > 0 else 1.0
 
 
-def _cosines(base: Spectrum, Y: torch.Tensor) -> np.ndarray:
+def cosines_between(base: Spectrum, Y: torch.Tensor) -> np.ndarray:
+    """⟨x_i, y_j⟩ of the vectors of W0 with those in Y (d, q), in float64 on the CPU."""
     cosines: np.ndarray = (base.vectors.T @ Y.to(base.dtype)).double().cpu().numpy()
     return cosines
 

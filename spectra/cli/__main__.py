@@ -1,0 +1,7 @@
+"""``python -m spectra.cli``."""
+
+import sys
+
+from spectra.cli import main
+
+sys.exit(main())

@@ -1,0 +1,140 @@
+"""``spectra audit``: flags the intruder dimensions of fine-tunes, and holds them to a gate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from spectra.cli.options import (
+    BAD,
+    EXIT_CODES,
+    GATE,
+    OK,
+    Commands,
+    Unreadable,
+    add_base,
+    add_computation,
+    add_definition,
+    add_layers,
+    add_output,
+    add_tuned,
+    announce,
+    complain_of_layers,
+    format_of,
+    is_unicode,
+    return_freed_matrices,
+    settings,
+)
+from spectra.errors import UsageError
+from spectra.output import check_output, emit, progress
+
+if TYPE_CHECKING:
+    from spectra.report import Report
+
+FORMATS = ("table", "json", "jsonl", "csv")
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "audit",
+        help="flag the intruder dimensions of fine-tunes, per layer and per singular index",
+        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are "
+        "nearly orthogonal to every singular vector of the base. Several TUNED give a summary table.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_tuned(parser)
+    add_base(parser)
+    add_definition(parser)
+    add_layers(parser)
+    add_computation(parser)
+    gate = parser.add_argument_group("gate")
+    gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
+    gate.add_argument(
+        "--fail-on",
+        choices=("all", "paper", "non-noise", "new"),
+        help="which total --fail-above looks at: all, paper (no embeddings, no heads), non-noise (outside "
+        "noise-like bases), new (since --baseline); default: all, or new with --baseline",
+    )
+    gate.add_argument(
+        "--baseline",
+        metavar="REPORT.json",
+        help="an earlier report; unless --fail-above says otherwise, any new intruder fails",
+    )
+    add_output(
+        parser,
+        formats=FORMATS,
+        format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line",
+        verbose_help="draw every layer, list every skipped tensor",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Audits; returns the exit code."""
+    if options.baseline is not None and len(options.tuned) > 1:
+        raise UsageError("--baseline compares one fine-tune with one earlier report; give one TUNED")
+    if options.fail_on == "new" and options.baseline is None:
+        raise UsageError("--fail-on new needs --baseline REPORT.json")
+    if options.fail_on is not None and options.fail_above is None and options.baseline is None:
+        raise UsageError("--fail-on needs --fail-above N")
+    target = check_output(options.output)
+    options.format = options.format or format_of(target, FORMATS)
+
+    from spectra.report import load_report
+
+    baseline = load_report(options.baseline) if options.baseline is not None else None
+    from spectra.pipeline import audit_many
+
+    return_freed_matrices()
+    unreadable = Unreadable()
+    with progress(options.quiet) as show:
+        reports = audit_many(options.tuned, options.base, **settings(options), progress=show, on_unreadable=unreadable)
+    if not reports:
+        return BAD
+    if baseline is not None:
+        reports = [report.against(baseline) for report in reports]
+    emit(_rendered(reports, options), target)
+    announce(target, options.format, options)
+    code = _verdict(reports, options)
+    return BAD if unreadable else code
+
+
+def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
+    if options.format == "json" and len(reports) == 1:
+        return reports[0].to_json() + "\n"
+    if options.format in ("json", "jsonl"):
+        return "".join(report.to_json(indent=None) + "\n" for report in reports)
+    if options.format == "csv":
+        from spectra.render.table import to_csv
+
+        return to_csv(reports)
+    from spectra.render.text import render_report, render_summary
+
+    if len(reports) > 1:
+        return render_summary(reports)
+    return render_report(reports[0], verbose=options.verbose, ascii_only=not is_unicode(options))
+
+
+def _verdict(reports: Sequence[Report], options: argparse.Namespace) -> int:
+    if complain_of_layers(reports):
+        return BAD
+    limit = options.fail_above
+    if limit is None and options.baseline is not None:
+        limit = 0
+    if limit is None:
+        return OK
+    scope = options.fail_on or ("new" if options.baseline is not None else "all")
+    code = OK
+    for report in reports:
+        total = report.total(scope)
+        if total > limit:
+            print(
+                f"spectra: gate: {report.tuned['path']}: intruders ({scope}): {total}, more than {limit}",
+                file=sys.stderr,
+            )
+            code = GATE
+    return code

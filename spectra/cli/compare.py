@@ -1,0 +1,136 @@
+"""``spectra compare``: fine-tunes of one base side by side."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from spectra.cli.options import (
+    BAD,
+    OK,
+    Commands,
+    Unreadable,
+    add_base,
+    add_computation,
+    add_definition,
+    add_layers,
+    add_output,
+    announce,
+    complain_of_layers,
+    format_of,
+    is_unicode,
+    return_freed_matrices,
+    settings,
+)
+from spectra.errors import UsageError
+from spectra.output import check_output, emit, progress
+
+if TYPE_CHECKING:
+    from spectra.comparison import Comparison
+
+FORMATS = ("table", "json", "csv")
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "compare",
+        help="put fine-tunes of one base side by side: sizes, ranks, intruders, thresholds, overlaps",
+        description="Compares fine-tunes of one base, whose weights are each decomposed once for all of them: the size "
+        "and rank of the updates, intruders in total, by module type, by epsilon and by the adapter's weight, against "
+        "random updates, and how much the updates have in common. A folder of checkpoint-N folders is a training run.",
+    )
+    add_compared(parser)
+    add_definition(parser)
+    add_layers(parser)
+    add_computation(parser, engine="cached")
+    add_output(
+        parser,
+        formats=FORMATS,
+        format_help="default: what the ending of FILE says, else table",
+        verbose_help="add each layer's counts",
+    )
+    parser.set_defaults(run=run)
+
+
+def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
+    """What is compared and how thoroughly: ``options.tuned``, ``.merge``, ``.base``, ``.draws``, ``.quick``."""
+    parser.add_argument(
+        "tuned", nargs="*", metavar="TUNED", help="adapter or checkpoint folder, safetensors file, or a training run"
+    )
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="one more column: these fine-tunes merged with their weights (default: 1) (repeatable)",
+    )
+    add_base(parser)
+    depth = parser.add_argument_group("how thoroughly")
+    depth.add_argument(
+        "--draws",
+        type=int,
+        default=draws,
+        metavar="N",
+        help=f"random updates of each layer to hold its count against (default: {draws})",
+    )
+    depth.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out what takes many more decompositions: random updates, other adapter weights, spectrum shift",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compares; returns the exit code."""
+    target = check_output(options.output)
+    options.format = options.format or format_of(target, FORMATS)
+    unreadable = Unreadable()
+    comparison = compared(options, unreadable)
+    emit(_rendered(comparison, options), target)
+    announce(target, options.format, options)
+    return BAD if complain_of_layers(comparison.reports) or unreadable else OK
+
+
+def compared(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
+    """The comparison that the options ask for."""
+    if not options.tuned and not options.merge:
+        raise UsageError("nothing to compare: name fine-tunes, or merge some with --merge")
+    merge = [[_weighted(part) for part in parts] for parts in options.merge]
+
+    from spectra.comparing import compare
+
+    return_freed_matrices()
+    with progress(options.quiet) as show:
+        return compare(
+            options.tuned,
+            options.base,
+            merge=merge,
+            draws=options.draws,
+            quick=options.quick,
+            **settings(options),
+            progress=show,
+            on_unreadable=unreadable,
+        )
+
+
+def _weighted(part: str) -> tuple[float, str]:
+    """PATH=WEIGHT, or PATH for weight 1."""
+    path, equals, weight = part.rpartition("=")
+    if not equals:
+        return 1.0, part
+    try:
+        return float(weight), path
+    except ValueError:
+        raise UsageError(f"--merge {part}: {weight!r} is no number; expected PATH=WEIGHT") from None
+
+
+def _rendered(comparison: Comparison, options: argparse.Namespace) -> str:
+    if options.format == "json":
+        return comparison.to_json() + "\n"
+    from spectra.render.comparison import render_comparison, to_csv
+
+    if options.format == "csv":
+        return to_csv(comparison)
+    return render_comparison(comparison, verbose=options.verbose, ascii_only=not is_unicode(options))

@@ -1,0 +1,46 @@
+"""``spectra inspect``: says what files hold and how they would be read, from headers alone."""
+
+from __future__ import annotations
+
+import argparse
+
+from spectra.cli.options import BAD, OK, Commands, add_layers, complain
+from spectra.errors import SpectraError
+from spectra.output import emit
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "inspect",
+        help="say what files hold and how they would be read, from headers alone",
+        description="Says what each path holds, how it would be read, and which base it belongs to. "
+        "Reads headers and configs only.",
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="adapter folder, checkpoint folder or safetensors file"
+    )
+    parser.add_argument(
+        "--base", metavar="BASE", help="match against this base (default: the one the adapter's config names)"
+    )
+    add_layers(parser, as_for="audit")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    parser.add_argument("--verbose", action="store_true", help="list every tensor")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Inspects every path, also after one that cannot be read; returns the exit code."""
+    from spectra.inspection import inspect, render_inspection, to_json
+
+    found, code = [], OK
+    for path in options.paths:
+        try:
+            found.append(inspect(path, options.base, include=options.include, exclude=options.exclude))
+        except SpectraError as error:
+            complain(error)
+            code = BAD
+    if found:
+        text = to_json(found) if options.format == "json" else render_inspection(found, verbose=options.verbose)
+        emit(text, None)
+    return code

@@ -1,0 +1,198 @@
+"""What the commands share: groups of arguments, what becomes of them, exit codes.
+
+A command calls ``add_…`` for each group that it has, in the order in which its ``--help`` shows them,
+and hands ``settings(options)`` to the pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from spectra.errors import SpectraError
+
+if TYPE_CHECKING:
+    from spectra.report import Report
+
+# What add_subparsers() returns, and what the add() of a command takes.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  a --fail-above gate was crossed
+  2  bad usage, unreadable input, or a layer that could not be analysed
+     (the report of the rest is still written)
+"""
+
+DTYPES = ("float32", "float64")
+
+# The options of add_definition, add_layers and add_computation, by the names that the pipeline gives them.
+SETTINGS = frozenset(
+    {"top_k", "epsilon", "side"}
+    | {"include", "exclude"}
+    | {"engine", "dtype", "device", "workers", "threads", "cache", "verify"}
+)
+
+
+def add_tuned(parser: argparse.ArgumentParser) -> None:
+    """One fine-tune or several: ``options.tuned``, a list."""
+    parser.add_argument(
+        "tuned", nargs="+", metavar="TUNED", help="adapter folder, checkpoint folder or safetensors file"
+    )
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The base of all fine-tunes: ``options.base``, None where their configs shall say."""
+    parser.add_argument(
+        "--base", metavar="BASE", help="the model it was tuned from (default: the one the adapter's config names)"
+    )
+
+
+def add_definition(parser: argparse.ArgumentParser) -> None:
+    """What counts as an intruder: ``options.top_k``, ``.epsilon``, ``.side``."""
+    definition = parser.add_argument_group("what counts as an intruder")
+    definition.add_argument(
+        "-k",
+        "--top-k",
+        type=int,
+        default=10,
+        metavar="K",
+        help="how many leading singular vectors to look at (default: 10)",
+    )
+    definition.add_argument(
+        "-e",
+        "--epsilon",
+        type=float,
+        default=0.5,
+        metavar="E",
+        help="an intruder's |cos| with every base vector is below this (default: 0.5)",
+    )
+    definition.add_argument(
+        "--side",
+        choices=("left", "right"),
+        default="left",
+        help="which singular vectors (default: left, as in the paper)",
+    )
+
+
+def add_layers(parser: argparse.ArgumentParser, *, as_for: str | None = None) -> None:
+    """Which layers: ``options.include``, ``.exclude``, lists of patterns.
+
+    With ``as_for``, the name of a command, they stand among the command's other options and their
+    help points to that command.
+    """
+    place: argparse.ArgumentParser | argparse._ArgumentGroup
+    if as_for is None:
+        place = parser.add_argument_group("which layers")
+        include = "only modules whose name matches, e.g. 'layers.*.q_proj' (repeatable)"
+        exclude = "leave out modules whose name matches (repeatable)"
+    else:
+        place = parser
+        include = exclude = f"as for {as_for}"
+    place.add_argument("--include", action="append", default=[], metavar="PATTERN", help=include)
+    place.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
+
+
+def add_computation(parser: argparse.ArgumentParser, *, engine: str = "auto") -> None:
+    """How to compute: ``options.engine``, ``.dtype``, ``.device``, ``.workers``, ``.threads``, ``.cache``, ``.verify``.
+
+    ``options.cache`` is a folder, None for the usual one, or False for none.
+    """
+    how = parser.add_argument_group("how to compute")
+    how.add_argument(
+        "--engine", choices=("auto", "exact", "krylov", "cached"), default=engine, help=f"default: {engine}"
+    )
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="precision of the decompositions (default: float32)"
+    )
+    how.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    how.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="weights worked on at a time; memory grows with it (default: 1)",
+    )
+    how.add_argument(
+        "--threads", type=int, metavar="N", help="threads for one weight (default: the cores, shared among workers)"
+    )
+    kept = how.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--cache", metavar="DIR", help="where `spectra cache` kept the base's spectra (default: its own default)"
+    )
+    kept.add_argument("--no-cache", dest="cache", action="store_false", default=None, help="use no kept spectra")
+    how.add_argument("--verify", action="store_true", help="hash every byte of the files into the fingerprints")
+
+
+def add_output(parser: argparse.ArgumentParser, *, formats: Sequence[str], format_help: str, verbose_help: str) -> None:
+    """Where the result goes, and how much is said: ``options.format``, ``.output``, ``.quiet``, ``.verbose``.
+
+    ``options.format`` is None where it was not given: :func:`format_of` says what then.
+    """
+    output = parser.add_argument_group("output")
+    output.add_argument("--format", choices=formats, help=format_help)
+    output.add_argument("-o", "--output", metavar="FILE", help="write there instead of to standard output")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    output.add_argument("--verbose", action="store_true", help=verbose_help)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of :func:`spectra.audit_many` that the command has options for."""
+    return {name: value for name, value in vars(options).items() if name in SETTINGS}
+
+
+def format_of(target: Path | None, formats: Sequence[str]) -> str:
+    """The format that the ending of an output file asks for; without one, the first."""
+    ending = target.suffix.removeprefix(".") if target is not None else ""
+    return ending if ending in formats else formats[0]
+
+
+def is_unicode(options: argparse.Namespace) -> bool:
+    """Whether where the result goes takes more than ASCII."""
+    encoding = "utf-8" if options.output else getattr(sys.stdout, "encoding", None) or "ascii"
+    return encoding.lower().startswith("utf")
+
+
+def complain_of_layers(reports: Sequence[Report]) -> bool:
+    """Names every layer that could not be analysed; whether there is one."""
+    failed = [layer for report in reports for layer in report.failed]
+    for layer in failed:
+        complain(f"{layer.name}: {layer.status}: {layer.error}")
+    return bool(failed)
+
+
+class Unreadable(list[SpectraError]):
+    """The fine-tunes that could not be read; each is complained of as it comes."""
+
+    def __call__(self, error: SpectraError) -> None:
+        complain(error)
+        self.append(error)
+
+
+def announce(target: Path | None, kind: str, options: argparse.Namespace) -> None:
+    """Says what file was written."""
+    if target is not None and not options.quiet:
+        print(f"spectra: wrote {target} ({kind})", file=sys.stderr)
+
+
+def complain(what: object) -> None:
+    """Writes one line about what went wrong to standard error."""
+    print(f"spectra: error: {what}", file=sys.stderr)
+
+
+def return_freed_matrices() -> None:
+    """Makes glibc give freed matrices back at once.
+
+    By default it comes to keep freed blocks of up to 32 MiB for reuse, where they lie in fragments:
+    up to twice the memory in use (measured).  Other C libraries do without.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        m_mmap_threshold = -3  # malloc.h
+        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20)

@@ -1,0 +1,340 @@
+"""Fine-tunes opened, matched and checked before any work; then one base weight at a time with all of them.
+
+What is to be found out about each pair is the caller's: audits, comparisons and rank reports share this.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from spectra.adapters import Skipped, plan_updates
+from spectra.analysis import DTYPES, check_device, checked_question, using_threads
+from spectra.checkpoint import Checkpoint
+from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
+from spectra.layers import LayerPair, pair_layers
+from spectra.resolve import named_base, open_base, open_base_of, open_tuned
+from spectra.svd import Question, choose_engine
+from spectra.updates import TunedWeight, merged
+
+# Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
+Progress = Callable[[float, float, str], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to analyse; what the report records under ``settings``."""
+
+    question: Question
+    engine: str
+    dtype: str
+    device: str
+    threads: int
+    workers: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    verify: bool
+
+    def record(self) -> dict[str, Any]:
+        record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
+        del record["question"]
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
+
+
+def checked_settings(
+    *, top_k: int = 10, epsilon: float = 0.5, side: str = "left", include: Iterable[str] = (),
+    exclude: Iterable[str] = (), engine: str = "auto", dtype: str = "float32", device: str = "cpu",
+    workers: int = 1, threads: int | None = None, verify: bool = False,
+) -> Settings:  # fmt: skip
+    """The options of :func:`spectra.audit_many`, checked; raises UsageError."""
+    choose_engine(engine)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
+    check_device(device)
+    if workers < 1 or (threads is not None and threads < 1):
+        raise UsageError("workers and threads are at least 1")
+    return Settings(
+        question=checked_question(top_k, epsilon, side),
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        threads=threads or max(1, torch.get_num_threads() // workers),
+        workers=workers,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        verify=verify,
+    )
+
+
+class Run(Protocol):
+    """One fine-tune: which base weights it changes, and how each is read."""
+
+    base: Checkpoint
+    pairs: tuple[LayerPair, ...]
+    skipped: tuple[Skipped, ...]
+    settings: Settings
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says under ``tuned``."""
+        ...
+
+    def update(self, pair: LayerPair) -> dict[str, Any]:
+        """What the report says of one layer's update."""
+        ...
+
+    def weight(self, pair: LayerPair, W0: Tensor) -> tuple[TunedWeight, bool]:
+        """W1, and whether a copy of the base that came with it is another weight than W0."""
+        ...
+
+    def prefetch(self, pair: LayerPair) -> None:
+        """Has the disk work ahead."""
+        ...
+
+    def explain(self, pair: LayerPair, error: Exception) -> tuple[str, str]:
+        """(status, message) of a layer that could not be analysed."""
+        ...
+
+
+class SingleRun:
+    """One fine-tune from one path.
+
+    Raises
+    ------
+    SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
+    """
+
+    def __init__(self, path: str | Path, base: str | Path | None, settings: Settings):
+        self.settings = settings
+        self.tuned: Checkpoint = open_tuned(path)
+        self.base: Checkpoint = open_base_of(self.tuned) if base is None else open_base(base)
+        self.plan = plan_updates(self.tuned)
+        pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
+        self.pairs, self.skipped = pairing.pairs, pairing.skipped
+        if not self.pairs:
+            reasons = sorted({item.reason for item in self.skipped})
+            raise UsageError(f"{self.tuned.path}: nothing to analyse ({'; '.join(reasons[:3]) or 'no tensors'})")
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "path": str(self.tuned.path),
+            "format": self.plan.format,
+            **fingerprint(self.tuned, self.settings.verify),
+            **self.plan.facts,
+        }
+
+    def update(self, pair: LayerPair) -> dict[str, Any]:
+        return {
+            "kind": pair.update.kind,
+            "rank": pair.update.rank,
+            "alpha": pair.update.alpha,
+            "scaling": pair.update.scaling,
+            "parameters": pair.update.parameters,
+            "dense_parameters": pair.shape[0] * pair.shape[1],
+        }
+
+    def weight(self, pair: LayerPair, W0: Tensor) -> tuple[TunedWeight, bool]:
+        update = pair.read_update(self.tuned, W0.dtype, self.settings.device)
+        return update.tuned(W0), pair.base_copy_differs(self.tuned, W0)
+
+    def prefetch(self, pair: LayerPair) -> None:
+        self.tuned.prefetch(pair.update.tensors)
+
+    def explain(self, pair: LayerPair, error: Exception) -> tuple[str, str]:
+        names = pair.update.tensors
+        if isinstance(error, NonFiniteError):  # say which of them
+            names = tuple(name for name in names if not bool(self.tuned.read(name).isfinite().all()))
+            error = NonFiniteError(
+                "holds NaN or infinity" if names else "too large for this precision; try --dtype float64"
+            )
+        return explain(error, f"{self.tuned.path}: {', '.join(names or pair.update.tensors)}")
+
+
+class MergedRun:
+    """Several fine-tunes of one base merged with weights: W0 + Σ weight·dW.
+
+    Raises
+    ------
+    UsageError : not one base, or their vocabularies were resized to different lengths.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, SingleRun]]):
+        self.parts = tuple(parts)
+        self.base, self.settings = parts[0][1].base, parts[0][1].settings
+        self.skipped = tuple({item: None for _, run in parts for item in run.skipped})
+        check_one_base([run for _, run in parts])
+        self._sources: dict[Hashable, list[tuple[float, SingleRun, LayerPair]]] = defaultdict(list)
+        for weight, run in parts:
+            for pair in run.pairs:
+                self._sources[pair.base_key].append((weight, run, pair))
+        self.pairs = tuple(sources[0][2] for sources in self._sources.values())
+        names = {pair.base.name for pair in self.pairs}
+        if len(names) < len(self.pairs):
+            raise UsageError(f"{self.name}: they resize the base's vocabulary differently, so they cannot be merged")
+
+    @property
+    def name(self) -> str:
+        return " + ".join(f"{weight:g}*{run.tuned.path}" for weight, run in self.parts)
+
+    def facts(self) -> dict[str, Any]:
+        parts = []
+        for weight, run in self.parts:
+            facts = run.facts()
+            parts.append({"weight": weight, **{key: value for key, value in facts.items() if key != "path"}})
+        covers = {part["fingerprint_covers"] for part in parts}
+        value: dict[str, Any] = {"path": self.name, "format": "merged"}
+        for key in ("fingerprint", "fingerprint_headers"):
+            text = "\n".join(f"{part['weight']!r} {part[key]}" for part in parts)
+            value[key] = f"sha256:{sha256(text.encode()).hexdigest()}"
+        value["fingerprint_covers"] = covers.pop() if len(covers) == 1 else "headers"
+        return {**value, "rank": None, "alpha": None, "scaling": None, "parts": parts}
+
+    def update(self, pair: LayerPair) -> dict[str, Any]:
+        parts = [run.update(own) for _, run, own in self._sources[pair.base_key]]
+        ranks = [part["rank"] for part in parts]
+        return {
+            **parts[0],
+            "kind": "merged",
+            "rank": None if None in ranks else sum(ranks),
+            "alpha": None,
+            "scaling": None,
+            "parameters": sum(part["parameters"] for part in parts),
+        }
+
+    def weight(self, pair: LayerPair, W0: Tensor) -> tuple[TunedWeight, bool]:
+        found = [(weight, *run.weight(own, W0)) for weight, run, own in self._sources[pair.base_key]]
+        return merged([(weight, tuned) for weight, tuned, _ in found]), any(differs for _, _, differs in found)
+
+    def prefetch(self, pair: LayerPair) -> None:
+        for _, run, own in self._sources[pair.base_key]:
+            run.prefetch(own)
+
+    def explain(self, pair: LayerPair, error: Exception) -> tuple[str, str]:
+        explained = [run.explain(own, error) for _, run, own in self._sources[pair.base_key]]
+        return explained[0][0], "; ".join(message for _, message in explained)
+
+
+def check_one_base(runs: Sequence[Run]) -> None:
+    """Raises UsageError where fine-tunes of different bases were given."""
+    paths = {run.base.path.resolve(): run.base.path for run in runs}
+    if len(paths) > 1:
+        raise UsageError(
+            f"these are fine-tunes of different bases ({', '.join(map(str, paths.values()))}); name one with --base"
+        )
+
+
+def fingerprint(checkpoint: Checkpoint, verify: bool) -> dict[str, str]:
+    """The report's fields for what identifies a checkpoint."""
+    made = checkpoint.fingerprint(verify=verify)
+    return {"fingerprint": made.value, "fingerprint_covers": made.covers, "fingerprint_headers": made.headers}
+
+
+def base_facts(run: Run) -> dict[str, Any]:
+    """What a report says under ``base``."""
+    return {
+        "path": str(run.base.path),
+        "format": run.base.layout,
+        **fingerprint(run.base, run.settings.verify),
+        "named_by_adapter": named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None,
+    }
+
+
+def explain(error: Exception, what: str) -> tuple[str, str]:
+    """(status, message) of a layer that could not be analysed."""
+    if isinstance(error, NonFiniteError):
+        return "non_finite", f"{what}: {error}"
+    if isinstance(error, ConvergenceError):
+        return "not_converged", f"{what}: {error}"
+    if isinstance(error, SpectraError):
+        return "failed", str(error)
+    return "failed", f"{what}: {in_short(error)}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One base weight and every pair that starts from it."""
+
+    parts: tuple[tuple[Run, LayerPair], ...]
+
+    @property
+    def first(self) -> LayerPair:
+        return self.parts[0][1]
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.parts[0][0].base
+
+    @property
+    def work(self) -> float:
+        m, n = self.first.shape
+        return float(m) * n * min(m, n) * (1 + len(self.parts))
+
+    def read_base(self) -> Tensor:
+        """W0 as analysed, in the working dtype."""
+        settings = self.parts[0][0].settings
+        dtype = torch.float64 if self.first.float64 else DTYPES[settings.dtype]
+        return self.first.read_base(self.base, dtype, settings.device)
+
+    def prefetch(self) -> None:
+        """Has the disk work ahead; nothing of it is kept here."""
+        self.base.prefetch([self.first.base.name])
+        for run, pair in self.parts:
+            run.prefetch(pair)
+
+
+def jobs_of(runs: Sequence[Run]) -> list[Job]:
+    """The base weights of all runs, each with every fine-tune of it."""
+    groups: dict[Any, list[tuple[Run, LayerPair]]] = defaultdict(list)
+    for run in runs:
+        for pair in run.pairs:
+            groups[(run.base.path.resolve(), pair.base_key)].append((run, pair))
+    return [Job(tuple(parts)) for parts in groups.values()]
+
+
+def in_order(
+    jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T], progress: Progress | None = None
+) -> Iterator[tuple[Job, T]]:
+    """Each job with what ``do`` made of it; ``workers`` of them at a time, none kept waiting in memory."""
+    whole, done = sum(job.work for job in jobs), 0.0
+    for job, result in _done(jobs, settings, do):
+        yield job, result
+        done += job.work
+        if progress is not None:
+            progress(done, whole, job.first.name)
+
+
+def _done(jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
+    if settings.workers == 1:
+        with using_threads(settings.threads):
+            for job, following in itertools.zip_longest(jobs, jobs[1:]):
+                if following is not None:
+                    following.prefetch()
+                yield job, do(job)
+        return
+    before = torch.get_num_threads()
+    # The number of threads is each worker thread's own setting.
+    with ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(settings.threads,)) as pool:
+        waiting = iter(jobs)
+        running: dict[Future[T], Job] = {}
+        try:
+            while True:
+                for job in waiting:
+                    running[pool.submit(do, job)] = job
+                    if len(running) == settings.workers:
+                        break
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)

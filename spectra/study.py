@@ -1,0 +1,223 @@
+"""What comparing fine-tunes asks of one layer beyond the verdicts of an audit.
+
+Each of these needs every cosine or a whole spectrum, so it goes with the cached or the exact engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.detect import detect
+from spectra.measures import noise_edge, norm_fro, spectrum_shift
+from spectra.null import null_counts, p_value
+from spectra.records import LayerSpectra, Vector
+from spectra.svd import (
+    Answer,
+    Base,
+    Engine,
+    Question,
+    Side,
+    Spectrum,
+    cosines_between,
+    decompose_gram,
+    gram_singular_values,
+    match_vectors,
+)
+from spectra.threshold import predicted_threshold
+from spectra.updates import DenseWeight, TunedWeight
+
+# The adapter weights tried, by factors of √2: the first intruder between two of them is then found by bisection.
+WEIGHTS = tuple(float(2 ** (step / 2)) for step in range(-8, 5))
+LEAST_WEIGHT = 2.0**-20  # an update that has intruders even here is no fine-tune
+ACCURACY = 1.01  # ratio of the two weights between which the first intruder appears
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """Findings of a :class:`Study` on one layer.
+
+    Attributes
+    ----------
+    measures : "rho_k", the share of ‖dW‖_F² within the base's k leading singular vectors (OPLoRA, arXiv
+        2510.13003); "principal_overlap", Σcos²/k of the principal angles between the k leading vectors of W0
+        and W1; "spectrum_shift"; "noise_edge" and "noise_rank", the number of dW's values above it, of a
+        dense dW.
+    principal_cosines : (k,) cosines of these angles, descending (arXiv 2511.08567).
+    weights : "counts", [weight, intruders of W0 + weight·dW] on a grid; "threshold", the weight s* at which
+        the first intruder appears (None where none does within the grid); "predicted", where a random
+        update of dW's size would have it.
+    null : "counts", the intruders of random updates with dW's singular values; "mean"; "p_value".
+    directions : (d, ≤ k) the leading singular vectors of dW, on the side in question.
+    """
+
+    measures: dict[str, float | None] = field(default_factory=dict)
+    principal_cosines: tuple[float, ...] = ()
+    weights: dict[str, Any] | None = None
+    null: dict[str, Any] | None = None
+    directions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which extras to compute.
+
+    Attributes
+    ----------
+    draws : random updates per layer; 0 for none.
+    weights : whether to count intruders as a function of the adapter's weight.
+    shift : whether to decompose each W1 for its whole spectrum.
+    """
+
+    draws: int = 20
+    weights: bool = True
+    shift: bool = True
+
+    def of(
+        self,
+        base: Base,
+        tuned: TunedWeight,
+        question: Question,
+        engine: Engine,
+        answer: Answer,
+        update: Spectrum,
+        seed: int,
+    ) -> Extras:
+        """The extras of one layer, whose ``answer`` and whose update's spectrum are known already."""
+        intruders = sum(vector.intruder for vector in detect(answer, question))
+        edge = noise_edge(update.s, tuned.shape)
+        measures: dict[str, float | None] = {
+            "rho_k": _share_in_top(base, tuned, update, question.top_k),
+            "principal_overlap": None,
+            "spectrum_shift": None,
+            "noise_edge": edge,
+            "noise_rank": None if edge is None else int(np.count_nonzero(update.s > edge)),
+        }
+        cosines: tuple[float, ...] = ()
+        if answer.cosines is not None:
+            corner = answer.cosines[: question.top_k, : question.top_k]
+            cosines = tuple(float(min(value, 1.0)) for value in np.linalg.svd(corner, compute_uv=False))
+            measures["principal_overlap"] = float(np.mean(np.square(cosines)))
+        values = answer.base_values
+        if self.shift and values is not None:
+            measures["spectrum_shift"] = spectrum_shift(values, gram_singular_values(tuned))
+        curve = null = None
+        if self.weights:
+
+            def count(weight: float) -> int:
+                found = engine.compare(base, tuned.scaled(weight), question)
+                return sum(vector.intruder for vector in detect(found, question))
+
+            curve = weight_curve(count, intruders)
+            expected = None if values is None else predicted_threshold(
+                values, tuned.shape, epsilon=question.epsilon, top_k=question.top_k, side=question.side
+            )  # fmt: skip
+            curve["predicted"] = None if expected is None or not update.s[0] > 0 else expected / float(update.s[0])
+        if self.draws and values is not None:
+            counts = null_counts(values, tuned.shape, update.s, question, draws=self.draws, seed=seed)
+            null = {
+                "draws": self.draws,
+                "counts": counts.tolist(),
+                "mean": float(counts.mean()),
+                "p_value": p_value(intruders, counts),
+            }
+        return Extras(measures, cosines, curve, null, update.vectors)
+
+
+def update_spectrum(tuned: TunedWeight, side: Side, keep: int) -> Spectrum:
+    """All singular values of dW and its ``keep`` leading vectors, float64.
+
+    From the factors where there are any (two QR factorisations and an r × r problem), else from the
+    Gram matrix of dW in the working dtype.
+    """
+    factors = tuned.low_rank()
+    if factors is None:
+        found = decompose_gram(DenseWeight(tuned.W0, tuned.delta()), side, keep=keep)
+        count = min(keep, found.rank)
+        vectors = found.vectors[:, :count].clone()
+    else:
+        B, A = factors if side == "left" else (factors[1].T, factors[0].T)
+        left = torch.linalg.qr(B)
+        U, s, _ = torch.linalg.svd(left.R @ torch.linalg.qr(A.T, mode="r").R.T, full_matrices=False)
+        found = Spectrum(s.cpu().numpy(), U, side, np.zeros(s.numel()), 0.0, tuned.shape, "factors")
+        vectors = left.Q @ U[:, : min(keep, found.rank)]
+    return Spectrum(found.s, vectors, side, found.residuals, found.orthogonality, tuned.shape, found.method)
+
+
+def weight_curve(count: Callable[[float], int], at_one: int) -> dict[str, Any]:
+    """The number of intruders as a function of the adapter's weight, and where the first appears.
+
+    ``count(weight)`` is that of W0 + weight·dW, ``at_one`` the known one at weight 1.  The count need not be
+    monotone: the threshold is the first crossing seen on the grid, then refined to 1 %.
+    """
+    counts = [(weight, at_one if weight == 1 else count(weight)) for weight in WEIGHTS]
+    first = next((place for place, (_, found) in enumerate(counts) if found), None)
+    threshold = None
+    if first is not None:
+        high = counts[first][0]
+        low = counts[first - 1][0] if first else high / 2
+        while not first and low > LEAST_WEIGHT and count(low):
+            low, high = low / 2, low
+        while high / low > ACCURACY:
+            middle = float(np.sqrt(low * high))
+            low, high = (low, middle) if count(middle) else (middle, high)
+        threshold = high
+    return {"threshold": threshold, "counts": [list(item) for item in counts]}
+
+
+def _share_in_top(base: Base, tuned: TunedWeight, update: Spectrum, k: int) -> float | None:
+    """ρ_k = ‖U_k·U_kᵀ·dW‖_F² / ‖dW‖_F², U_k the base's k leading vectors on the side in question."""
+    size = norm_fro(update.s)
+    if not base.has_spectrum or not size > 0:
+        return None
+    U = base.leading_vectors(k)
+    factors = tuned.low_rank()
+    if factors is not None:
+        B, A = factors if base.side == "left" else (factors[1].T, factors[0].T)
+        inside = float(torch.linalg.matrix_norm((U.T @ B) @ A))
+    else:
+        dW = tuned.delta() if base.side == "left" else tuned.delta().T
+        inside = float(torch.linalg.matrix_norm(dW.T.double() @ U))
+    return min((inside / size) ** 2, 1.0)
+
+
+def layer_spectra_of(
+    base: Base, tuned: TunedWeight, question: Question, size: int, *, name: str, module_type: str, label: str, kind: str
+) -> LayerSpectra:
+    """Everything a figure of one layer shows, all of it from float64 Gram matrices."""
+    W1 = decompose_gram(tuned, question.side, keep=max(size, question.top_k))
+    before = base.settled
+    cosines = cosines_between(before, W1.vectors)
+    vectors: tuple[Vector, ...] = detect(
+        Answer(
+            matches=tuple(match_vectors(before, W1, question.top_k, cosines)),
+            engine="exact",
+            base_norm_spectral=float(before.s[0]),
+            residual=max(before.residual, W1.residual),
+            orthogonality=before.orthogonality,
+            settled_in_float64=True,
+            methods=(W1.method,),
+        ),
+        question,
+    )
+    update = update_spectrum(tuned, question.side, 1)
+    return LayerSpectra(
+        name=name,
+        module_type=module_type,
+        tuned=label,
+        kind=kind,
+        shape=tuned.shape,
+        side=question.side,
+        epsilon=question.epsilon,
+        base_values=before.s,
+        tuned_values=W1.s,
+        update_values=update.s,
+        cosines=np.abs(cosines[:size, :size]),
+        vectors=vectors,
+        noise_edge=noise_edge(update.s, tuned.shape),
+    )
