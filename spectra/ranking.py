@@ -1,0 +1,319 @@
+"""Ranks from paths: what rank each layer's update uses, and the suggested adapter written out of a full fine-tune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from spectra import __version__
+from spectra.adapters.writing import (
+    Whole,
+    adapter_config,
+    check_folder,
+    factor_tensors,
+    tied_head,
+    whole_modules,
+    write_adapter,
+)
+from spectra.analysis import ieee_arithmetic
+from spectra.errors import LAYER_ERRORS, UsageError
+from spectra.layers import LayerPair
+from spectra.measures import update_singular_values
+from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
+from spectra.runs import Job, Progress, SingleRun, base_facts, checked_settings, explain, in_order, jobs_of
+from spectra.truncation import Factors, low_rank_factors
+from spectra.updates import TunedWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Which tasks' heads a class name of transformers promises; PEFT wants them stored with the adapter.
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An adapter made out of a full fine-tune.
+
+    Attributes
+    ----------
+    folder : where it lies.
+    report : the ranks, with the suggestion that it follows.
+    relative_errors : layer → ‖dW − dW_r‖_F / ‖dW‖_F of its factors as written.
+    whole : the modules that go along whole, in ``modules_to_save``.
+    left_out : tensor → why the adapter does not carry its change.
+    """
+
+    folder: Path
+    report: RankReport
+    relative_errors: Mapping[str, float]
+    whole: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+def suggest_ranks(
+    tuned: str | Path,
+    base: str | Path | None = None,
+    *,
+    energy: float = 0.9,
+    max_rank: int | None = None,
+    by: str = "layer",
+    use_rslora: bool = False,
+    alpha: str | float | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    dtype: str = "float32",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> RankReport:
+    """What rank each layer of a fine-tune really uses, and the LoRA config that would hold its change.
+
+    Parameters
+    ----------
+    tuned : an adapter or a full fine-tune.
+    energy, max_rank, by, use_rslora, alpha : how ranks and alphas are chosen; see :func:`spectra.ranks.suggest`.
+
+    The rest is as for :func:`spectra.audit_many`, and so are the errors.  The base is read, not decomposed.
+
+    Examples
+    --------
+    >>> import spectra
+    >>> report = spectra.suggest_ranks("fixtures/full", "fixtures/base", by="type")
+    >>> report.suggestion.peft_config()["use_rslora"]
+    False
+    """
+    work = _Work(
+        SingleRun(
+            tuned, base,
+            checked_settings(include=include, exclude=exclude, dtype=dtype, device=device, workers=workers,
+                             threads=threads, verify=verify),
+        ),
+        {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha},
+    )  # fmt: skip
+    return work.report(progress)
+
+
+def extract_adapter(
+    tuned: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    *,
+    energy: float = 0.9,
+    max_rank: int | None = None,
+    by: str = "layer",
+    use_rslora: bool = False,
+    alpha: str | float | None = None,
+    whole: bool = True,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Writes the suggested low-rank adapter of a full fine-tune, in PEFT's format.
+
+    Each layer's change is truncated by its singular value decomposition, the best approximation of that rank.
+
+    Parameters
+    ----------
+    tuned, base : a full fine-tune and the model it was made from.
+    output : the folder to write; it appears whole or not at all.
+    energy, max_rank, by, use_rslora, alpha : as for :func:`suggest_ranks`.
+    whole : carry what factors cannot (norms, biases, embeddings, new heads) in ``modules_to_save``; else it
+        stays as in the base, and is listed in ``left_out``.
+    force : replace an adapter folder that is there already.
+
+    Raises
+    ------
+    UsageError : ``tuned`` is an adapter already, nothing would be in the result, or the folder is there.
+    SpectraError : as for :func:`spectra.audit_many`; also where a layer's values are not finite.
+    """
+    check_folder(output, force=force)
+    run = SingleRun(tuned, base, checked_settings(include=include, exclude=exclude, device=device, threads=threads))
+    if run.plan.format != "full":
+        raise UsageError(f"{run.tuned.path}: this is an adapter already ({run.plan.format})")
+    inputs = {path.resolve() for path in (run.tuned.path, run.base.path)}
+    if Path(output).resolve() in inputs:
+        raise UsageError(f"{output}: that is what is being read")
+    work = _Work(
+        run, {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}, factors=True
+    )
+    report = work.report(progress)
+    for item in report.failed:
+        raise UsageError(f"{item['error']}; an adapter without this layer would not be the fine-tune's")
+    if report.suggestion is None:
+        raise UsageError(f"{run.tuned.path}: no linear layer changed, so there is nothing to extract")
+    choices = {choice.name: choice for choice in report.suggestion.choices}
+    factors = dict(work.chosen(report))
+    along, left_out = _whole(run, set(choices), whole)
+    errors = {name: item.relative_error for name, item in factors.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, item in factors.items():
+            yield from factor_tensors(name, item.B, item.A).items()
+        for key, name in along.keys.items():
+            yield key, run.tuned.read(name)
+
+    config = adapter_config(
+        report.suggestion.peft_config(),
+        base=str(base) if base is not None and not Path(base).exists() else str(run.base.path.resolve()),
+        task_type=_task(run, along),
+        fan_in_fan_out=any(pair.layout == "conv1d" for pair in run.pairs if pair.name in choices),
+        whole=along,
+    )
+    overall = report.suggestion.relative_error
+    remark = f"Over all layers with factors it differs from the fine-tune's change by {overall:.1%} (Frobenius norm)."
+    folder = write_adapter(output, config=config, tensors=tensors(), remarks=[remark], force=force)
+    return Extraction(folder, report, errors, along.modules, left_out)
+
+
+class _Work:
+    """The layers of one fine-tune gone through, with the factors of each where they are wanted."""
+
+    def __init__(self, run: SingleRun, options: dict[str, Any], *, factors: bool = False):
+        self.run, self.options, self.wanted = run, options, factors
+        suggest([], **options)  # complains of the options before any work
+        self.factors: dict[str, Factors] = {}
+
+    def report(self, progress: Progress | None) -> RankReport:
+        run, started = self.run, time.perf_counter()
+        layers: dict[str, LayerRank] = {}
+        failed: dict[str, dict[str, str]] = {}
+        for _, found in in_order(jobs_of([run]), run.settings, self._layers, progress):
+            for pair, item in found:
+                if isinstance(item, LayerRank):
+                    layers[pair.name] = item
+                else:
+                    failed[pair.name] = {"name": pair.name, "status": item[0], "error": item[1]}
+        ordered = [layers[pair.name] for pair in run.pairs if pair.name in layers]
+        others = {*run.tuned.tensors, *run.base.tensors} | {item.name for item in run.skipped} | set(failed)
+        suggestion = suggest(ordered, **self.options, other_modules=sorted(others))
+        settings = run.settings.record()
+        kept = ("dtype", "device", "threads", "workers", "include", "exclude", "verify")
+        return RankReport(
+            base=base_facts(run),
+            tuned=run.facts(),
+            settings={**self.options, **{name: settings[name] for name in kept}},
+            layers=tuple(ordered),
+            suggestion=suggestion,
+            skipped=tuple(asdict(item) for item in run.skipped),
+            failed=tuple(failed[pair.name] for pair in run.pairs if pair.name in failed),
+            spectra_version=__version__,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+    def chosen(self, report: RankReport) -> Iterator[tuple[str, Factors]]:
+        """The factors of the suggested ranks; those of a layer whose rank others raised are computed anew."""
+        assert report.suggestion is not None
+        pairs = {pair.name: pair for pair in self.run.pairs}
+        for choice in report.suggestion.choices:
+            found = self.factors.pop(choice.name)
+            if found.rank != choice.rank:
+                pair = pairs[choice.name]
+                W0 = Job(((self.run, pair),)).read_base()
+                found = low_rank_factors(self.run.weight(pair, W0)[0], choice.rank)
+            yield choice.name, found.rescaled(choice.scaling)
+
+    def _layers(self, job: Job) -> list[tuple[LayerPair, LayerRank | tuple[str, str]]]:
+        try:
+            W0 = job.read_base()
+        except LAYER_ERRORS as error:
+            problem = explain(error, f"{job.first.base.file}: {job.first.base.name}")
+            return [(pair, problem) for _, pair in job.parts]
+        found: list[tuple[LayerPair, LayerRank | tuple[str, str]]] = []
+        for run, pair in job.parts:
+            try:
+                tuned, _ = run.weight(pair, W0)
+                with ieee_arithmetic():
+                    found.append((pair, self._layer(pair, tuned)))
+            except LAYER_ERRORS as error:
+                found.append((pair, run.explain(pair, error)))
+        return found
+
+    def _layer(self, pair: LayerPair, tuned: TunedWeight) -> LayerRank:
+        size = float(torch.linalg.vector_norm(tuned.W0, dtype=torch.float64))
+
+        def made(singular_values: np.ndarray) -> LayerRank:
+            return layer_rank(
+                singular_values, pair.shape, name=pair.name, role=pair.role, kind=pair.update.kind,
+                trained_rank=pair.update.rank, parameters=pair.update.parameters, base_norm_fro=size,
+            )  # fmt: skip
+
+        if tuned.is_unchanged():
+            return made(np.zeros(1))
+        if not self.wanted or pair.role != "linear":
+            return made(update_singular_values(tuned))
+
+        def rank(singular_values: np.ndarray) -> int:
+            layer = made(singular_values)
+            needed = own_rank(layer, self.options["energy"], self.options["max_rank"])
+            return 1 if why_not(layer) else needed
+
+        factors = low_rank_factors(tuned, rank)
+        layer = made(factors.singular_values)
+        if not why_not(layer):
+            self.factors[pair.name] = factors
+        return layer
+
+
+def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict[str, str]]:
+    """What goes along whole, and tensor → why of what does not."""
+    counterpart = _counterparts(run)
+    changed = []
+    for name in run.tuned.tensors:
+        if name.removesuffix(".weight") in targets:
+            continue
+        base = counterpart(name)
+        unchanged = (
+            base is not None
+            and run.tuned.tensors[name].shape == run.base.tensors[base].shape
+            and torch.equal(run.tuned.read(name).float(), run.base.read(base).float())
+        )
+        if not unchanged:
+            changed.append(name)
+    if not wanted:
+        reason = "stays as in the base: factors alone were asked for"
+        return Whole((), {}, False, {}), dict.fromkeys(changed, reason)
+    along = whole_modules(changed, run.tuned.tensors, targets, tied_head(run.tuned.config, run.tuned.tensors))
+    return along, dict(along.refused)
+
+
+def _counterparts(run: SingleRun) -> Callable[[str], str | None]:
+    """From a tensor of the fine-tune to the base's own, by the prefixes under which the layers were matched."""
+    prefixes = {("", "")}
+    for pair in run.pairs:
+        mine, base = pair.update.tensors[0], pair.base.name
+        while mine and base and mine[-1] == base[-1]:
+            mine, base = mine[:-1], base[:-1]
+        prefixes.add((mine, base))
+
+    def find(name: str) -> str | None:
+        for mine, base in sorted(prefixes, reverse=True):
+            if name.startswith(mine) and base + name[len(mine) :] in run.base.tensors:
+                return base + name[len(mine) :]
+        return None
+
+    return find
+
+
+def _task(run: SingleRun, along: Whole) -> str | None:
+    """PEFT's name of the task, where the head that it then asks for goes along."""
+    for name in run.tuned.config.get("architectures") or ():
+        for ending, task in TASKS.items():
+            if str(name).endswith(ending) and any(module not in run.base.tensors for module in along.modules):
+                return task
+    return None
