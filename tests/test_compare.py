@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import jsonschema
 import numpy as np
@@ -16,13 +17,14 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 import spectra
-from spectra import sweeps
+from spectra import comparison, sweeps
 from spectra.comparing import SIZE
 from spectra.comparison import Comparison, load_comparison, short_names
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.report import json_schema
 from spectra.study import WEIGHTS, weight_curve
 from spectra.svd import base as base_module
+from spectra.updates import Dense, LowRank, RowScaled, Update, merged
 from tests import problems, reference
 from tests.conftest import FIXTURES, MEMBERS
 
@@ -198,7 +200,7 @@ def test_random_updates_are_the_null(family):
 def test_a_base_weight_is_decomposed_once_however_many_fine_tunes(monkeypatch):
     """Also with other adapter weights, random updates, merges, and cosines that need settling."""
     decomposed = []
-    original = base_module.decompose_gram
+    original = vars(base_module)["decompose_gram"]
 
     def counted(weight, *rest, **options):
         decomposed.append(weight)
@@ -237,8 +239,8 @@ def test_the_table_has_what_a_comparison_needs(family):
 
 def test_merged_fine_tunes_are_one_column(base):
     parts = [(0.7, FIXTURES / "lora-r4"), (0.3, FIXTURES / "full"), (1.0, FIXTURES / "dora-r16")]
-    options = {"include": ["layers.2.*", "embed"], "quick": True}
-    both = spectra.compare([], FIXTURES / "base", merge=[parts, parts[::2]], **options)
+    compared = partial(spectra.compare, base=FIXTURES / "base", include=["layers.2.*", "embed"], quick=True)
+    both = compared([], merge=[parts, parts[::2]])
     assert both.labels == ("0.7*lora-r4 + 0.3*full + 1*dora-r16", "0.7*lora-r4 + 1*dora-r16")
     for report, used in zip(both.reports, (parts, parts[::2]), strict=True):
         assert report.tuned["format"] == "merged"
@@ -255,7 +257,7 @@ def test_merged_fine_tunes_are_one_column(base):
     assert "embed_tokens" in both.reports[0].layers[-1].name or any(
         "embed_tokens" in layer.name for layer in both.reports[0].layers
     )
-    alone = spectra.compare([FIXTURES / "lora-r4"], FIXTURES / "base", merge=[[(1.0, FIXTURES / "lora-r4")]], **options)
+    alone = compared([FIXTURES / "lora-r4"], merge=[[(1.0, FIXTURES / "lora-r4")]])
     assert alone.reports[0].total("all") == alone.reports[1].total("all")
 
 
@@ -271,12 +273,10 @@ def test_a_training_run_is_a_trajectory():
 
 def test_json_follows_the_schemas_and_comes_back(family, tmp_path):
     value = json.loads(family.to_json())
-    from spectra.comparison import json_schema as comparison_schema
-
     registry = referencing.Registry().with_resources(
         [("spectra.report/1", referencing.Resource.from_contents(json_schema()))]
     )
-    validator = jsonschema.Draft202012Validator(comparison_schema(), registry=registry)
+    validator = jsonschema.Draft202012Validator(comparison.json_schema(), registry=registry)
     validator.validate(value)
     broken = {**value, "reports": [{**value["reports"][0], "layers": [{}]}]}
     assert not validator.is_valid(broken)
@@ -310,7 +310,7 @@ def test_other_engines_give_the_same_counts(make_base, make_adapter):
     adapter = make_adapter({"a": (B.astype("f4"), A.astype("f4"))}, lora_alpha=8)
     found = {engine: spectra.compare([adapter], home, engine=engine, quick=True) for engine in ("cached", "krylov")}
     assert found["krylov"].reports[0].layers[0].engine == "krylov"
-    totals = {engine: comparison.reports[0].total("all") for engine, comparison in found.items()}
+    totals = {engine: made.reports[0].total("all") for engine, made in found.items()}
     assert totals["cached"] == totals["krylov"] > 0
     row = found["krylov"].rows()[0]
     assert row["principal_overlap"] is None
@@ -355,7 +355,7 @@ def test_layers_that_cannot_be_analysed_do_not_end_the_comparison(make_base, mak
     assert [len(report.failed) for report in found.reports] == [1, 0]
     merged = spectra.compare([], home, merge=[[(1, first), (1, first)]], quick=True)
     assert [layer.status for layer in merged.reports[0].layers] == ["analysed", "non_finite"]
-    assert "b" in merged.reports[0].failed[0].error
+    assert "b" in (merged.reports[0].failed[0].error or "")
     zero = make_adapter({"a": (0 * good[0], good[1].copy()), "b": good}, folder="zero")
     assert [layer.status for layer in spectra.compare([zero], home, draws=2).reports[0].layers] == [
         "unchanged",
@@ -421,10 +421,8 @@ def test_short_names_tell_paths_apart():
 def test_scaled_updates_keep_their_form(rng):
     W0 = torch.from_numpy(rng.normal(size=(12, 9)))
     B, A = torch.from_numpy(rng.normal(size=(12, 2))), torch.from_numpy(rng.normal(size=(2, 9)))
-    from spectra.updates import Dense, LowRank, RowScaled, merged
-
     magnitude = torch.from_numpy(rng.uniform(1, 2, size=12))
-    updates = [LowRank(B, A, 0.5), RowScaled(B, A, 0.5, magnitude), Dense(W0 + B @ A)]
+    updates: list[Update] = [LowRank(B, A, 0.5), RowScaled(B, A, 0.5, magnitude), Dense(W0 + B @ A)]
     for update in updates:
         tuned = update.tuned(W0)
         expected = W0 + 0.3 * (tuned.dense() - W0)

@@ -90,9 +90,11 @@ def test_every_draw_is_counted_as_defined(rng, drawn, spectrum, shape, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", [(200, 200), (200, 290), (290, 200)])
-def test_low_rank_solver(rng, drawn, monkeypatch, shape, side):
+@pytest.mark.parametrize("largest", [1.0, 1e4])
+def test_low_rank_solver(rng, drawn, monkeypatch, shape, side, largest):
     """Where p is large the leading eigenvectors alone are computed; the counts are the same."""
-    s = np.sort(np.arange(1, 201) ** -0.5 * np.exp(0.1 * rng.normal(size=200)))[::-1]
+    s = np.sort(np.arange(1, 201) ** -0.5 * np.exp(0.1 * rng.normal(size=200)))[::-1].copy()
+    s[0] = largest * s[0]
     sigma, question = np.linspace(0.6, 0.3, 6), Question(12, 0.5, side)
     found = null_counts(s, shape, sigma, question, draws=6, seed=2)
     assert found.max() > 0
@@ -141,6 +143,16 @@ def test_nothing_to_add_or_to_resemble():
     assert null_counts(np.zeros(8), (8, 8), np.zeros(2), question, draws=3, seed=0).tolist() == [0, 0, 0]
     assert null_counts(np.zeros(8), (8, 9), np.array([2.0, 1.0]), question, draws=3, seed=0).tolist() == [2, 2, 2]
     assert null_counts(np.ones(8), (8, 8), np.ones(2), question, draws=0, seed=0).shape == (0,)
+
+
+@pytest.mark.parametrize("p", [30, 220])
+def test_a_tie_across_k_counts_whole(drawn, p):
+    question = Question(top_k=5)
+    for s in (np.zeros(p), np.where(np.arange(p) < 2, 3.0, 0.0)):
+        found = null_counts(s, (p, p), np.ones(12), question, draws=2, seed=0)
+        assert found.tolist() == list(counts_of(drawn, s, (p, p), np.ones(12), question))
+        drawn.clear()
+    assert null_counts(np.zeros(p), (p, p), np.ones(12), question, draws=1, seed=0).tolist() == [12]
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
+from collections import Counter
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -70,7 +69,9 @@ def test_ranks_of_adapters():
         assert report.tuned["rank"] == rank
 
 
-@pytest.mark.parametrize("options", [{}, {"by": "type", "energy": 0.5}, {"by": "model", "use_rslora": True, "max_rank": 8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"by": "type", "energy": 0.5}, {"by": "model", "use_rslora": True, "max_rank": 8}]
+)
 def test_an_extracted_adapter_is_the_truncation_that_it_says(tmp_path, changes, options):
     made = spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", **options)
     assert made.report.suggestion is not None
@@ -119,13 +120,18 @@ def test_factors_alone(tmp_path):
 def test_each_layer_is_decomposed_once(tmp_path, monkeypatch):
     """By layer, the ranks follow from the decomposition that gives the factors."""
     calls = []
-    original = truncation.decompose
-    monkeypatch.setattr(truncation, "decompose", lambda *args: calls.append(args) or original(*args))
-    values = []
-    singular = measures.singular_values
-    monkeypatch.setattr(measures, "singular_values", lambda *args: values.append(args) or singular(*args))
+
+    def counted(name, original):
+        def counting(*args):
+            calls.append(name)
+            return original(*args)
+
+        return counting
+
+    for module, name in ((truncation, "decompose"), (measures, "singular_values")):
+        monkeypatch.setattr(module, name, counted(name, vars(module)[name]))
     spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base")
-    assert (len(calls), len(values)) == (28, 1)  # the embedding gets no factors
+    assert Counter(calls) == {"decompose": 28, "singular_values": 1}  # the embedding gets no factors
 
 
 def test_inputs_are_never_touched(tmp_path, make_base, rng):
@@ -146,13 +152,15 @@ def test_inputs_are_never_touched(tmp_path, make_base, rng):
         spectra.extract_adapter(bad, tmp_path / "out", base)
     assert {path: path.read_bytes() for path in before} == before
     assert not (tmp_path / "out").exists()
-    assert len(os.listdir(tmp_path)) == 3
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_tensors_are_matched_under_other_prefixes(tmp_path, make_base, rng):
     """A norm that did not change is not carried, whatever its module is called in the base."""
     W, norm = rng.normal(size=(12, 10)).astype("f4"), rng.normal(size=10).astype("f4")
-    base = make_base({"bert.layer.0.q.weight": W, "bert.layer.0.norm.weight": norm, "bert.layer.1.norm.weight": norm.copy()})
+    base = make_base(
+        {"bert.layer.0.q.weight": W, "bert.layer.0.norm.weight": norm, "bert.layer.1.norm.weight": norm.copy()}
+    )
     tuned = make_base(
         {"layer.0.q.weight": W + 1, "layer.0.norm.weight": norm, "layer.1.norm.weight": norm + 1}, folder="tuned"
     )
@@ -224,6 +232,5 @@ def test_the_schema_of_configs_is_pefts(tmp_path):
     """Every key of the written config is one that peft itself knows."""
     spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", by="type")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    known = {name: {} for name in peft.LoraConfig(task_type="SEQ_CLS").to_dict()}
-    jsonschema.validate(config, {"type": "object", "properties": known, "additionalProperties": False})
+    assert set(config) <= set(peft.LoraConfig(task_type="SEQ_CLS").to_dict())
     assert config["task_type"] == "SEQ_CLS"

@@ -211,7 +211,9 @@ def test_versions_agree():
     assert f"## {spectra.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
-    wanted = [*project["project"]["dependencies"], *sum(project["project"]["optional-dependencies"].values(), [])]
+    wanted = list(project["project"]["dependencies"])
+    for extra in project["project"]["optional-dependencies"].values():
+        wanted += extra
     for requirement in wanted:
         name = re.split(r"[<>=\[]", requirement)[0].lower()
         assert name == "intruder-spectra" or name in pinned, f"{name} is not pinned"

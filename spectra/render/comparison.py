@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
@@ -12,6 +10,7 @@ from spectra import sweeps
 from spectra.comparison import Comparison
 from spectra.errors import UsageError
 from spectra.render.columns import decimals, number, plural, table
+from spectra.render.table import as_csv
 from spectra.render.text import in_ascii
 from spectra.report import Report
 
@@ -56,11 +55,7 @@ def render_comparison(comparison: Comparison, *, verbose: bool = False, ascii_on
 def to_csv(comparison: Comparison) -> str:
     """The rows of :meth:`Comparison.rows`."""
     rows = comparison.rows()
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return as_csv(list(rows[0]), rows)
 
 
 def _facts(comparison: Comparison) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -13,6 +11,7 @@ from typing import TypeVar
 
 from spectra.ranks import ROW_COLUMNS, LayerRank, RankReport, Suggestion
 from spectra.render.columns import plural, table
+from spectra.render.table import as_csv
 
 Item = TypeVar("Item")
 
@@ -38,12 +37,7 @@ def render_ranks(report: RankReport, *, verbose: bool = False, ascii_only: bool 
 
 def to_csv(reports: Sequence[RankReport]) -> str:
     """The rows of :meth:`RankReport.rows`."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ROW_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for report in reports:
-        writer.writerows(report.rows())
-    return buffer.getvalue()
+    return as_csv(ROW_COLUMNS, (row for report in reports for row in report.rows()))
 
 
 def reasons(suggestion: Suggestion) -> list[str]:

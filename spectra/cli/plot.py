@@ -1,0 +1,137 @@
+"""``spectra plot``: the figures, of fine-tunes or of a comparison that was made before."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra.cli.compare import add_compared, compared
+from spectra.cli.options import (
+    BAD,
+    OK,
+    Commands,
+    Unreadable,
+    add_computation,
+    add_definition,
+    add_layers,
+    announce,
+    complain_of_layers,
+    return_freed_matrices,
+    settings,
+)
+from spectra.errors import UsageError
+from spectra.output import check_output, emit, progress
+from spectra.plots.kinds import KINDS, Kind
+
+if TYPE_CHECKING:
+    from spectra.comparison import Comparison
+    from spectra.records import LayerSpectra
+
+FORMATS = ("png", "svg", "pdf")
+LAYER_SETTINGS = ("top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads")
+PANELS = 3  # layers of one fine-tune that are drawn side by side where none are named
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "plot",
+        help="draw similarity matrices, sweeps, counts, spectra, trajectories: PNG, SVG or PDF",
+        description="Draws one figure of fine-tunes, or of a comparison that `spectra compare -o FILE.json` wrote.\n\n"
+        "kinds:\n" + "\n".join(f"  {name:<12}{kind.help}" for name, kind in KINDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help="what to draw: one of the kinds above")
+    add_compared(parser, draws=0)
+    add_definition(parser)
+    add_layers(parser)
+    add_computation(parser, engine="cached")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="leading vectors of each side that a similarity matrix shows (default: all, at most 256)",
+    )
+    output.add_argument("--format", choices=FORMATS, help="default: what the ending of FILE says, else png")
+    output.add_argument("-o", "--output", metavar="FILE", help="write there (default: spectra-KIND.png)")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draws; returns the exit code."""
+    kind = KINDS[options.kind]
+    kept = [path for path in options.tuned if path.endswith(".json")]
+    if kept and (len(options.tuned) > 1 or options.merge):
+        raise UsageError(f"{kept[0]}: a comparison is drawn by itself; name it alone, or fine-tunes")
+    target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}")
+    assert target is not None
+    ending = options.format or target.suffix.removeprefix(".").lower()
+    if ending not in FORMATS:
+        raise UsageError(f"{target}: its ending names no picture format; expected {', '.join(FORMATS)}, or --format")
+
+    from spectra.plots import render  # says so at once where matplotlib is missing
+
+    unreadable = Unreadable()
+    failed = False
+    source: Any
+    if kind.needs == "layers":
+        if kept:
+            raise UsageError(f"{kept[0]}: a comparison holds no singular vectors; name the fine-tunes themselves")
+        source = _layers(options, kind)
+    else:
+        source = _comparison(options, unreadable)
+        failed = complain_of_layers(source.reports)
+    picture = render(kind.draw(source), ending)
+    emit(picture, target)
+    announce(target, kind.help, options)
+    return BAD if failed or unreadable else OK
+
+
+def _comparison(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
+    from spectra.comparison import load_comparison
+    from spectra.resolve import checkpoints_of
+
+    if options.tuned and options.tuned[0].endswith(".json"):
+        return load_comparison(options.tuned[0])
+    if options.kind == "trajectory" and len(options.tuned) == 1:
+        options.tuned = checkpoints_of(options.tuned[0], within=True)
+    # What a figure does not show is not computed.
+    options.quick = options.quick or not (options.draws or options.kind == "weights")
+    return compared(options, unreadable)
+
+
+def _layers(options: argparse.Namespace, kind: Kind) -> Sequence[LayerSpectra]:
+    from spectra.comparing import SIZE, layer_spectra
+
+    if options.merge:
+        raise UsageError(f"--merge is for figures of whole fine-tunes, not for {options.kind}")
+    if not options.tuned:
+        raise UsageError("nothing to draw: name fine-tunes")
+    return_freed_matrices()
+    chosen = {name: value for name, value in settings(options).items() if name in LAYER_SETTINGS}
+    if not options.include:
+        chosen["include"] = _worst(options)
+    with progress(options.quiet) as show:
+        return layer_spectra(options.tuned, options.base, size=options.size or SIZE, **chosen, progress=show)
+
+
+def _worst(options: argparse.Namespace) -> list[str]:
+    """The layers with the most intruders: some of a single fine-tune, the one of several."""
+    from spectra.pipeline import audit_many
+
+    with progress(options.quiet) as show:
+        reports = audit_many(options.tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)
+    totals: dict[str, int] = {}
+    for report in reports:
+        for layer in report.layers:
+            if layer.vectors:
+                totals[layer.name] = totals.get(layer.name, 0) + layer.intruders
+    if not totals:
+        raise UsageError(f"{Path(options.tuned[0])}: nothing to draw: no layer was changed")
+    names = sorted(totals, key=lambda name: -totals[name])[: PANELS if len(reports) == 1 else 1]
+    return [glob.escape(name) for name in names]
