@@ -55,6 +55,7 @@ class LayerSpectra:
     vectors : the verdicts on W1's leading vectors, one a column.
     noise_edge : the largest singular value that plain noise of the size of a dense dW's bulk would
         have, or None; see :func:`spectra.measures.noise_edge`.
+    random_floor : the mean max |cos| of a random direction with W0's vectors, or None.
     """
 
     name: str
@@ -70,3 +71,4 @@ class LayerSpectra:
     cosines: np.ndarray
     vectors: tuple[Vector, ...]
     noise_edge: float | None
+    random_floor: float | None = None

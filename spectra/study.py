@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.detect import detect
+from spectra.detect import detect, random_floor
 from spectra.measures import noise_edge, norm_fro, spectrum_shift
 from spectra.null import null_counts, p_value
 from spectra.records import LayerSpectra, Vector
@@ -220,4 +220,5 @@ def layer_spectra_of(
         cosines=np.abs(cosines[:size, :size]),
         vectors=vectors,
         noise_edge=noise_edge(update.s, tuned.shape),
+        random_floor=random_floor(W1.vectors.shape[0], min(tuned.shape)),
     )

@@ -124,7 +124,7 @@ def test_merges(capsys):
         (["plot", "similarity", "c.json"], "no singular vectors"),
         (["plot", "epsilon", "c.json", FIXTURES / "lora-r4"], "by itself"),
         (["plot", "epsilon", "c.json"], "could not be read"),
-        (["plot", "epsilon", FIXTURES / "lora-r4", "-o", "x.gif"], "picture format"),
+        (["plot", "epsilon", FIXTURES / "lora-r4", "-o", "x.gif"], "expected a name that ends in .png"),
         (["plot", "trajectory", FIXTURES / "lora-r4"], "step"),
     ],
 )

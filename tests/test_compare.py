@@ -20,6 +20,7 @@ import spectra
 from spectra import comparison, sweeps
 from spectra.comparing import SIZE
 from spectra.comparison import Comparison, load_comparison, short_names
+from spectra.detect import random_floor
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.report import json_schema
 from spectra.study import WEIGHTS, weight_curve
@@ -402,6 +403,7 @@ def test_arrays_of_a_layer(base):
         update = np.linalg.svd(dW, compute_uv=False)
         assert item.update_values == pytest.approx(update[: item.update_values.size], abs=1e-6)
         assert [vector.intruder for vector in item.vectors] == [c < 0.5 for c in np.abs(U0.T @ U1).max(0)[:10]]
+        assert item.random_floor == pytest.approx(random_floor(W0.shape[0], 160))
         assert (item.noise_edge is None) == (item.tuned == "lora-r4")
     small = spectra.layer_spectra(paths[:1], size=7, top_k=3, side="right", include=["layers.1.mlp.up_proj"])[0]
     assert small.cosines.shape == (7, 7)

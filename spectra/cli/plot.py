@@ -70,11 +70,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"{kept[0]}: a comparison is drawn by itself; name it alone, or fine-tunes")
     target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}")
     assert target is not None
-    ending = options.format or target.suffix.removeprefix(".").lower()
-    if ending not in FORMATS:
-        raise UsageError(f"{target}: its ending names no picture format; expected {', '.join(FORMATS)}, or --format")
 
-    from spectra.plots import render  # says so at once where matplotlib is missing
+    from spectra.plots import file_format, render  # says so at once where matplotlib is missing
+
+    ending = options.format or file_format(target)
 
     unreadable = Unreadable()
     failed = False

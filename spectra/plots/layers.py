@@ -172,6 +172,9 @@ def _profile_of_layers(layers: Sequence[LayerSpectra]) -> Figure:
         axes.plot(*_points(layer.vectors, layer.name), **own.dot)
     for epsilon in epsilons:
         axes.axhline(epsilon, **THRESHOLD)
+    floors = [layer.random_floor for layer in layers if layer.random_floor is not None]
+    if floors:
+        axes.axhline(max(floors), **FLOOR)
     _profile_axes(axes)
     axes.set_xlabel("index of the singular vector of $W_0 + \\Delta W$")
     axes.set_ylabel("max |cos| with $W_0$'s")
@@ -179,6 +182,7 @@ def _profile_of_layers(layers: Sequence[LayerSpectra]) -> Figure:
     key: list[tuple[str, dict[str, Any]]] = [
         ("filled: intruder", {"color": GREY, "marker": "o", "linestyle": "none"}),
         (f"ε = {', '.join(f'{epsilon:g}' for epsilon in epsilons)}", THRESHOLD),
+        *([("random direction", FLOOR)] if floors else []),
     ]
     frame(figure, (entries if len(layers) > 1 else []) + key, title=[shared])
     return figure
