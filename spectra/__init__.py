@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spectra.ranking import Extraction, extract_adapter, suggest_ranks
     from spectra.ranks import RankReport
     from spectra.records import LayerSpectra
+    from spectra.render.records import to_text
     from spectra.report import Report
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "find_intruders": "spectra.analysis",
     "layer_spectra": "spectra.comparing",
     "suggest_ranks": "spectra.ranking",
+    "to_text": "spectra.render.records",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "find_intruders",
     "layer_spectra",
     "suggest_ranks",
+    "to_text",
 ]
 
 

@@ -51,7 +51,7 @@ class Findings:
     methods: tuple[str, ...] = ()
     residual: float | None = None
     orthogonality: float | None = None
-    extras: Extras = field(default=Extras(), repr=False)
+    extras: Extras = field(default=Extras(), repr=False, compare=False)
 
     @property
     def intruders(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from spectra import __version__
 from spectra.analysis import ieee_arithmetic
 from spectra.comparison import Comparison, short_names
-from spectra.errors import SpectraError, UsageError
+from spectra.errors import LAYER_ERRORS, SpectraError, UsageError
 from spectra.measures import subspace_overlap
 from spectra.pipeline import Analysis, Result, open_cache
 from spectra.records import LayerSpectra
@@ -30,11 +31,12 @@ from spectra.runs import (
     SingleRun,
     check_one_base,
     checked_settings,
+    explain,
     in_order,
     jobs_of,
 )
 from spectra.study import Study, layer_spectra_of
-from spectra.svd import Base
+from spectra.svd import Base, check_finite
 
 Merge = Sequence[tuple[float, str | Path]]
 SIZE = 256  # singular vectors of a similarity matrix, where no number is given
@@ -155,19 +157,26 @@ def layer_spectra(
     labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))
 
     def arrays(job: Job) -> list[LayerSpectra]:
-        W0 = job.read_base()
-        known = Base(W0, settings.question.side, fine_tunes=len(job.parts))
         found = []
+        try:
+            W0 = job.read_base()
+            check_finite(W0)
+        except LAYER_ERRORS as error:
+            raise UsageError(explain(error, f"{job.first.base.file}: {job.first.base.name}")[1]) from None
+        known = Base(W0, settings.question.side, fine_tunes=len(job.parts))
         for run, pair in job.parts:
-            weight, _ = run.weight(pair, W0)
-            with ieee_arithmetic():
-                found.append(
-                    layer_spectra_of(
-                        known, weight, settings.question, size,
-                        name=pair.name, module_type=module_type(pair.name), label=labels[id(run)],
-                        kind=run.update(pair)["kind"],
-                    )
-                )  # fmt: skip
+            try:
+                weight, _ = run.weight(pair, W0)
+                with ieee_arithmetic():
+                    found.append(
+                        layer_spectra_of(
+                            known, weight, settings.question, size,
+                            name=pair.name, module_type=module_type(pair.name), label=labels[id(run)],
+                            kind=run.update(pair)["kind"],
+                        )
+                    )  # fmt: skip
+            except LAYER_ERRORS as error:
+                raise UsageError(run.explain(pair, error)[1]) from None
         return found
 
     return [item for _, found in in_order(jobs_of(runs), settings, arrays, progress) for item in found]
@@ -181,19 +190,25 @@ def _open_all(
     on_unreadable: Callable[[SpectraError], None] | None,
 ) -> list[Run]:
     runs: list[Run] = []
-    for path in (step for item in tuned for step in checkpoints_of(item)):
+    paths = [tuned] if isinstance(tuned, str | Path) else tuned
+    singles = [partial(SingleRun, path, base, settings) for item in paths for path in checkpoints_of(item)]
+    merges = [partial(_merge, parts, base, settings) for parts in merge]
+    opening: list[Callable[[], Run]] = [*singles, *merges]
+    for opened in opening:
         try:
-            runs.append(SingleRun(path, base, settings))
+            runs.append(opened())
         except SpectraError as error:
             if on_unreadable is None:
                 raise
             on_unreadable(error)
-    for parts in merge:
-        runs.append(MergedRun([(weight, SingleRun(path, base, settings)) for weight, path in parts]))
     if not runs:
         raise UsageError("nothing to compare: none of the fine-tunes could be read")
     check_one_base(runs)
     return runs
+
+
+def _merge(parts: Merge, base: str | Path | None, settings: Settings) -> MergedRun:
+    return MergedRun([(float(weight), SingleRun(path, base, settings)) for weight, path in parts])
 
 
 def _overlaps(runs: Sequence[Run], results: Sequence[Result]) -> Iterable[tuple[tuple[int, int], dict[str, Any]]]:

@@ -68,8 +68,9 @@ class Comparison:
     @property
     def steps(self) -> tuple[int | None, ...]:
         """The training step of each fine-tune, from names like ``checkpoint-200``; None where there is none."""
-        found = (STEP.search(PurePath(str(report.tuned.get("path", ""))).name) for report in self.reports)
-        return tuple(int(match[1]) if match else None for match in found)
+        found = [STEP.search(PurePath(str(report.tuned.get("path", ""))).name) for report in self.reports]
+        merged = [report.tuned["format"] == "merged" for report in self.reports]
+        return tuple(int(m[1]) if m and not of_many else None for m, of_many in zip(found, merged, strict=True))
 
     @property
     def is_trajectory(self) -> bool:
@@ -113,18 +114,18 @@ class Comparison:
     def to_dict(self, *, canonical: bool = False) -> dict[str, Any]:
         """JSON-ready objects (schema ``spectra.comparison/1``); ``canonical`` as for reports."""
         reports = [report.to_dict(canonical=canonical) for report in self.reports]
+        named = ("path", "label", "step") if canonical else ()  # by what this machine calls them
         value = {
             "schema": SCHEMA,
             "spectra_version": self.spectra_version,
             "base": reports[0]["base"],
-            "summary": self.rows(),
+            "summary": [{key: item for key, item in row.items() if key not in named} for row in self.rows()],
             "reports": reports,
             "overlaps": [dict(item) for item in self.overlaps],
             "seconds": self.seconds,
         }
         if canonical:
             del value["seconds"]
-            value["summary"] = [{k: v for k, v in row.items() if k != "path"} for row in self.rows()]
         return value
 
     def to_json(self, *, canonical: bool = False, indent: int | None = 1) -> str:
@@ -158,12 +159,17 @@ def load_comparison(path: str | Path) -> Comparison:
     """
     path = Path(path)
     try:
-        return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        found = Comparison.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        # What tables and figures need must be there and make sense.
+        _ = found.rows(), [report.settings[key] for report in found.reports for key in ("top_k", "epsilon", "side")]
+        for item in found.overlaps:
+            _ = found.reports[item["a"]], found.reports[item["b"]], item["overlap"] + item["random"]
+        return found
     except OSError as error:
         raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
     except UsageError as error:
         raise CorruptFileError(path, str(error)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CorruptFileError(path, "not a comparison in JSON; make one with: spectra compare -o FILE") from None
 
 
@@ -177,7 +183,7 @@ def short_names(paths: Sequence[str]) -> tuple[str, ...]:
 
     A merge, ``0.5*PATH + 0.5*PATH``, is made of several.
     """
-    terms = [[term.rpartition("*") for term in path.split(" + ")] for path in paths]
+    terms = [[_weighted(term) for term in path.split(" + ")] for path in paths]
     depth = max((len(PurePath(path).parts) for merge in terms for _, _, path in merge), default=0)
     for length in range(1, depth + 1):
         names = tuple(
@@ -187,3 +193,13 @@ def short_names(paths: Sequence[str]) -> tuple[str, ...]:
         if len(set(names)) == len(names):
             return names
     return tuple(f"{path} ({number})" for number, path in enumerate(paths, 1))
+
+
+def _weighted(term: str) -> tuple[str, str, str]:
+    """("0.5", "*", path) of a term of a merge; ("", "", path) of a path."""
+    weight, star, path = term.partition("*")
+    try:
+        float(weight)
+    except ValueError:
+        return "", "", term
+    return weight, star, path

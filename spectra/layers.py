@@ -78,9 +78,9 @@ class LayerPair:
         return self.base.shape
 
     @property
-    def base_key(self) -> tuple[str, Layout, int | None, bool]:
+    def base_key(self) -> tuple[str, Layout, int | None]:
         """Pairs with the same key share the same W0."""
-        return self.base.name, self.layout, self.rows, self.float64
+        return self.base.name, self.layout, self.rows
 
     def read_base(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Tensor:
         """W0 as analysed, upcast to ``dtype`` before any arithmetic."""

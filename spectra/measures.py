@@ -133,6 +133,7 @@ def layer_measures(
     ``update`` are dW's singular values where they are known already.  What would need a decomposition that the
     engine did without is None.
     """
+    m, n = tuned.shape
     base_size = float(torch.linalg.vector_norm(tuned.W0, dtype=torch.float64))
     base_top = answer.base_norm_spectral
     if update is None and (answer.engine != "krylov" or tuned.low_rank() is not None):
@@ -144,6 +145,8 @@ def layer_measures(
     return {
         "base_norm_fro": base_size,
         "base_norm_spectral": base_top,
+        # How far σ₁ stands out of plain noise of W0's size; up to 1.05 the base counts as noise-like.
+        "base_over_noise": base_top / (base_size / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))) if base_size else None,
         "update_norm_fro": size,
         "update_norm_spectral": top,
         "update_norm_relative": size / base_size if base_size else None,

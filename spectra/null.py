@@ -21,7 +21,7 @@ from spectra.svd.decompose import eigh
 from spectra.svd.secular import DiagonalPlusLowRank
 
 EXTRA = 2  # eigenvalues beyond the top k, which say whether a tie crosses it
-TOLERANCE = 1e-9  # residual of an eigenpair, relative to the largest eigenvalue
+TOLERANCE = 1e-13  # residual of an eigenpair of W1·W1ᵀ, relative to the largest: enough down to σ_k of 1e-4 σ₁
 SMALL = 192  # below, a dense eigenproblem is as fast as the low-rank one (measured, r = 4)
 LARGEST_SHARE = 4  # of p that 2r may be for the low-rank solver to pay
 
@@ -51,7 +51,8 @@ def null_counts(
     (draws,) int, by the rule of :func:`spectra.svd.match_vectors`: values equal up to rounding are one
     subspace, the null space is no vector, a tie across k counts whole.
 
-    Cost of a draw: for small r about p·(r + k)² a few times, else two p × p eigenproblems' worth.
+    A draw costs the order of p·(r + k)² operations for small r; else, and for p < 192, an eigenproblem of p × p,
+    and of r ≈ p two QR factorisations besides.
 
     Raises
     ------

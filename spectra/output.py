@@ -51,8 +51,8 @@ def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None] | None
         yield show
 
 
-def check_output(output: str | None) -> Path | None:
-    """Where to write, checked before any work: nothing but an earlier report is ever replaced."""
+def check_output(output: str | None, *, picture: bool = False) -> Path | None:
+    """Where to write, checked before any work: nothing but an earlier report, or picture, is ever replaced."""
     if output is None:
         return None
     target = Path(output)
@@ -61,23 +61,24 @@ def check_output(output: str | None) -> Path | None:
             raise MissingFileError(target.parent, "no such folder to write into")
         if target.is_dir():
             raise UsageError(f"{target}: this is a folder; name a file to write")
-        replaceable = not target.exists() or _is_report(target)
+        replaceable = not target.exists() or _is_ours(target, picture)
     except PermissionError as error:
         raise UsageError(f"{target}: could not be written: {error.strerror}") from None
     if not replaceable:
-        raise UsageError(f"{target}: exists and is no report of spectra's, so it is not overwritten")
+        what = "picture" if picture else "report"
+        raise UsageError(f"{target}: exists and is no {what} of spectra's, so it is not overwritten")
     return target
 
 
-def _is_report(path: Path) -> bool:
+def _is_ours(path: Path, picture: bool) -> bool:
     """Whether a file is empty or begins as what we write begins."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
         start = file.read(40)
-        if start.startswith(PICTURE_MARKS):
+        if picture and start.startswith(PICTURE_MARKS):
             return MAKER in start + file.read()
-    return not start or start.startswith(REPORT_MARKS)
+    return not start or (not picture and start.startswith(REPORT_MARKS))
 
 
 def emit(content: str | bytes, target: Path | None) -> None:

@@ -23,7 +23,7 @@ from spectra.adapters.writing import (
 )
 from spectra.analysis import ieee_arithmetic
 from spectra.errors import LAYER_ERRORS, UsageError
-from spectra.layers import LayerPair
+from spectra.layers import LEFT_OUT, LayerPair
 from spectra.measures import update_singular_values
 from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
 from spectra.runs import Job, Progress, SingleRun, base_facts, checked_settings, explain, in_order, jobs_of
@@ -33,11 +33,11 @@ from spectra.updates import TunedWeight
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Which tasks' heads a class name of transformers promises; PEFT wants them stored with the adapter.
+# Ends of transformers' class names, PEFT's names of their tasks, and the heads that PEFT then wants in the adapter.
 TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
 }
 
 
@@ -52,6 +52,7 @@ class Extraction:
     relative_errors : layer → ‖dW − dW_r‖_F / ‖dW‖_F of its factors as written.
     whole : the modules that go along whole, in ``modules_to_save``.
     left_out : tensor → why the adapter does not carry its change.
+    remarks : what whoever loads it must know.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Extraction:
     relative_errors: Mapping[str, float]
     whole: tuple[str, ...]
     left_out: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
 
 
 def suggest_ranks(
@@ -146,9 +148,9 @@ def extract_adapter(
     run = SingleRun(tuned, base, checked_settings(include=include, exclude=exclude, device=device, threads=threads))
     if run.plan.format != "full":
         raise UsageError(f"{run.tuned.path}: this is an adapter already ({run.plan.format})")
-    inputs = {path.resolve() for path in (run.tuned.path, run.base.path)}
-    if Path(output).resolve() in inputs:
-        raise UsageError(f"{output}: that is what is being read")
+    for path in (run.tuned.path, run.base.path):
+        if path.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
+            raise UsageError(f"{output}: lies in what is being read, {path}")
     work = _Work(
         run, {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}, factors=True
     )
@@ -176,9 +178,25 @@ def extract_adapter(
         whole=along,
     )
     overall = report.suggestion.relative_error
-    remark = f"Over all layers with factors it differs from the fine-tune's change by {overall:.1%} (Frobenius norm)."
-    folder = write_adapter(output, config=config, tensors=tensors(), remarks=[remark], force=force)
-    return Extraction(folder, report, errors, along.modules, left_out)
+    about = f"Over all layers with factors it differs from the fine-tune's change by {overall:.1%} (Frobenius norm)."
+    remarks = _resized(run, along)
+    folder = write_adapter(output, config=config, tensors=tensors(), remarks=[about, *remarks], force=force)
+    return Extraction(folder, report, errors, along.modules, left_out, remarks)
+
+
+def _resized(run: SingleRun, along: Whole) -> tuple[str, ...]:
+    """That the base must be resized before the adapter fits it."""
+    carried = set(along.keys.values())
+    rows = {
+        (pair.stored_shape[0], run.tuned.tensors[pair.update.tensors[0]].shape[0])
+        for pair in run.pairs
+        if pair.rows is not None and pair.update.tensors[0] in carried
+    }
+    return tuple(
+        f"The fine-tune's vocabulary has {after} rows, the base's {before}: call resize_token_embeddings({after}) on "
+        "the base before loading this."
+        for before, after in sorted(rows)
+    )
 
 
 class _Work:
@@ -200,7 +218,9 @@ class _Work:
                 else:
                     failed[pair.name] = {"name": pair.name, "status": item[0], "error": item[1]}
         ordered = [layers[pair.name] for pair in run.pairs if pair.name in layers]
-        others = {*run.tuned.tensors, *run.base.tensors} | {item.name for item in run.skipped} | set(failed)
+        others = {*run.base.tensors} | {item.name for item in run.skipped} | set(failed)
+        if run.plan.format == "full":  # an adapter's tensors are none of the model's
+            others |= set(run.tuned.tensors)
         suggestion = suggest(ordered, **self.options, other_modules=sorted(others))
         settings = run.settings.record()
         kept = ("dtype", "device", "threads", "workers", "include", "exclude", "verify")
@@ -273,9 +293,14 @@ class _Work:
 def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict[str, str]]:
     """What goes along whole, and tensor → why of what does not."""
     counterpart = _counterparts(run)
-    changed = []
+    changed: list[str] = []
+    chosen_out = {item.name for item in run.skipped if item.reason == LEFT_OUT}
+    left_out: dict[str, str] = {}
     for name in run.tuned.tensors:
         if name.removesuffix(".weight") in targets:
+            continue
+        if name.removesuffix(".weight") in chosen_out:
+            left_out[name] = LEFT_OUT
             continue
         base = counterpart(name)
         unchanged = (
@@ -287,9 +312,9 @@ def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict
             changed.append(name)
     if not wanted:
         reason = "stays as in the base: factors alone were asked for"
-        return Whole((), {}, False, {}), dict.fromkeys(changed, reason)
+        return Whole((), {}, False, {}), left_out | dict.fromkeys(changed, reason)
     along = whole_modules(changed, run.tuned.tensors, targets, tied_head(run.tuned.config, run.tuned.tensors))
-    return along, dict(along.refused)
+    return along, left_out | dict(along.refused)
 
 
 def _counterparts(run: SingleRun) -> Callable[[str], str | None]:
@@ -313,7 +338,7 @@ def _counterparts(run: SingleRun) -> Callable[[str], str | None]:
 def _task(run: SingleRun, along: Whole) -> str | None:
     """PEFT's name of the task, where the head that it then asks for goes along."""
     for name in run.tuned.config.get("architectures") or ():
-        for ending, task in TASKS.items():
-            if str(name).endswith(ending) and any(module not in run.base.tensors for module in along.modules):
+        for ending, (task, heads) in TASKS.items():
+            if str(name).endswith(ending) and any(module.split(".")[-1] in heads for module in along.modules):
                 return task
     return None

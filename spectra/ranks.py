@@ -322,7 +322,7 @@ def _alpha_rule(alpha: str | float | None, use_rslora: bool) -> tuple[float | No
     """(multiple of the rank, fixed value), of which one at most is not None."""
     if alpha is None:
         return (None, None) if use_rslora else (SCALING, None)
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)?\s*(r)?", str(alpha).strip())
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)?\s*(r)?", str(alpha).strip())
     value = float(match[1] or 1) if match and (match[1] or match[2]) else 0.0
     if not (match and 0 < value < math.inf):
         raise UsageError(f"alpha = {alpha!r}; expected a positive number or a multiple of the rank such as 2r")

@@ -6,10 +6,11 @@ What is to be found out about each pair is the caller's: audits, comparisons and
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,6 +30,10 @@ from spectra.updates import TunedWeight, merged
 # Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
 Progress = Callable[[float, float, str], None]
 T = TypeVar("T")
+
+# min(m, n) from which a second thread is worth it: below, it saves a fifth at most, and costs many times that where
+# something else runs beside it, since threads spin while they wait (measured).
+WORTH_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -149,10 +154,14 @@ class SingleRun:
     def prefetch(self, pair: LayerPair) -> None:
         self.tuned.prefetch(pair.update.tensors)
 
+    def non_finite(self, pair: LayerPair) -> tuple[str, ...]:
+        """The tensors of an update that hold NaN or infinity."""
+        return tuple(name for name in pair.update.tensors if not bool(self.tuned.read(name).isfinite().all()))
+
     def explain(self, pair: LayerPair, error: Exception) -> tuple[str, str]:
         names = pair.update.tensors
         if isinstance(error, NonFiniteError):  # say which of them
-            names = tuple(name for name in names if not bool(self.tuned.read(name).isfinite().all()))
+            names = self.non_finite(pair)
             error = NonFiniteError(
                 "holds NaN or infinity" if names else "too large for this precision; try --dtype float64"
             )
@@ -164,10 +173,16 @@ class MergedRun:
 
     Raises
     ------
-    UsageError : not one base, or their vocabularies were resized to different lengths.
+    UsageError : nothing to merge, a weight that is no finite number, not one base, or vocabularies that were
+        resized to different lengths.
     """
 
     def __init__(self, parts: Sequence[tuple[float, SingleRun]]):
+        if not parts:
+            raise UsageError("a merge of nothing")
+        for weight, run in parts:
+            if not math.isfinite(weight):
+                raise UsageError(f"{run.tuned.path}: weight = {weight}; expected a finite number")
         self.parts = tuple(parts)
         self.base, self.settings = parts[0][1].base, parts[0][1].settings
         self.skipped = tuple({item: None for _, run in parts for item in run.skipped})
@@ -176,9 +191,11 @@ class MergedRun:
         for weight, run in parts:
             for pair in run.pairs:
                 self._sources[pair.base_key].append((weight, run, pair))
-        self.pairs = tuple(sources[0][2] for sources in self._sources.values())
-        names = {pair.base.name for pair in self.pairs}
-        if len(names) < len(self.pairs):
+        self.pairs = tuple(
+            replace(sources[0][2], float64=any(pair.float64 for _, _, pair in sources))
+            for sources in self._sources.values()
+        )
+        if len({(pair.base.name, pair.layout) for pair in self.pairs}) < len(self.pairs):
             raise UsageError(f"{self.name}: they resize the base's vocabulary differently, so they cannot be merged")
 
     @property
@@ -211,15 +228,25 @@ class MergedRun:
         }
 
     def weight(self, pair: LayerPair, W0: Tensor) -> tuple[TunedWeight, bool]:
-        found = [(weight, *run.weight(own, W0)) for weight, run, own in self._sources[pair.base_key]]
-        return merged([(weight, tuned) for weight, tuned, _ in found]), any(differs for _, _, differs in found)
+        differing = []
+
+        def parts() -> Iterator[tuple[float, TunedWeight]]:  # one at a time in memory
+            for weight, run, own in self._sources[pair.base_key]:
+                tuned, differs = run.weight(own, W0)
+                differing.append(differs)
+                yield weight, tuned
+
+        return merged(W0, parts()), any(differing)
 
     def prefetch(self, pair: LayerPair) -> None:
         for _, run, own in self._sources[pair.base_key]:
             run.prefetch(own)
 
     def explain(self, pair: LayerPair, error: Exception) -> tuple[str, str]:
-        explained = [run.explain(own, error) for _, run, own in self._sources[pair.base_key]]
+        sources = [(run, own) for _, run, own in self._sources[pair.base_key]]
+        if isinstance(error, NonFiniteError):  # of the parts whose values these are, if any
+            sources = [(run, own) for run, own in sources if run.non_finite(own)] or sources
+        explained = [run.explain(own, error) for run, own in sources]
         return explained[0][0], "; ".join(message for _, message in explained)
 
 
@@ -281,8 +308,14 @@ class Job:
     def read_base(self) -> Tensor:
         """W0 as analysed, in the working dtype."""
         settings = self.parts[0][0].settings
-        dtype = torch.float64 if self.first.float64 else DTYPES[settings.dtype]
+        wide = any(pair.float64 for _, pair in self.parts)
+        dtype = torch.float64 if wide else DTYPES[settings.dtype]
         return self.first.read_base(self.base, dtype, settings.device)
+
+    @property
+    def threads(self) -> int:
+        """As many as the settings say; one for a small weight."""
+        return 1 if min(self.first.shape) < WORTH_THREADS else self.parts[0][0].settings.threads
 
     def prefetch(self) -> None:
         """Has the disk work ahead; nothing of it is kept here."""
@@ -313,22 +346,24 @@ def in_order(
 
 
 def _done(jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
+    def alone(job: Job) -> T:
+        with using_threads(job.threads):  # a setting of this very thread
+            return do(job)
+
     if settings.workers == 1:
-        with using_threads(settings.threads):
-            for job, following in itertools.zip_longest(jobs, jobs[1:]):
-                if following is not None:
-                    following.prefetch()
-                yield job, do(job)
+        for job, following in itertools.zip_longest(jobs, jobs[1:]):
+            if following is not None:
+                following.prefetch()
+            yield job, alone(job)
         return
     before = torch.get_num_threads()
-    # The number of threads is each worker thread's own setting.
-    with ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(settings.threads,)) as pool:
+    with ThreadPoolExecutor(settings.workers) as pool:
         waiting = iter(jobs)
         running: dict[Future[T], Job] = {}
         try:
             while True:
                 for job in waiting:
-                    running[pool.submit(do, job)] = job
+                    running[pool.submit(alone, job)] = job
                     if len(running) == settings.workers:
                         break
                 if not running:

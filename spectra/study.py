@@ -28,9 +28,10 @@ from spectra.svd import (
     decompose_gram,
     gram_singular_values,
     match_vectors,
+    numerical_rank,
 )
 from spectra.threshold import predicted_threshold
-from spectra.updates import DenseWeight, TunedWeight
+from spectra.updates import ALL, DenseWeight, TunedWeight, slabs
 
 # The adapter weights tried, by factors of √2: the first intruder between two of them is then found by bisection.
 WEIGHTS = tuple(float(2 ** (step / 2)) for step in range(-8, 5))
@@ -46,8 +47,8 @@ class Extras:
     ----------
     measures : "rho_k", the share of ‖dW‖_F² within the base's k leading singular vectors (OPLoRA, arXiv
         2510.13003); "principal_overlap", Σcos²/k of the principal angles between the k leading vectors of W0
-        and W1; "spectrum_shift"; "noise_edge" and "noise_rank", the number of dW's values above it, of a
-        dense dW.
+        and W1, null spaces being no directions; "spectrum_shift"; "noise_edge" of a dense dW and "noise_rank",
+        the number of its values above that.
     principal_cosines : (k,) cosines of these angles, descending (arXiv 2511.08567).
     weights : "counts", [weight, intruders of W0 + weight·dW] on a grid; "threshold", the weight s* at which
         the first intruder appears (None where none does within the grid); "predicted", where a random
@@ -90,7 +91,7 @@ class Study:
     ) -> Extras:
         """The extras of one layer, whose ``answer`` and whose update's spectrum are known already."""
         intruders = sum(vector.intruder for vector in detect(answer, question))
-        edge = noise_edge(update.s, tuned.shape)
+        edge = dense_noise_edge(tuned, update.s)
         measures: dict[str, float | None] = {
             "rho_k": _share_in_top(base, tuned, update, question.top_k),
             "principal_overlap": None,
@@ -99,12 +100,14 @@ class Study:
             "noise_rank": None if edge is None else int(np.count_nonzero(update.s > edge)),
         }
         cosines: tuple[float, ...] = ()
-        if answer.cosines is not None:
-            corner = answer.cosines[: question.top_k, : question.top_k]
-            cosines = tuple(float(min(value, 1.0)) for value in np.linalg.svd(corner, compute_uv=False))
-            measures["principal_overlap"] = float(np.mean(np.square(cosines)))
         values = answer.base_values
-        if self.shift and values is not None:
+        k = min(question.top_k, *tuned.shape)
+        if answer.cosines is not None and values is not None and values[0] > 0:
+            known = sum(match.max_cosine is not None for match in answer.matches)  # null spaces are no directions
+            corner = answer.cosines[: min(k, numerical_rank(values, tuned.shape)), : min(k, known)]
+            cosines = tuple(float(min(value, 1.0)) for value in np.linalg.svd(corner, compute_uv=False))
+            measures["principal_overlap"] = float(np.sum(np.square(cosines)) / k)
+        if self.shift and values is not None and values[0] > 0:
             measures["spectrum_shift"] = spectrum_shift(values, gram_singular_values(tuned))
         curve = null = None
         if self.weights:
@@ -173,17 +176,26 @@ def weight_curve(count: Callable[[float], int], at_one: int) -> dict[str, Any]:
 def _share_in_top(base: Base, tuned: TunedWeight, update: Spectrum, k: int) -> float | None:
     """ρ_k = ‖U_k·U_kᵀ·dW‖_F² / ‖dW‖_F², U_k the base's k leading vectors on the side in question."""
     size = norm_fro(update.s)
-    if not base.has_spectrum or not size > 0:
+    if not base.is_decomposed or not size > 0:
         return None
     U = base.leading_vectors(k)
+    if not U.shape[1]:
+        return None
     factors = tuned.low_rank()
     if factors is not None:
         B, A = factors if base.side == "left" else (factors[1].T, factors[0].T)
-        inside = float(torch.linalg.matrix_norm((U.T @ B) @ A))
-    else:
-        dW = tuned.delta() if base.side == "left" else tuned.delta().T
-        inside = float(torch.linalg.matrix_norm(dW.T.double() @ U))
-    return min((inside / size) ** 2, 1.0)
+        return min(float(torch.linalg.matrix_norm((U.T @ B) @ A) / size) ** 2, 1.0)
+    inside = 0.0
+    for part in slabs(tuned.shape[1 if base.side == "left" else 0]):
+        where = (ALL, part) if base.side == "left" else (part, ALL)
+        dW = tuned.block(*where) - tuned.W0[where].double()
+        inside += float(torch.linalg.matrix_norm(U.T @ (dW if base.side == "left" else dW.T)) / size) ** 2
+    return min(inside, 1.0)
+
+
+def dense_noise_edge(tuned: TunedWeight, s: np.ndarray) -> float | None:
+    """The noise edge of a full fine-tune's dW; None for factors, in which there is no noise."""
+    return noise_edge(s, tuned.shape) if isinstance(tuned, DenseWeight) else None
 
 
 def layer_spectra_of(
@@ -219,6 +231,6 @@ def layer_spectra_of(
         update_values=update.s,
         cosines=np.abs(cosines[:size, :size]),
         vectors=vectors,
-        noise_edge=noise_edge(update.s, tuned.shape),
+        noise_edge=dense_noise_edge(tuned, update.s),
         random_floor=random_floor(W1.vectors.shape[0], min(tuned.shape)),
     )

@@ -75,11 +75,6 @@ def mean_update_size(report: Report) -> float | None:
     return mean_measure(report, "update_norm_relative")
 
 
-def energy_share(report: Report) -> float:
-    """Σσ² over all intruders / Σσ² over all compared vectors, each layer relative to its own sum: their mean."""
-    return mean_measure(report, "intruder_energy_share") or 0.0
-
-
 def trainable_ratio(report: Report) -> float | None:
     """The values stored in the updates / those of the weights they change."""
     changed = [layer for layer in report.layers if layer.status != "unchanged"]
@@ -90,12 +85,13 @@ def trainable_ratio(report: Report) -> float | None:
 def free_weight(report: Report) -> tuple[float | None, str | None]:
     """(weight, layer): the adapter weight at which the first intruder of all layers appears, and where.
 
-    (None, None) where no layer has one within the weights tried, or none were tried.
+    Layers whose base is plain noise do not count: anything moves their vectors.  (None, None) where no layer has
+    one within the weights tried, or none were tried.
     """
     found = [
         (float(layer.weights["threshold"]), layer.name)
         for layer in report.layers
-        if layer.weights is not None and layer.weights["threshold"] is not None
+        if layer.weights is not None and layer.weights["threshold"] is not None and not layer.noise_like_base
     ]
     return min(found) if found else (None, None)
 

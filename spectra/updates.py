@@ -10,7 +10,7 @@ factors are float64, so that scaling them rounds nothing, and are cast when they
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,22 +162,32 @@ class DenseWeight:
         return DenseWeight(self.W0, torch.lerp(self.W0, self.W1, weight))
 
 
-def merged(parts: Sequence[tuple[float, TunedWeight]]) -> TunedWeight:
-    """W0 + Σ weight·(W1 − W0) over fine-tunes of the same W0; in factors where all of them are."""
-    W0 = parts[0][1].W0
-    if not all(isinstance(tuned, FactoredWeight) for _, tuned in parts):
-        whole = W0.clone()
-        for weight, tuned in parts:
-            whole.add_(tuned.delta(), alpha=weight)
-        return DenseWeight(W0, whole)
-    scaled = [tuned.scaled(weight) for weight, tuned in parts if isinstance(tuned, FactoredWeight)]
-    lefts = [part.left - 1 for part in scaled if part.left is not None]
-    return FactoredWeight(
-        W0,
-        torch.cat([part.B for part in scaled], 1),
-        torch.cat([part.A for part in scaled], 0),
-        1 + torch.stack(lefts).sum(0) if lefts else None,
-    )
+def merged(W0: Tensor, parts: Iterable[tuple[float, TunedWeight]]) -> TunedWeight:
+    """W0 + Σ weight·(W1 − W0) over fine-tunes of W0; in factors where all of them are.
+
+    The parts are taken one at a time, and of a dense one only the sum is kept.
+    """
+    whole: Tensor | None = None
+    scaled: list[FactoredWeight] = []
+    for weight, tuned in parts:
+        if isinstance(tuned, FactoredWeight):
+            scaled.append(tuned.scaled(weight))
+        else:
+            delta = tuned.delta().mul_(weight)
+            whole = delta if whole is None else whole.add_(delta)
+    if scaled:
+        lefts = [part.left - 1 for part in scaled if part.left is not None]
+        factored = FactoredWeight(
+            W0,
+            torch.cat([part.B for part in scaled], 1),
+            torch.cat([part.A for part in scaled], 0),
+            1 + torch.stack(lefts).sum(0) if lefts else None,
+        )
+        if whole is None:
+            return factored
+        whole.add_(factored.delta())
+    assert whole is not None
+    return DenseWeight(W0, whole.add_(W0))
 
 
 def _assemble(weight: FactoredWeight, minus: Tensor | None = None) -> Tensor:

@@ -122,6 +122,9 @@ def test_merges(capsys):
         (["plot", "similarity", FIXTURES / "lora-r4", "--size", "-1"], "size = -1"),
         (["plot", "similarity", FIXTURES / "lora-r4", "--merge", FIXTURES / "lora-r4"], "--merge"),
         (["plot", "similarity", "c.json"], "no singular vectors"),
+        (["plot", "epsilon", "c.json", "--top-k", "3"], "--top-k is for fine-tunes"),
+        (["plot", "similarity", FIXTURES / "lora-r4", "--size", "0"], "size = 0"),
+        (["compare", "--merge", f"{FIXTURES / 'lora-r4'}=nan"], "expected a finite number"),
         (["plot", "epsilon", "c.json", FIXTURES / "lora-r4"], "by itself"),
         (["plot", "epsilon", "c.json"], "could not be read"),
         (["plot", "epsilon", FIXTURES / "lora-r4", "-o", "x.gif"], "expected a name that ends in .png"),
@@ -190,3 +193,37 @@ def test_counts_by_adapter_weight_from_fine_tunes(capsys, tmp_path):
     code, _, err = run(capsys, "plot", "weights", *of("lora-r4"), "--include", "layers.0.", "-o", target)
     assert code == 0, err
     assert b"<svg" in target.read_bytes()
+
+
+def test_a_comparison_is_not_replaced_by_its_picture(capsys, kept):
+    before = kept.read_bytes()
+    code, _, err = run(capsys, "plot", "size", kept, "-o", kept, "--format", "png")
+    assert code == 2
+    assert "no picture of spectra's" in err
+    assert kept.read_bytes() == before
+
+
+def test_similarity_of_a_training_run(capsys, tmp_path):
+    code, _, err = run(capsys, "plot", "similarity", FIXTURES / "run-r4", "--size", 20, "-o", tmp_path / "a.png")
+    assert code == 0, err
+
+
+def test_layers_that_cannot_be_drawn_are_named(capsys, tmp_path, make_base, make_adapter, rng):
+    home = make_base({name: rng.normal(size=(20, 20)).astype("f4") for name in ("a.weight", "b.weight")})
+    B, A = rng.normal(size=(20, 1)).astype("f4"), rng.normal(size=(1, 20)).astype("f4")
+    bad = make_adapter({"a": (B, A), "b": (B * float("nan"), A.copy())})
+    code, _, err = run(capsys, "plot", "spectra", bad, "--base", home, "-o", tmp_path / "a.png")
+    assert code == 2
+    assert "b: non_finite" in err
+    code, _, err = run(capsys, "plot", "spectra", bad, "--base", home, "--include", "b", "-o", tmp_path / "b.png")
+    assert code == 2
+    assert "lora_B" in err
+    assert "NaN" in err
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_a_path_with_an_equals_sign(capsys, tmp_path):
+    (tmp_path / "x=1").symlink_to(FIXTURES / "lora-r1")
+    code, out, err = run(capsys, "compare", "--merge", tmp_path / "x=1", *BASE, "--quick", "--include", "layers.0.")
+    assert code == 0, err
+    assert "1 fine-tune," in out

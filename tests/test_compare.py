@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import partial
 
 import jsonschema
@@ -75,7 +76,7 @@ def median_of_marchenko_pastur(beta):
     return scipy.optimize.brentq(lambda x: mass(x) - 0.5, low + 1e-9, high - 1e-9)
 
 
-def plain_measures(W0, dW, k, low_rank):
+def plain_measures(W0, dW, k, noisy):
     W1 = W0 + dW
     U0, s0, _ = np.linalg.svd(W0, full_matrices=False)
     U1, s1, _ = np.linalg.svd(W1, full_matrices=False)
@@ -101,7 +102,7 @@ def plain_measures(W0, dW, k, low_rank):
         "noise_edge": None,
         "noise_rank": None,
     }
-    if not low_rank:
+    if noisy:
         m, n = W0.shape
         sigma = np.median(s) / math.sqrt(max(m, n) * median_of_marchenko_pastur(min(m, n) / max(m, n)))
         values["noise_edge"] = sigma * (math.sqrt(m) + math.sqrt(n))
@@ -117,8 +118,7 @@ def test_every_measure_equals_a_plain_formula(member, family, base):
         W0 = base[f"{layer.name}.weight"].T if layer.role == "embedding" else base[f"{layer.name}.weight"]
         dW = plain_update(member, layer.name, base)
         dW = dW.T if layer.role == "embedding" else dW
-        # A DoRA's update has full rank, but no noise in its bulk above the rounding of float32.
-        expected, angles, cosines = plain_measures(W0, dW, 10, low_rank=layer.update["kind"] == "low_rank")
+        expected, angles, cosines = plain_measures(W0, dW, 10, noisy=layer.update["kind"] == "dense")
         for name, value in expected.items():
             assert layer.measures[name] == (None if value is None else pytest.approx(value, rel=1e-6, abs=1e-6)), (
                 f"{layer.name}: {name}"
@@ -288,7 +288,19 @@ def test_json_follows_the_schemas_and_comes_back(family, tmp_path):
     assert str(FIXTURES) not in family.to_json(canonical=True)
     with pytest.raises(MissingFileError):
         load_comparison(tmp_path / "none.json")
-    for text in ("[", "{}", '{"schema": "spectra.comparison/1"}', "[1]"):
+
+    def without(*keys):
+        broken = json.loads(family.to_json())
+        part = broken
+        for key in keys[:-1]:
+            part = part[key]
+        del part[keys[-1]]
+        return json.dumps(broken)
+
+    for text in (
+        "[", "{}", '{"schema": "spectra.comparison/1"}', "[1]", without("reports", 0, "settings", "top_k"),
+        without("reports", -1), without("overlaps", 0, "random"),
+    ):  # fmt: skip
         file.write_text(text)
         with pytest.raises(CorruptFileError, match="comparison"):
             load_comparison(file)
@@ -433,5 +445,81 @@ def test_scaled_updates_keep_their_form(rng):
     parts = [(weight, update.tuned(W0)) for weight, update in zip((0.2, 0.3, -1.0), updates, strict=True)]
     for chosen in (parts, parts[:2], parts[:1]):
         total = W0 + sum(weight * (tuned.dense() - W0) for weight, tuned in chosen)
-        assert torch.allclose(merged(chosen).dense(), total, atol=1e-12)
-    assert merged(parts[:1]).low_rank() is not None
+        assert torch.allclose(merged(W0, chosen).dense(), total, atol=1e-12)
+    assert merged(W0, parts[:1]).low_rank() is not None
+
+
+@pytest.mark.parametrize("engine", ["cached", "exact"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", [(60, 60), (80, 50), (50, 80)], ids=str)
+def test_null_spaces_are_no_directions(make_base, make_adapter, rng, shape, side, engine):
+    """A base of rank 3: the measures of its leading subspace do not count arbitrary vectors."""
+    W0 = (rng.normal(size=(shape[0], 3)) @ rng.normal(size=(3, shape[1]))).astype("f4")
+    home = make_base({"a.weight": W0, "zero.weight": np.zeros(shape, "f4")})
+    B, A = rng.normal(size=(shape[0], 4)).astype("f4"), rng.normal(size=(4, shape[1])).astype("f4")
+    adapter = make_adapter({"a": (B, A), "zero": (B.copy(), A.copy())}, lora_alpha=4)
+    a, zero = spectra.compare([adapter], home, engine=engine, side=side, draws=1).reports[0].layers
+    W, dW = W0.astype(float), B.astype(float) @ A.astype(float)
+    if side == "right":
+        W, dW = W.T, dW.T
+    U0, U1 = np.linalg.svd(W)[0][:, :3], np.linalg.svd(W + dW)[0][:, :7]
+    assert a.measures["rho_k"] == pytest.approx(np.linalg.norm(U0.T @ dW) ** 2 / np.linalg.norm(dW) ** 2, abs=1e-5)
+    overlap = np.linalg.svd(U0.T @ U1, compute_uv=False)
+    assert a.measures["principal_overlap"] == pytest.approx((overlap**2).sum() / 10, abs=1e-5)
+    assert len(a.principal_cosines) == 3
+    for name in ("rho_k", "principal_overlap", "spectrum_shift"):
+        assert zero.measures[name] is None
+
+
+def test_the_exact_engine_leaves_nothing_out():
+    compared = partial(spectra.compare, base=FIXTURES / "base", include=["layers.0.*"], draws=0)
+    exact, cached = (
+        compared([FIXTURES / "lora-r4", FIXTURES / "full"], engine=engine).rows() for engine in ("exact", "cached")
+    )
+    for a, b in zip(exact, cached, strict=True):
+        for name, value in a.items():
+            assert value == (pytest.approx(b[name], rel=1e-4) if isinstance(value, float) else b[name]), name
+
+
+def test_weights_stored_in_float64_are_compared_with_the_others(make_base, make_adapter, rng):
+    W0 = rng.normal(size=(40, 30)).astype("f4")
+    home = make_base({"a.weight": W0})
+    wide = make_base({"a.weight": W0 + 0.3 * rng.normal(size=(40, 30))}, folder="wide")
+    adapter = make_adapter({"a": (rng.normal(size=(40, 1)).astype("f4"), rng.normal(size=(1, 30)).astype("f4"))})
+    found = spectra.compare([wide, adapter], home, merge=[[(1.0, wide), (0.5, adapter)]], quick=True)
+    assert len(found.overlaps) == 3
+    assert "float64_weights" in found.reports[2].layers[0].flags
+
+
+def test_merges_that_make_no_sense(make_base, make_adapter, rng):
+    r4 = FIXTURES / "lora-r4"
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=r"lora-r4: weight = .*expected a finite number"):
+            spectra.compare([], merge=[[(weight, r4)]])
+    with pytest.raises(UsageError, match="a merge of nothing"):
+        spectra.compare([], merge=[[]])
+    # One tensor that is embedding and head: an adapter of both merges with itself.
+    home = make_base(
+        {"model.embed_tokens.weight": rng.normal(size=(50, 20)).astype("f4")}, config={"tie_word_embeddings": True}
+    )
+    extra = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": rng.normal(size=(2, 50)).astype("f4"),
+        "base_model.model.model.embed_tokens.lora_embedding_B": rng.normal(size=(20, 2)).astype("f4"),
+    }
+    head = (rng.normal(size=(50, 2)).astype("f4"), rng.normal(size=(2, 20)).astype("f4"))
+    adapter = make_adapter({"lm_head": head}, extra=extra, target_modules=["embed_tokens", "lm_head"])
+    found = spectra.compare([adapter], home, merge=[[(0.5, adapter), (0.5, adapter)]], quick=True)
+    whole, merged_again = found.reports
+    assert {layer.name for layer in whole.layers} == {"model.embed_tokens", "lm_head"}
+    for one, other in zip(whole.layers, merged_again.layers, strict=True):
+        assert one.measures["update_norm_fro"] == pytest.approx(other.measures["update_norm_fro"], rel=1e-6)
+
+
+def test_the_canonical_form_names_no_places(family, tmp_path):
+    shutil.copytree(FIXTURES / "lora-r1", tmp_path / "checkpoint-7")
+    paths = [tmp_path / "checkpoint-7", tmp_path / "checkpoint-7"]
+    found = spectra.compare(paths, FIXTURES / "base", quick=True, include=["layers.0.*"])
+    assert str(tmp_path) not in found.to_json(canonical=True)
+    assert "checkpoint-7" not in found.to_json(canonical=True)
+    merged_steps = spectra.compare([], FIXTURES / "base", merge=[[(1, paths[0])]], quick=True, include=["layers.0.*"])
+    assert merged_steps.steps == (None,)

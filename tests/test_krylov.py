@@ -189,7 +189,7 @@ def test_large_weights_are_decided_without_a_decomposition(large, side, kind):
         if quick.max_cosine is not None:
             assert quick.max_cosine == pytest.approx(slow.max_cosine, abs=1e-4)
     for name, value in exact.measures.items():
-        if kind == "dense" and name == "effective_rank":
+        if kind == "dense" and name in ("effective_rank", "rank_90", "rank_99"):
             assert fast.measures[name] is None, "it would take a decomposition of the update"
         else:
             assert fast.measures[name] == pytest.approx(value, rel=1e-4)

@@ -21,6 +21,7 @@ def plain(W0, W1):
     return {
         "base_norm_fro": np.linalg.norm(W0),
         "base_norm_spectral": np.linalg.norm(W0, 2),
+        "base_over_noise": np.linalg.norm(W0, 2) / (W0**2).mean() ** 0.5 / sum(np.sqrt(W0.shape)),
         "update_norm_fro": np.linalg.norm(dW),
         "update_norm_spectral": s[0],
         "update_norm_relative": np.linalg.norm(dW) / np.linalg.norm(W0),

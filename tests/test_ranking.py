@@ -234,3 +234,50 @@ def test_the_schema_of_configs_is_pefts(tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(config) <= set(peft.LoraConfig(task_type="SEQ_CLS").to_dict())
     assert config["task_type"] == "SEQ_CLS"
+
+
+def test_what_was_left_out_by_name_stays_out(tmp_path):
+    made = spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", include=["q_proj"])
+    assert len(made.relative_errors) == 4
+    assert "model.layers.0.mlp.up_proj.weight" in made.left_out
+    assert not any("mlp" in module for module in made.whole)
+    with pytest.raises(UsageError, match="lies in what is being read"):
+        spectra.extract_adapter(FIXTURES / "full", FIXTURES / "full" / "inside", FIXTURES / "base")
+
+
+def test_a_task_is_named_only_with_its_head(tmp_path):
+    """peft asks for the head's tensors where a task is named; a head that did not change is not carried."""
+    small = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40, "vocab_size": 50,
+        "max_position_embeddings": 16, "num_labels": 3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**small))
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "classifier" not in name:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "full")
+    spectra.extract_adapter(tmp_path / "full", tmp_path / "out", tmp_path / "base")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] is None
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert peft.PeftModel.from_pretrained(base, tmp_path / "out") is not None
+
+
+def test_a_resized_vocabulary_is_said(tmp_path, make_base, rng):
+    W, words = rng.normal(size=(12, 10)).astype("f4"), rng.normal(size=(60, 10)).astype("f4")
+    base = make_base({"q.weight": W, "model.embed_tokens.weight": words})
+    more = np.concatenate([words + 1, words[:4]])
+    tuned = make_base({"q.weight": W + 1, "model.embed_tokens.weight": more}, folder="tuned")
+    made = spectra.extract_adapter(tuned, tmp_path / "out", base)
+    assert "resize_token_embeddings(64)" in made.remarks[0]
+    assert "resize_token_embeddings(64)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_config_from_an_adapter_names_modules_of_the_model():
+    found = spectra.suggest_ranks(FIXTURES / "lora-r16", by="type").suggestion
+    assert found is not None
+    assert found.exclude_modules == ()
+    assert set(found.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+import spectra
 from spectra.errors import UsageError
 from spectra.records import Vector
 from spectra.render.text import render_report, render_summary
 from spectra.report import LayerReport, Report
+from tests.conftest import FIXTURES
 
 
 def vector(index, intruder=False, flags=()):
@@ -146,3 +148,12 @@ def test_unknown_totals():
         report([layer("a")]).total("new")
     with pytest.raises(UsageError, match="scope"):
         report([layer("a")]).total("nonsense")
+
+
+def test_any_record_as_text():
+    paths = [FIXTURES / "lora-r1", FIXTURES / "lora-r4"]
+    reports = spectra.audit_many(paths, include=["layers.0.*"])
+    assert spectra.to_text(reports[0]).startswith("Verdict: ")
+    assert spectra.to_text(reports).startswith("fine-tune ")
+    assert spectra.to_text(spectra.compare(paths, quick=True, include=["layers.0.*"])).startswith("base ")
+    assert spectra.to_text(spectra.suggest_ranks(paths[0])).startswith("Suggestion: ")

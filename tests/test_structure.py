@@ -13,8 +13,9 @@ import tomllib
 import pytest
 
 import spectra
-from spectra import analysis, errors
+from spectra import analysis, comparing, errors, ranking
 from spectra.cli import main
+from spectra.render import records
 from tests.conftest import ROOT
 
 # What each module may import from the package; ARCHITECTURE.md draws the same picture.
@@ -133,7 +134,7 @@ def test_public_names():
     assert sorted(spectra.__all__) == [
         "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "RankReport", "Report", "SpectraError",
         "__version__", "audit", "audit_many", "cache_base", "compare", "extract_adapter", "find_intruders",
-        "layer_spectra", "suggest_ranks",
+        "layer_spectra", "suggest_ranks", "to_text",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None
@@ -158,9 +159,11 @@ def test_the_errors_are_drawn_as_they_are():
             assert builtin[1] in {base.__name__ for base in item.__mro__}
 
 
-def test_docstring_examples():
-    assert doctest.testmod(analysis).attempted > 0
-    assert doctest.testmod(analysis).failed == 0
+def test_docstring_examples(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for module in (analysis, comparing, ranking, records):
+        tried = doctest.testmod(module)
+        assert (tried.attempted > 0, tried.failed) == (True, 0), module.__name__
 
 
 def readme_blocks(language):

@@ -197,6 +197,8 @@ def write_adapter(
             text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False)
             (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
             (temporary / CARD).write_text(_card(config, remarks), encoding="utf-8")
+            # safetensors lets the owner alone read what it writes.
+            (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)
             for name in (WEIGHTS, CONFIG, CARD):
                 with (temporary / name).open("rb") as file:
                     os.fsync(file.fileno())  # or a power cut could leave the name without the content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.cli.options import (
@@ -118,7 +119,7 @@ def compared(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
 def _weighted(part: str) -> tuple[float, str]:
     """PATH=WEIGHT, or PATH for weight 1."""
     path, equals, weight = part.rpartition("=")
-    if not equals:
+    if not equals or Path(part).exists():
         return 1.0, part
     try:
         return float(weight), path

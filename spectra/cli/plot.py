@@ -24,13 +24,18 @@ from spectra.cli.options import (
 )
 from spectra.errors import UsageError
 from spectra.output import check_output, emit, progress
-from spectra.plots.kinds import KINDS, Kind
+from spectra.plots.kinds import KINDS
 
 if TYPE_CHECKING:
     from spectra.comparison import Comparison
     from spectra.records import LayerSpectra
 
 FORMATS = ("png", "svg", "pdf")
+# What cannot be changed of a comparison that was made before, and what these options are by themselves.
+AS_MADE: dict[str, Any] = {
+    "base": None, "top_k": 10, "epsilon": 0.5, "side": "left", "include": [], "exclude": [], "draws": 0, "quick": False,
+    "engine": "cached", "dtype": "float32", "size": None,
+}  # fmt: skip
 LAYER_SETTINGS = ("top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads")
 PANELS = 3  # layers of one fine-tune that are drawn side by side where none are named
 
@@ -65,25 +70,29 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draws; returns the exit code."""
     kind = KINDS[options.kind]
-    kept = [path for path in options.tuned if path.endswith(".json")]
+    kept = [path for path in options.tuned if path.endswith(".json") and not path.endswith(".index.json")]
     if kept and (len(options.tuned) > 1 or options.merge):
         raise UsageError(f"{kept[0]}: a comparison is drawn by itself; name it alone, or fine-tunes")
-    target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}")
+    changed = [name for name, value in AS_MADE.items() if kept and getattr(options, name) != value]
+    if changed:
+        option = changed[0].replace("_", "-")
+        raise UsageError(f"{kept[0]}: a comparison is drawn as it was made; --{option} is for fine-tunes")
+    target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}", picture=True)
     assert target is not None
 
+    from spectra.comparison import load_comparison
     from spectra.plots import file_format, render  # says so at once where matplotlib is missing
 
     ending = options.format or file_format(target)
 
     unreadable = Unreadable()
-    failed = False
     source: Any
     if kind.needs == "layers":
         if kept:
             raise UsageError(f"{kept[0]}: a comparison holds no singular vectors; name the fine-tunes themselves")
-        source = _layers(options, kind)
+        source, failed = _layers(options)
     else:
-        source = _comparison(options, unreadable)
+        source = load_comparison(kept[0]) if kept else _comparison(options, unreadable)
         failed = complain_of_layers(source.reports)
     picture = render(kind.draw(source), ending)
     emit(picture, target)
@@ -92,11 +101,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _comparison(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
-    from spectra.comparison import load_comparison
     from spectra.resolve import checkpoints_of
 
-    if options.tuned and options.tuned[0].endswith(".json"):
-        return load_comparison(options.tuned[0])
     if options.kind == "trajectory" and len(options.tuned) == 1:
         options.tuned = checkpoints_of(options.tuned[0], within=True)
     # What a figure does not show is not computed.
@@ -104,8 +110,10 @@ def _comparison(options: argparse.Namespace, unreadable: Unreadable) -> Comparis
     return compared(options, unreadable)
 
 
-def _layers(options: argparse.Namespace, kind: Kind) -> Sequence[LayerSpectra]:
+def _layers(options: argparse.Namespace) -> tuple[Sequence[LayerSpectra], bool]:
+    """The arrays to draw, and whether some layer could not be analysed."""
     from spectra.comparing import SIZE, layer_spectra
+    from spectra.resolve import checkpoints_of
 
     if options.merge:
         raise UsageError(f"--merge is for figures of whole fine-tunes, not for {options.kind}")
@@ -113,24 +121,27 @@ def _layers(options: argparse.Namespace, kind: Kind) -> Sequence[LayerSpectra]:
         raise UsageError("nothing to draw: name fine-tunes")
     return_freed_matrices()
     chosen = {name: value for name, value in settings(options).items() if name in LAYER_SETTINGS}
+    tuned, failed = [step for path in options.tuned for step in checkpoints_of(path)], False
     if not options.include:
-        chosen["include"] = _worst(options)
+        chosen["include"], failed = _worst(tuned, options)
+    size = SIZE if options.size is None else options.size
     with progress(options.quiet) as show:
-        return layer_spectra(options.tuned, options.base, size=options.size or SIZE, **chosen, progress=show)
+        return layer_spectra(tuned, options.base, size=size, **chosen, progress=show), failed
 
 
-def _worst(options: argparse.Namespace) -> list[str]:
-    """The layers with the most intruders: some of a single fine-tune, the one of several."""
+def _worst(tuned: Sequence[str | Path], options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The layers with the most intruders: some of a single fine-tune, the one of several; and whether any failed."""
     from spectra.pipeline import audit_many
 
     with progress(options.quiet) as show:
-        reports = audit_many(options.tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)
+        reports = audit_many(tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)
+    failed = complain_of_layers(reports)
     totals: dict[str, int] = {}
     for report in reports:
         for layer in report.layers:
             if layer.vectors:
                 totals[layer.name] = totals.get(layer.name, 0) + layer.intruders
     if not totals:
-        raise UsageError(f"{Path(options.tuned[0])}: nothing to draw: no layer was changed")
+        raise UsageError(f"{tuned[0]}: nothing to draw: no layer was changed")
     names = sorted(totals, key=lambda name: -totals[name])[: PANELS if len(reports) == 1 else 1]
-    return [glob.escape(name) for name in names]
+    return [glob.escape(name) for name in names], failed

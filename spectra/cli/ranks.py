@@ -132,6 +132,8 @@ def _tell(extraction: Extraction, options: argparse.Namespace) -> None:
             f"largest error is {extraction.relative_errors[worst]:.1%}, in {worst}",
             file=sys.stderr,
         )
+    for remark in extraction.remarks:
+        print(f"spectra: note: {remark}", file=sys.stderr)
     for tensor, reason in extraction.left_out.items():
         print(f"spectra: left out: {tensor}: {reason}", file=sys.stderr)
 

@@ -1,1 +1,1 @@
-"""Pure functions from a :class:`~spectra.report.Report` to what people and programs read."""
+"""Pure functions from the records to what people and programs read."""

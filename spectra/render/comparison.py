@@ -27,8 +27,8 @@ NOTES = {
     "null": "Random: the mean count of random updates with dW's singular values, layer by layer ({draws} draws). p: "
     "how often these have as\nmany intruders or more; near 1, dW has fewer than its size and rank alone would bring, "
     "near 0 more.",
-    "free": "Free up to: the weight s at which W0 + s·dW has its first intruder; 1 is the adapter as it is, {most:g} "
-    "the largest tried.",
+    "free": "Free up to: the weight s at which W0 + s·dW has its first intruder (outside noise-like bases); 1 is the "
+    "adapter as it is, {most:g} the largest tried.",
     "overlap": "How much of the smaller update's top directions lies in the other's: 1 is all, and random directions "
     "share about {random}.",
 }
@@ -60,10 +60,11 @@ def to_csv(comparison: Comparison) -> str:
 
 def _facts(comparison: Comparison) -> str:
     settings = comparison.reports[0].settings
-    what = "checkpoints of one training run" if comparison.is_trajectory else "fine-tunes"
+    count = len(comparison.reports)
+    what = f"{count} checkpoints of one training run" if comparison.is_trajectory else plural(count, "fine-tune")
     return (
         f"base       {comparison.base['path']}\n"
-        f"compared   {len(comparison.reports)} {what}, by the top {settings['top_k']} {settings['side']} singular "
+        f"compared   {what}, by the top {settings['top_k']} {settings['side']} singular "
         f"vectors of each layer, epsilon {number(settings['epsilon'])}"
     )
 
@@ -91,15 +92,16 @@ def _counts(comparison: Comparison) -> str:
     header += ["random", "p"] if deep else []
     header += ["free up to"] if curves else []
     lines = []
-    for row in rows:
+    for row, report in zip(rows, comparison.reports, strict=True):
         cells = [
             row["label"], str(row["intruders"]), f"{row['intruders'] / max(row['vectors_compared'], 1):.1%}",
             str(row["intruders_outside_noise_like_base"]), _percent(row["intruder_energy_share"]),
             _percent(row["rho_k"]), _percent(row["principal_overlap"]), decimals(row["spectrum_shift"]),
         ]  # fmt: skip
         cells += [decimals(row["null_mean"], 1), decimals(row["null_p_value"], 2)] if deep else []
-        most = f"> {max(_tried(comparison), default=0):g}"
-        cells += [(most if row["threshold"] is None else f"{row['threshold']:.2f}")] if curves else []
+        tried = sweeps.by_weight(report)
+        most = f"> {tried[-1][0]:g}" if tried else "-"
+        cells += [most if row["threshold"] is None else f"{row['threshold']:.2f}"] if curves else []
         lines.append([*cells, row["severity"]])
     text = table([*header, "verdict"], lines, left=(0, len(header))) + "\n" + NOTES["counts"]
     if deep:

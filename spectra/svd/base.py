@@ -115,13 +115,25 @@ class Base:
         """Whether :attr:`spectrum` costs nothing any more."""
         return "spectrum" in self.__dict__ or self.has_stored
 
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether W0's vectors are known, in whatever form."""
+        return self.has_spectrum or not {"exact", "settled"}.isdisjoint(self.__dict__)
+
     def leading_vectors(self, k: int) -> Tensor:
-        """The k leading singular vectors of W0 on the side in question, (d, k) float64; zero in the null space."""
-        X = self.spectrum.vectors[:, :k].double()
+        """The k leading singular vectors of W0 on the side in question, without its null space: (d, ≤ k) float64.
+
+        They come from whichever spectrum is known already, else from :attr:`spectrum`.
+        """
+        for name in ("settled", "exact"):
+            if name in self.__dict__ and not self.has_spectrum:
+                found: Spectrum = self.__dict__[name]
+                return found.vectors[:, : min(k, found.rank)].double()
+        X = self.spectrum.vectors[:, : min(k, self.spectrum.rank)].double()
         if self.is_aligned:
             return X
         s = torch.from_numpy(self.spectrum.s[: X.shape[1]].copy()).to(X.device)
-        return torch.where(s > 0, product64(self.W.T, X) / s.clamp_min(1e-300), 0.0)
+        return product64(self.W.T, X) / s
 
     def has_no_eigenvalue_below(self, floor: float) -> bool:
         """Whether W·Wᵀ − floor·I is positive definite, by a Cholesky factorisation.

@@ -168,8 +168,9 @@ def other_side(weight: TunedWeight, found: Spectrum) -> Spectrum:
     for part in slabs(max(found.shape)):
         block = weight.block(ALL, part).T if side == "right" else weight.block(part, ALL)
         vectors[part] = (block @ found.vectors) * inverse
-    orthogonality = _orthogonality(vectors if bool(usable.all()) else vectors[:, usable]) if kept else 0.0
-    return replace(found, vectors=vectors, side=side, orthogonality=orthogonality)
+    # Of vectors to small σ the Gram matrix's rounding leaves little; nobody relies on them.
+    known = min(kept, found.rank)
+    return replace(found, vectors=vectors, side=side, orthogonality=_orthogonality(vectors[:, :known]))
 
 
 def _usable(sigma: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,0 +1,30 @@
+"""Any record as the text that the command line prints of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spectra.comparison import Comparison
+from spectra.ranks import RankReport
+from spectra.render.comparison import render_comparison
+from spectra.render.ranks import render_ranks
+from spectra.render.text import render_report, render_summary
+from spectra.report import Report
+
+
+def to_text(record: Report | Comparison | RankReport | Sequence[Report], *, verbose: bool = False) -> str:
+    """What ``spectra audit``, ``compare`` or ``ranks`` prints of it; of several reports, the table with a row each.
+
+    Examples
+    --------
+    >>> import spectra
+    >>> print(spectra.to_text(spectra.audit("fixtures/lora-r4")).partition(":")[0])
+    Verdict
+    """
+    if isinstance(record, Comparison):
+        return render_comparison(record, verbose=verbose)
+    if isinstance(record, RankReport):
+        return render_ranks(record, verbose=verbose)
+    if isinstance(record, Report):
+        return render_report(record, verbose=verbose)
+    return render_summary(record)
