@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import sys
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_table(capsys):
     blocks = [block.splitlines() for block in out.split("\n\n")]
     titles = [block[0].split("  ")[0].strip() for block in blocks]
     assert titles == [
-        "base", "update", "intruders", "by module type", "intruders at ε =", "among the top k =", "of W0 + s·dW, s =",
+        "base", "update", "intruders", "by module type", "at epsilon =", "among the top k =", "of W0 + s·dW, s =",
         "overlap of updates",
     ]  # fmt: skip
     for block in blocks[1:]:
@@ -64,6 +65,15 @@ def test_quick_leaves_out_what_takes_long(capsys):
     assert "Free up to" not in out
     assert "intruders by layer" in out
     assert re.search(r"^model\.layers\.0\.self_attn\.v_proj +\d +\d$", out, flags=re.MULTILINE)
+
+
+def test_ascii_where_the_terminal_knows_no_more(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    members = [str(path) for path in of("lora-r1", "full")]
+    assert main(["compare", *members, *BASE, "--draws", "1", "--include", "layers.0."]) == 0
+    text = sys.stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "?" not in text
+    assert "|dW|/|W0|" in text
 
 
 def test_formats_and_files(capsys, tmp_path):

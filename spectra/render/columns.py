@@ -1,9 +1,23 @@
-"""Aligned columns of text, and numbers as they stand in them."""
+"""Aligned columns of text, numbers as they stand in them, and all of it in ASCII."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+# What a terminal that knows no more than ASCII shows instead, longer ones first.
+ASCII_WORDS = {
+    "‖σ(W1)−σ(W0)‖/‖σ(W0)‖": "|s1-s0|/|s0|", "‖dW‖₂/σ₁": "|dW|2/s1", "‖": "|", "Σσ²": "the sum of sigma^2", "Σ": "sum ",
+    "²": "^2", "√": "sqrt ", "r₉₀": "r90", "ε": "epsilon", "≤": "<=", "≥": ">=", "×": "x", "·": "*", "−": "-", "–": "-",
+    "—": "-", "…": "...", "“": '"', "”": '"',
+}  # fmt: skip
+
+
+def in_ascii(text: str) -> str:
+    """For a terminal that knows no more than ASCII."""
+    for word, plain in ASCII_WORDS.items():
+        text = text.replace(word, plain)
+    return text.encode("ascii", "replace").decode()
 
 
 def plural(count: int, word: str) -> str:

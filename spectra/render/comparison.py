@@ -9,9 +9,8 @@ from typing import Any
 from spectra import sweeps
 from spectra.comparison import Comparison
 from spectra.errors import UsageError
-from spectra.render.columns import decimals, number, plural, table
+from spectra.render.columns import decimals, in_ascii, number, plural, table
 from spectra.render.table import as_csv
-from spectra.render.text import in_ascii
 from spectra.report import Report
 
 EPSILONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -41,7 +40,7 @@ def render_comparison(comparison: Comparison, *, verbose: bool = False, ascii_on
         _updates(comparison),
         _counts(comparison),
         _module_types(comparison),
-        _sweep(comparison, "intruders at ε =", EPSILONS, _at_epsilon),
+        _sweep(comparison, "at epsilon =", EPSILONS, _at_epsilon),
         _sweep(comparison, "among the top k =", _depths(comparison), _at_depth),
         _weights(comparison),
         _overlaps(comparison),

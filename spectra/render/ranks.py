@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import TypeVar
 
 from spectra.ranks import ROW_COLUMNS, LayerRank, RankReport, Suggestion
-from spectra.render.columns import plural, table
+from spectra.render.columns import in_ascii, plural, table
 from spectra.render.table import as_csv
 
 Item = TypeVar("Item")
@@ -18,8 +18,6 @@ Item = TypeVar("Item")
 WIDTH = 110
 SHOWN_PATTERNS = 60  # entries of rank_pattern and alpha_pattern up to which the config is printed unasked
 SHOWN_LEFT_OUT = 3
-ASCII_WORDS = {"‖dW‖": "|dW|", "‖W0‖": "|W0|", "‖dW − dW_r‖": "|dW - dW_r|", "√": "sqrt ", "–": "-", "—": "-"}
-ASCII_WORDS |= {"…": "...", "×": "x", "·": "*", "²": "^2", "Σ": "sum ", "−": "-", "“": '"', "”": '"', "≥": ">="}
 
 
 def render_ranks(report: RankReport, *, verbose: bool = False, ascii_only: bool = False) -> str:
@@ -28,11 +26,7 @@ def render_ranks(report: RankReport, *, verbose: bool = False, ascii_only: bool 
     if report.suggestion is not None:
         sections += [fill(about_alpha(report.suggestion), WIDTH), _config(report.suggestion, verbose)]
     text = "\n\n".join(section for section in sections if section) + "\n"
-    if ascii_only:
-        for word, plain in ASCII_WORDS.items():
-            text = text.replace(word, plain)
-        text = text.encode("ascii", "replace").decode()
-    return text
+    return in_ascii(text) if ascii_only else text
 
 
 def to_csv(reports: Sequence[RankReport]) -> str:

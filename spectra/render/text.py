@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from spectra.render.columns import decimals, number, plural, table
+from spectra.render.columns import decimals, in_ascii, number, plural, table
 from spectra.report import LayerReport, Report
 from spectra.sweeps import mean_update_size
 
@@ -16,10 +16,6 @@ RANGES = 6  # so many runs of indices are spelled out in the table of worst laye
 UNRELATED = 1.0  # ‖dW‖/‖W0‖ of a real fine-tune is far below; of two unrelated weights about √2
 MARKS = {"intruder": "█", "borderline intruder": "▓", "borderline": "░", "not": "·", "absent": " "}
 ASCII_MARKS = {"intruder": "#", "borderline intruder": "%", "borderline": "+", "not": ".", "absent": " "}
-# What else stands in the text, where a terminal knows no more than ASCII.
-ASCII_WORDS = {"‖dW‖/‖W0‖": "|dW|/|W0|", "≤": "<=", "×": "x", "…": "...", "–": "-", "—": "-", "·": "*"}
-ASCII_WORDS |= {"‖dW‖₂/σ₁": "|dW|2/s1", "r₉₀": "r90", "ε": "epsilon", "‖σ(W1)−σ(W0)‖/‖σ(W0)‖": "|s1-s0|/|s0|"}
-ASCII_WORDS |= {"‖dW‖²": "|dW|^2", "Σσ²": "the sum of sigma^2"}
 
 MEANING = {
     "none": "none of the leading singular vectors is new",
@@ -42,13 +38,6 @@ def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = F
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
     return in_ascii(text) if ascii_only else text
-
-
-def in_ascii(text: str) -> str:
-    """For a terminal that knows no more than ASCII."""
-    for word, plain in ASCII_WORDS.items():
-        text = text.replace(word, plain)
-    return text.encode("ascii", "replace").decode()
 
 
 def render_summary(reports: Sequence[Report]) -> str:
