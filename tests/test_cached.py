@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from spectra.analysis import LayerAnalysis, find_intruders
-from spectra.svd import ENGINES, Base, Question, cached, choose_engine, short_spectrum
+from spectra.errors import ConvergenceError
+from spectra.svd import ENGINES, Base, Question, cached, choose_engine, secular, short_spectrum
 from spectra.svd import base as base_module
 from spectra.svd.secular import DiagonalPlusLowRank
 from spectra.updates import Dense, LowRank, RowScaled, Update
@@ -187,3 +188,24 @@ def test_a_stored_spectrum_is_told_apart_at_any_scale(rng, scale):
     assert not Base(W0.flip(0), stored=lambda: kept).has_stored
     zero = short_spectrum(torch.zeros(60, 80))
     assert not Base(W0, stored=lambda: zero).has_stored
+
+
+def test_a_count_that_fails_hands_over(rng, monkeypatch):
+    """LAPACK gave up on the inertia of a flat base, whose entries all lie next to the shift."""
+    W0 = torch.from_numpy(problems.trained_like(rng, 90, 120))
+    B, A = torch.from_numpy(rng.normal(size=(90, 2))), torch.from_numpy(0.1 * rng.normal(size=(2, 120)))
+    tuned = LowRank(B, A, 1.0).tuned(W0)
+    expected = ENGINES["exact"]().compare(Base(W0, "left"), tuned, Question())
+    original, small = vars(secular)["eigh"], 4
+
+    def fails(matrix):
+        if matrix.shape[0] == small:
+            raise ConvergenceError("too many repeated eigenvalues")
+        return original(matrix)
+
+    monkeypatch.setattr(secular, "eigh", fails)
+    found = ENGINES["cached"]().compare(Base(W0, "left"), tuned, Question())
+    assert found.engine == "exact"
+    assert [match.max_cosine for match in found.matches] == pytest.approx(
+        [match.max_cosine for match in expected.matches], abs=1e-9
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectra.errors import ConvergenceError
 from spectra.svd.decompose import eigh
 
 EXTRA = 24  # leading unit vectors beyond the ones asked for
@@ -73,13 +74,18 @@ class DiagonalPlusLowRank:
     def count_above(self, tau: float) -> int:
         """How many eigenvalues exceed ``tau``, which is no entry of d; M must be [[K, I], [I, 0]], as it is for
         W·Wᵀ + F·Eᵀ + E·Fᵀ + E·K·Eᵀ: its inverse is [[0, I], [I, −K]], with as many positive as negative eigenvalues.
+        −1 where the count fails, as it may for ``tau`` next to many equal entries of d.
         """
         r = self.M.shape[0] // 2
         inverse = torch.zeros_like(self.M)
         inverse[:r, r:], inverse[r:, :r], inverse[r:, r:] = self.M[:r, r:], self.M[r:, :r], -self.M[:r, :r]
         shift = self.d - tau
         schur = -inverse - self.L.T @ (self.L / shift[:, None])
-        return int((shift > 0).sum()) + int((torch.linalg.eigvalsh((schur + schur.T) / 2) > 0).sum()) - r
+        try:
+            values, _ = eigh((schur + schur.T) / 2)
+        except ConvergenceError:
+            return -1
+        return int((shift > 0).sum()) + int((values > 0).sum()) - r
 
 
 def _orthonormal(Z: Tensor, X: Tensor) -> Tensor:
