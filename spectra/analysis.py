@@ -93,10 +93,10 @@ class LayerAnalysis:
         question, update, extras = self._question, None, Extras()
         with ieee_arithmetic():
             answer = self._engine.compare(self._base, tuned, question)
+            vectors = detect(answer, question)
             if self._study is not None:
                 update = update_spectrum(tuned, question.side, question.top_k)
-                extras = self._study.of(self._base, tuned, question, self._engine, answer, update, seed)
-        vectors = detect(answer, question)
+                extras = self._study.of(self._base, tuned, question, self._engine, answer, vectors, update, seed)
         measures = layer_measures(tuned, answer, vectors, None if update is None else update.s)
         m, n = tuned.shape
         flags = ["settled_in_float64"] if answer.settled_in_float64 else []

@@ -20,7 +20,7 @@ from spectra.errors import LAYER_ERRORS, SpectraError, UsageError
 from spectra.measures import subspace_overlap
 from spectra.pipeline import Analysis, Result, open_cache
 from spectra.records import LayerSpectra
-from spectra.report import LayerReport, Report, module_type
+from spectra.report import Report, module_type
 from spectra.resolve import checkpoints_of
 from spectra.runs import (
     Job,
@@ -31,9 +31,9 @@ from spectra.runs import (
     SingleRun,
     check_one_base,
     checked_settings,
-    explain,
     in_order,
     jobs_of,
+    opened,
 )
 from spectra.study import Study, layer_spectra_of
 from spectra.svd import Base, check_finite
@@ -97,21 +97,18 @@ def compare(
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
     study = Study(draws=0 if quick else draws, weights=not quick, shift=not quick)
-    analysis = Analysis(settings, open_cache(cache), study)
-    layers: list[dict[str, LayerReport]] = [{} for _ in runs]
     overlaps: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    for _, results in in_order(jobs_of(runs), settings, analysis.of, progress):
-        for result in results:
-            layers[runs.index(result.run)][result.report.name] = result.report
+
+    def overlapping(results: list[Result]) -> None:
         for pair, overlap in _overlaps(runs, results):
             overlaps[pair].append(overlap)
-    seconds = time.perf_counter() - started
-    reports = tuple(analysis.report(run, found, seconds) for run, found in zip(runs, layers, strict=True))
+
+    reports = Analysis(settings, open_cache(cache), study).reports(runs, started, progress, overlapping)
     return Comparison(
-        reports=reports,
+        reports=tuple(reports),
         overlaps=tuple(_mean_overlap(*pair, reports[pair[0]], overlaps[pair]) for pair in sorted(overlaps)),
         spectra_version=__version__,
-        seconds=round(seconds, 3),
+        seconds=reports[0].seconds,
     )
 
 
@@ -162,7 +159,7 @@ def layer_spectra(
             W0 = job.read_base()
             check_finite(W0)
         except LAYER_ERRORS as error:
-            raise UsageError(explain(error, f"{job.first.base.file}: {job.first.base.name}")[1]) from None
+            raise UsageError(job.explain(error)[1]) from None
         known = Base(W0, settings.question.side, fine_tunes=len(job.parts))
         for run, pair in job.parts:
             try:
@@ -179,7 +176,7 @@ def layer_spectra(
                 raise UsageError(run.explain(pair, error)[1]) from None
         return found
 
-    return [item for _, found in in_order(jobs_of(runs), settings, arrays, progress) for item in found]
+    return [item for found in in_order(jobs_of(runs), settings, arrays, progress) for item in found]
 
 
 def _open_all(
@@ -189,18 +186,10 @@ def _open_all(
     settings: Settings,
     on_unreadable: Callable[[SpectraError], None] | None,
 ) -> list[Run]:
-    runs: list[Run] = []
     paths = [tuned] if isinstance(tuned, str | Path) else tuned
     singles = [partial(SingleRun, path, base, settings) for item in paths for path in checkpoints_of(item)]
     merges = [partial(_merge, parts, base, settings) for parts in merge]
-    opening: list[Callable[[], Run]] = [*singles, *merges]
-    for opened in opening:
-        try:
-            runs.append(opened())
-        except SpectraError as error:
-            if on_unreadable is None:
-                raise
-            on_unreadable(error)
+    runs = opened([*singles, *merges], on_unreadable)
     if not runs:
         raise UsageError("nothing to compare: none of the fine-tunes could be read")
     check_one_base(runs)

@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from spectra import sweeps
-from spectra.errors import CorruptFileError, MissingFileError, UsageError
-from spectra.report import Report, as_dataframe, read_schema
+from spectra.errors import UsageError
+from spectra.report import Report, as_dataframe, load_record, read_schema
 
 if TYPE_CHECKING:
     import pandas
@@ -157,20 +157,16 @@ def load_comparison(path: str | Path) -> Comparison:
     ------
     MissingFileError, CorruptFileError
     """
-    path = Path(path)
-    try:
-        found = Comparison.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def made(value: Any) -> Comparison:
+        found = Comparison.from_dict(value)
         # What tables and figures need must be there and make sense.
         _ = found.rows(), [report.settings[key] for report in found.reports for key in ("top_k", "epsilon", "side")]
         for item in found.overlaps:
             _ = found.reports[item["a"]], found.reports[item["b"]], item["overlap"] + item["random"]
         return found
-    except OSError as error:
-        raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
-    except UsageError as error:
-        raise CorruptFileError(path, str(error)) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise CorruptFileError(path, "not a comparison in JSON; make one with: spectra compare -o FILE") from None
+
+    return load_record(path, made, "not a comparison in JSON; make one with: spectra compare -o FILE")
 
 
 def json_schema() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +31,9 @@ from spectra.runs import (
     SingleRun,
     base_facts,
     checked_settings,
-    explain,
     in_order,
     jobs_of,
+    opened,
 )
 from spectra.study import Study
 from spectra.svd import Spectrum, choose_engine
@@ -129,21 +130,8 @@ def audit_many(
         device=device, workers=workers, threads=threads, verify=verify,
     )  # fmt: skip
     started = time.perf_counter()
-    runs: list[Run] = []
-    for path in tuned:
-        try:
-            runs.append(SingleRun(path, base, settings))
-        except SpectraError as error:
-            if on_unreadable is None:
-                raise
-            on_unreadable(error)
-    analysis = Analysis(settings, open_cache(cache))
-    layers: list[dict[str, LayerReport]] = [{} for _ in runs]
-    for _, results in in_order(jobs_of(runs), settings, analysis.of, progress):
-        for result in results:
-            layers[runs.index(result.run)][result.report.name] = result.report
-    seconds = time.perf_counter() - started
-    return [analysis.report(run, found, seconds) for run, found in zip(runs, layers, strict=True)]
+    runs = opened((partial(SingleRun, path, base, settings) for path in tuned), on_unreadable)
+    return Analysis(settings, open_cache(cache)).reports(runs, started, progress)
 
 
 def open_cache(cache: str | Path | Literal[False] | None) -> SpectrumCache | None:
@@ -168,6 +156,23 @@ class Analysis:
     cache: SpectrumCache | None
     study: Study | None = None
 
+    def reports(
+        self,
+        runs: Sequence[Run],
+        started: float,
+        progress: Progress | None = None,
+        also: Callable[[list[Result]], None] | None = None,
+    ) -> list[Report]:
+        """One report a run; ``also`` is called with the results of each base weight while they are in memory."""
+        layers: list[dict[str, LayerReport]] = [{} for _ in runs]
+        for results in in_order(jobs_of(runs), self.settings, self.of, progress):
+            for result in results:
+                layers[runs.index(result.run)][result.report.name] = result.report
+            if also is not None:
+                also(results)
+        seconds = time.perf_counter() - started
+        return [self._report(run, found, seconds) for run, found in zip(runs, layers, strict=True)]
+
     def of(self, job: Job) -> list[Result]:
         """Every fine-tune of one base weight."""
         started = time.perf_counter()
@@ -182,7 +187,7 @@ class Analysis:
                 study=self.study,
             )
         except LAYER_ERRORS as error:
-            problem = explain(error, f"{job.first.base.file}: {job.first.base.name}")
+            problem = job.explain(error)
             return [Result(run, _failure(run, pair, *problem)) for run, pair in job.parts]
         results = []
         for run, pair in job.parts:
@@ -190,7 +195,7 @@ class Analysis:
             started = time.perf_counter()
         return results
 
-    def report(self, run: Run, layers: dict[str, LayerReport], seconds: float) -> Report:
+    def _report(self, run: Run, layers: dict[str, LayerReport], seconds: float) -> Report:
         """The report on one fine-tune, its layers in the order they were matched in."""
         return Report(
             base={

@@ -26,7 +26,7 @@ from spectra.errors import LAYER_ERRORS, UsageError
 from spectra.layers import LEFT_OUT, LayerPair
 from spectra.measures import update_singular_values
 from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
-from spectra.runs import Job, Progress, SingleRun, base_facts, checked_settings, explain, in_order, jobs_of
+from spectra.runs import Job, Progress, SingleRun, base_facts, checked_settings, in_order, jobs_of
 from spectra.truncation import Factors, low_rank_factors
 from spectra.updates import TunedWeight
 
@@ -211,7 +211,7 @@ class _Work:
         run, started = self.run, time.perf_counter()
         layers: dict[str, LayerRank] = {}
         failed: dict[str, dict[str, str]] = {}
-        for _, found in in_order(jobs_of([run]), run.settings, self._layers, progress):
+        for found in in_order(jobs_of([run]), run.settings, self._layers, progress):
             for pair, item in found:
                 if isinstance(item, LayerRank):
                     layers[pair.name] = item
@@ -252,7 +252,7 @@ class _Work:
         try:
             W0 = job.read_base()
         except LAYER_ERRORS as error:
-            problem = explain(error, f"{job.first.base.file}: {job.first.base.name}")
+            problem = job.explain(error)
             return [(pair, problem) for _, pair in job.parts]
         found: list[tuple[LayerPair, LayerRank | tuple[str, str]]] = []
         for run, pair in job.parts:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.records import Vector
 
 if TYPE_CHECKING:
     import pandas
+
+Record = TypeVar("Record")
 
 SCHEMA = "spectra.report/1"
 FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
@@ -355,21 +357,34 @@ def load_report(path: str | Path) -> Report:
     ------
     MissingFileError, CorruptFileError
     """
-    path = Path(path)
-    try:
-        report = Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def made(value: Any) -> Report:
+        report = Report.from_dict(value)
         # What a comparison needs must be there and make sense.
         _ = report.summary, report.base["fingerprint_headers"], report.base["fingerprint_covers"], dict(report.tuned)
         _ = [report.settings[key] for key in ("top_k", "epsilon", "side")]
         return report
+
+    hint = "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
+    return load_record(path, made, hint)
+
+
+def load_record(path: str | Path, made: Callable[[Any], Record], hint: str) -> Record:
+    """What ``made`` makes of a JSON file; ``hint`` says what the file should have been.
+
+    Raises
+    ------
+    MissingFileError, CorruptFileError
+    """
+    path = Path(path)
+    try:
+        return made(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
     except UsageError as error:
         raise CorruptFileError(path, str(error)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CorruptFileError(
-            path, "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
-        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CorruptFileError(path, hint) from None
 
 
 def json_schema() -> dict[str, Any]:

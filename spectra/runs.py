@@ -312,6 +312,10 @@ class Job:
         dtype = torch.float64 if wide else DTYPES[settings.dtype]
         return self.first.read_base(self.base, dtype, settings.device)
 
+    def explain(self, error: Exception) -> tuple[str, str]:
+        """(status, message) of its pairs where the base weight itself could not be had."""
+        return explain(error, f"{self.first.base.file}: {self.first.base.name}")
+
     @property
     def threads(self) -> int:
         """As many as the settings say; one for a small weight."""
@@ -322,6 +326,19 @@ class Job:
         self.base.prefetch([self.first.base.name])
         for run, pair in self.parts:
             run.prefetch(pair)
+
+
+def opened(openings: Iterable[Callable[[], Run]], on_unreadable: Callable[[SpectraError], None] | None) -> list[Run]:
+    """The runs that could be opened; the errors of the others are handed over, or raised where nobody takes them."""
+    runs = []
+    for opening in openings:
+        try:
+            runs.append(opening())
+        except SpectraError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
+    return runs
 
 
 def jobs_of(runs: Sequence[Run]) -> list[Job]:
@@ -335,11 +352,11 @@ def jobs_of(runs: Sequence[Run]) -> list[Job]:
 
 def in_order(
     jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T], progress: Progress | None = None
-) -> Iterator[tuple[Job, T]]:
-    """Each job with what ``do`` made of it; ``workers`` of them at a time, none kept waiting in memory."""
+) -> Iterator[T]:
+    """What ``do`` made of each job; ``workers`` of them at a time, none kept waiting in memory."""
     whole, done = sum(job.work for job in jobs), 0.0
     for job, result in _done(jobs, settings, do):
-        yield job, result
+        yield result
         done += job.work
         if progress is not None:
             progress(done, whole, job.first.name)

@@ -5,8 +5,8 @@ Each of these needs every cosine or a whole spectrum, so it goes with the cached
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from spectra.svd import (
     gram_singular_values,
     match_vectors,
     numerical_rank,
+    product_svd,
 )
 from spectra.threshold import predicted_threshold
 from spectra.updates import ALL, DenseWeight, TunedWeight, slabs
@@ -86,11 +87,12 @@ class Study:
         question: Question,
         engine: Engine,
         answer: Answer,
+        vectors: Sequence[Vector],
         update: Spectrum,
         seed: int,
     ) -> Extras:
-        """The extras of one layer, whose ``answer`` and whose update's spectrum are known already."""
-        intruders = sum(vector.intruder for vector in detect(answer, question))
+        """The extras of one layer, whose ``answer``, verdicts and update's spectrum are known already."""
+        intruders = _intruders(vectors)
         edge = dense_noise_edge(tuned, update.s)
         measures: dict[str, float | None] = {
             "rho_k": _share_in_top(base, tuned, update, question.top_k),
@@ -108,13 +110,13 @@ class Study:
             cosines = tuple(float(min(value, 1.0)) for value in np.linalg.svd(corner, compute_uv=False))
             measures["principal_overlap"] = float(np.sum(np.square(cosines)) / k)
         if self.shift and values is not None and values[0] > 0:
-            measures["spectrum_shift"] = spectrum_shift(values, gram_singular_values(tuned))
+            after = answer.tuned_values
+            measures["spectrum_shift"] = spectrum_shift(values, gram_singular_values(tuned) if after is None else after)
         curve = null = None
         if self.weights:
 
             def count(weight: float) -> int:
-                found = engine.compare(base, tuned.scaled(weight), question)
-                return sum(vector.intruder for vector in detect(found, question))
+                return _intruders(detect(engine.compare(base, tuned.scaled(weight), question), question))
 
             curve = weight_curve(count, intruders)
             expected = None if values is None else predicted_threshold(
@@ -132,6 +134,10 @@ class Study:
         return Extras(measures, cosines, curve, null, update.vectors)
 
 
+def _intruders(vectors: Sequence[Vector]) -> int:
+    return sum(vector.intruder for vector in vectors)
+
+
 def update_spectrum(tuned: TunedWeight, side: Side, keep: int) -> Spectrum:
     """All singular values of dW and its ``keep`` leading vectors, float64.
 
@@ -141,15 +147,10 @@ def update_spectrum(tuned: TunedWeight, side: Side, keep: int) -> Spectrum:
     factors = tuned.low_rank()
     if factors is None:
         found = decompose_gram(DenseWeight(tuned.W0, tuned.delta()), side, keep=keep)
-        count = min(keep, found.rank)
-        vectors = found.vectors[:, :count].clone()
     else:
-        B, A = factors if side == "left" else (factors[1].T, factors[0].T)
-        left = torch.linalg.qr(B)
-        U, s, _ = torch.linalg.svd(left.R @ torch.linalg.qr(A.T, mode="r").R.T, full_matrices=False)
-        found = Spectrum(s.cpu().numpy(), U, side, np.zeros(s.numel()), 0.0, tuned.shape, "factors")
-        vectors = left.Q @ U[:, : min(keep, found.rank)]
-    return Spectrum(found.s, vectors, side, found.residuals, found.orthogonality, tuned.shape, found.method)
+        U, s, Vh = product_svd(*factors)
+        found = Spectrum(s, U if side == "left" else Vh.T, side, np.zeros(s.size), 0.0, tuned.shape, "factors")
+    return replace(found, vectors=found.vectors[:, : min(keep, found.rank)].clone())
 
 
 def weight_curve(count: Callable[[float], int], at_one: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectra.errors import ConvergenceError, UsageError
 from spectra.measures import norm_fro, truncation_error
-from spectra.svd import Side, check_finite, decompose, decompose_gram
+from spectra.svd import Side, check_finite, decompose, decompose_gram, product_svd
 from spectra.updates import ALL, DenseWeight, TunedWeight, slabs
 
 SVD_UP_TO = 1024  # min(m, n) up to which a float64 SVD is as cheap as its accuracy is welcome
@@ -68,7 +68,9 @@ def low_rank_factors(tuned: TunedWeight, rank: int | Callable[[np.ndarray], int]
         raise UsageError(f"scaling = {scaling}; expected a positive number")
     factors = tuned.low_rank()
     if factors is not None:
-        U, s, Vh = _svd_of_product(*factors)
+        for part in factors:
+            check_finite(part)
+        U, s, Vh = product_svd(*factors)
     else:
         U, s, Vh = _svd_of_dense(_difference(tuned), None if callable(rank) else rank)
     rank = rank(s) if callable(rank) else rank
@@ -85,15 +87,6 @@ def low_rank_factors(tuned: TunedWeight, rank: int | Callable[[np.ndarray], int]
                 f"rank {rank} should lose {truncation_error(s, rank):.2e} of dW, but loses {error:.2e}"
             )
     return Factors(B, A, error, s)
-
-
-def _svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, np.ndarray, Tensor]:
-    """The SVD of B·A (m × r times r × n)."""
-    check_finite(B)
-    check_finite(A)
-    left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, s, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return left.Q @ U, s.cpu().numpy(), Vh @ right.Q.T
 
 
 def _difference(tuned: TunedWeight) -> Tensor:

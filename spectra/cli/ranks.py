@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from spectra.cli.options import (
@@ -122,8 +123,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _tell(extraction: Extraction, options: argparse.Namespace) -> None:
     """Says what was written; what is left out counts as a message even when quiet."""
-    import sys
-
     worst = max(extraction.relative_errors, key=lambda name: extraction.relative_errors[name])
     if not options.quiet:
         carried = f", and {len(extraction.whole)} modules whole" if extraction.whole else ""

@@ -15,6 +15,7 @@ from spectra.svd.decompose import (
     decompose_gram,
     gram_singular_values,
     product_singular_values,
+    product_svd,
     singular_values,
 )
 from spectra.svd.engine import Answer, Engine, Match, Question
@@ -85,6 +86,7 @@ __all__ = [
     "match_vectors",
     "numerical_rank",
     "product_singular_values",
+    "product_svd",
     "short_spectrum",
     "singular_values",
     "spectral_norm",

@@ -111,6 +111,7 @@ def _compare(base: Base, tuned: TunedWeight, question: Question, leading: _Leadi
         settled_in_float64=any(straddles(match, question.epsilon) for match in matches),
         methods=(before.method, leading.method),
         base_values=before.s,
+        tuned_values=leading.s if leading.method == "gram" else None,
         cosines=leading.cosines,
     )
 

@@ -78,6 +78,13 @@ def singular_values(W: Tensor) -> np.ndarray:
     return values
 
 
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, np.ndarray, Tensor]:
+    """(U, s, Vh) of B·A (m × r times r × n), from two QR factorisations and an r × r problem."""
+    left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, s, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    return left.Q @ U, s.cpu().numpy(), Vh @ right.Q.T
+
+
 def product_singular_values(B: Tensor, A: Tensor) -> np.ndarray:
     """The singular values of B·A (m × r times r × n), from two QR factorisations and an r × r problem."""
     return singular_values(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T)

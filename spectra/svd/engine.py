@@ -66,6 +66,7 @@ class Answer:
     settled_in_float64 : whether working precision left a verdict open.
     methods : what was run, for the record.
     base_values : (p,) all singular values of W0, descending, or None where they were not computed.
+    tuned_values : (p,) those of W1, to float64's accuracy, or None where they were not computed.
     cosines : (p, q) ⟨x_i, y_j⟩ of all of W0's vectors with W1's leading ones, q at least the number of matches;
         signs are arbitrary, and ties are as they came.  None where they were not computed.
     """
@@ -78,6 +79,7 @@ class Answer:
     settled_in_float64: bool
     methods: tuple[str, ...]
     base_values: np.ndarray | None = None
+    tuned_values: np.ndarray | None = None
     cosines: np.ndarray | None = None
 
 

@@ -48,5 +48,6 @@ class ExactEngine:
             settled_in_float64=settle,
             methods=tuple(dict.fromkeys((before.method, spectrum.method))),
             base_values=before.s,
+            tuned_values=spectrum.s if spectrum.dtype == torch.float64 else None,
             cosines=cosines,
         )
