@@ -275,7 +275,9 @@ def _open_sharded(index: Path) -> Checkpoint:
         file = folder / shard
         if not file.exists():
             raise MissingFileError(file, f"the index {index.name} names this shard, but it is not there")
-        _check_link(file, folder)
+        outside = leads_out(file, folder)
+        if outside is not None:
+            raise UnsafeFileError(file, f"this shard is a link that leads out of its folder, to {outside}")
         headers[shard] = read_header(file)
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
@@ -288,13 +290,12 @@ def _open_sharded(index: Path) -> Checkpoint:
     return Checkpoint(folder, "sharded safetensors", tensors, read_json(folder / "config.json"))
 
 
-def _check_link(file: Path, folder: Path) -> None:
-    """A shard may be a link inside its folder or into the hub cache's own blobs, nowhere else."""
+def leads_out(file: Path, folder: Path) -> Path | None:
+    """Where a link leads that leaves its folder for anything but the hub cache's own blobs; else None."""
     target, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"  # models--org--name/snapshots/<commit>
     inside = home in target.parents or (home.parent.name == "snapshots" and blobs in target.parents)
-    if not inside:
-        raise UnsafeFileError(file, f"this shard is a link that leads out of its folder, to {target}")
+    return None if inside else target
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -102,10 +102,15 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Every pair to analyse and everything that is not, each with its reason."""
+    """Every pair to analyse and everything that is not, each with its reason.
+
+    ``counterpart`` gives, for the name of any tensor of the fine-tuned model, the base's tensor that corresponds to it,
+    by the names that the pairs were matched under; None where the base has none, or several could be meant.
+    """
 
     pairs: tuple[LayerPair, ...]
     skipped: tuple[Skipped, ...]
+    counterpart: Callable[[str], str | None]
 
 
 def pair_layers(
@@ -173,7 +178,7 @@ def pair_layers(
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
         skipped += _only_in_base(base, found, skipped)
-    return Pairing(tuple(pairs), tuple(skipped))
+    return Pairing(tuple(pairs), tuple(skipped), matcher.counterpart)
 
 
 def _make_pair(
@@ -292,9 +297,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
+def name_matches(module: str, pattern: str) -> bool:
+    """Whether a part of the module's name is what a shell pattern describes."""
+    return fnmatch.fnmatchcase(module, f"*{pattern}*")
+
+
 def _selected(module: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(module, f"*{pattern}*") for pattern in patterns)
+        return any(name_matches(module, pattern) for pattern in patterns)
 
     return (not include or matches(include)) and not matches(exclude)
 
@@ -327,6 +337,8 @@ class _Matcher:
             self._options[update.module] = options
             votes.update(change for change, _ in options)
         self._votes = votes
+        self._found: dict[str, str] = {}
+        self._changes: set[tuple[str, str]] = set()
 
     @staticmethod
     def _could_fit(update: PlannedUpdate, info: TensorInfo) -> bool:
@@ -349,6 +361,8 @@ class _Matcher:
                 f"{update.module!r} could be any of {', '.join(map(repr, sorted(names)))}; Spectra does not guess",
             )
         if len(names) == 1:
+            self._found[update.module] = names[0]
+            self._changes.update(change for change, _ in options if self._votes[change] == best)
             return self.base.tensors[names[0]], False
         tied = self._tied(update)
         return tied, tied is not None
@@ -358,6 +372,18 @@ class _Matcher:
             return None
         embeddings = [name for name in self.base.tensors if name.endswith(TIED)]
         return self.base.tensors[embeddings[0]] if len(embeddings) == 1 else None
+
+    def counterpart(self, name: str) -> str | None:
+        """The base's tensor for any of the fine-tune, once :meth:`find` has been asked for all updates."""
+        module, _, parameter = name.rpartition(".")
+        weight = self._found.get(module, "")
+        if weight.endswith(".weight"):  # a parameter of a module that was matched
+            own = weight.removesuffix("weight") + parameter
+            return own if own in self.base.tensors else None
+        if name in self.base.tensors:
+            return name
+        moved = {_moved(name, change) for change in self._changes} & self.base.tensors.keys()
+        return moved.pop() if len(moved) == 1 else None
 
     def is_packed(self, update: PlannedUpdate) -> bool:
         """Whether the base has this module, its weight packed by GPTQ or AWQ."""
@@ -377,6 +403,12 @@ def _end(name: str) -> str:
     """What two names of one weight always share: the last part, and its module's unless it stands alone."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1] in ("weight", "in_proj_weight", "qweight") else parts[-1]
+
+
+def _moved(name: str, change: tuple[str, str]) -> str | None:
+    """The name after a change of prefix, or None where it has not the prefix that is to be taken off."""
+    here, there = (prefix + "." if prefix and not prefix.endswith(".") else prefix for prefix in change)
+    return there + name.removeprefix(here) if name.startswith(here) else None
 
 
 def _prefix_change(target: str, name: str) -> tuple[str, str] | None:

@@ -68,6 +68,11 @@ def as_matrix(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor if layout == "linear" else tensor.T
 
 
+def as_stored(matrix: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """The analysed matrix as a tensor is stored: what :func:`as_matrix` turns back into it."""
+    return (matrix if layout in ("linear", "conv") else matrix.T).reshape(shape)
+
+
 class Orientation:
     """Decides, from a base's headers and config, which of its modules are stored transposed.
 

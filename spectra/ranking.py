@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from spectra.adapters.writing import (
 )
 from spectra.analysis import ieee_arithmetic
 from spectra.errors import LAYER_ERRORS, UsageError
+from spectra.folders import check_apart
 from spectra.layers import LEFT_OUT, LayerPair
 from spectra.measures import update_singular_values
 from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
@@ -148,9 +149,7 @@ def extract_adapter(
     run = SingleRun(tuned, base, checked_settings(include=include, exclude=exclude, device=device, threads=threads))
     if run.plan.format != "full":
         raise UsageError(f"{run.tuned.path}: this is an adapter already ({run.plan.format})")
-    for path in (run.tuned.path, run.base.path):
-        if path.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
-            raise UsageError(f"{output}: lies in what is being read, {path}")
+    check_apart(output, run.tuned, run.base)
     work = _Work(
         run, {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}, factors=True
     )
@@ -292,7 +291,6 @@ class _Work:
 
 def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict[str, str]]:
     """What goes along whole, and tensor → why of what does not."""
-    counterpart = _counterparts(run)
     changed: list[str] = []
     chosen_out = {item.name for item in run.skipped if item.reason == LEFT_OUT}
     left_out: dict[str, str] = {}
@@ -302,7 +300,7 @@ def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict
         if name.removesuffix(".weight") in chosen_out:
             left_out[name] = LEFT_OUT
             continue
-        base = counterpart(name)
+        base = run.counterpart(name)
         unchanged = (
             base is not None
             and run.tuned.tensors[name].shape == run.base.tensors[base].shape
@@ -315,24 +313,6 @@ def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict
         return Whole((), {}, False, {}), left_out | dict.fromkeys(changed, reason)
     along = whole_modules(changed, run.tuned.tensors, targets, tied_head(run.tuned.config, run.tuned.tensors))
     return along, left_out | dict(along.refused)
-
-
-def _counterparts(run: SingleRun) -> Callable[[str], str | None]:
-    """From a tensor of the fine-tune to the base's own, by the prefixes under which the layers were matched."""
-    prefixes = {("", "")}
-    for pair in run.pairs:
-        mine, base = pair.update.tensors[0], pair.base.name
-        while mine and base and mine[-1] == base[-1]:
-            mine, base = mine[:-1], base[:-1]
-        prefixes.add((mine, base))
-
-    def find(name: str) -> str | None:
-        for mine, base in sorted(prefixes, reverse=True):
-            if name.startswith(mine) and base + name[len(mine) :] in run.base.tensors:
-                return base + name[len(mine) :]
-        return None
-
-    return find
 
 
 def _task(run: SingleRun, along: Whole) -> str | None:

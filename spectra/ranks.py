@@ -12,15 +12,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectra import measures
+from spectra.adapters.naming import ModuleNames
 from spectra.errors import UsageError
-from spectra.naming import ModuleNames
-from spectra.report import as_dataframe, module_type
+from spectra.report import as_dataframe, known_fields, module_type
 
 if TYPE_CHECKING:
     import pandas
@@ -230,7 +230,7 @@ class Suggestion:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Suggestion:
         choices = tuple(Choice(**choice) for choice in value["choices"])
-        return cls(**{**_known(cls, value), "choices": choices})
+        return cls(**{**known_fields(cls, value), "choices": choices})
 
 
 def suggest(
@@ -413,8 +413,8 @@ class RankReport:
         suggestion = value["suggestion"]
         return cls(
             **{
-                **_known(cls, value),
-                "layers": tuple(LayerRank(**_known(LayerRank, layer)) for layer in value["layers"]),
+                **known_fields(cls, value),
+                "layers": tuple(LayerRank(**known_fields(LayerRank, layer)) for layer in value["layers"]),
                 "suggestion": None if suggestion is None else Suggestion.from_dict(suggestion),
             }
         )
@@ -441,9 +441,3 @@ class RankReport:
     def to_dataframe(self) -> pandas.DataFrame:
         """:meth:`rows` as a DataFrame; needs pandas."""
         return as_dataframe(self.rows(), ROW_COLUMNS)
-
-
-def _known(record: Any, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record out of a JSON object, lists as tuples; fields may have been added since."""
-    names = {item.name for item in fields(record)}
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key in names}

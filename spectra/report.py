@@ -387,6 +387,12 @@ def load_record(path: str | Path, made: Callable[[Any], Record], hint: str) -> R
         raise CorruptFileError(path, hint) from None
 
 
+def known_fields(record: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record's class out of a JSON object, lists as tuples; fields may have been added since."""
+    names = {item.name for item in fields(record)}
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key in names}
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of :meth:`Report.to_dict`."""
     return read_schema("report.schema.json")

@@ -124,7 +124,7 @@ class SingleRun:
         self.base: Checkpoint = open_base_of(self.tuned) if base is None else open_base(base)
         self.plan = plan_updates(self.tuned)
         pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
-        self.pairs, self.skipped = pairing.pairs, pairing.skipped
+        self.pairs, self.skipped, self.counterpart = pairing.pairs, pairing.skipped, pairing.counterpart
         if not self.pairs:
             reasons = sorted({item.reason for item in self.skipped})
             raise UsageError(f"{self.tuned.path}: nothing to analyse ({'; '.join(reasons[:3]) or 'no tensors'})")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,10 @@ _KEY = re.compile(
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """The stored factors of one module: A (r, in), B (out, r) and, for DoRA, the magnitudes."""
+    """The stored factors of one module: A (r, in), B (out, r) and, for DoRA, the magnitudes.
+
+    ``options`` is the name by which the config finds the module's rank and alpha.
+    """
 
     module: str
     targets: tuple[str, ...]
@@ -91,6 +94,7 @@ class LoraUpdate:
     alpha: float
     scaling: float
     layout: Layout | None
+    options: str
     magnitude: TensorInfo | None = None
     notes: tuple[str, ...] = ()
     base_copy: str | None = None
@@ -189,10 +193,37 @@ class PeftAdapter:
 
 def _saved_module(name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
     """A tensor stored whole: a module to save, a bias, or something peft keeps beside them."""
-    if ".original_module." in name:
+    plain = _plain_name(name)
+    if plain is None:
         return Skipped(info.name, "the untrained original that peft keeps beside a saved module")
-    name = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)
-    return whole_tensor(info, name.replace(".base_layer.", "."))
+    return whole_tensor(info, plain)
+
+
+def _plain_name(name: str) -> str | None:
+    """The model's own name of a tensor stored whole; None for the original that peft keeps beside one."""
+    if ".original_module." in name:
+        return None
+    return re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name).replace(".base_layer.", ".")
+
+
+def beside_factors(tuned: Checkpoint, plan: Plan) -> Iterator[tuple[str, str, float | None]]:
+    """(tensor, the model's own name of what it changes, scaling) of all that an adapter holds besides factors.
+
+    Without a scaling it takes the model's place; a bias of lora_B is multiplied by it and added.
+    """
+    factors = {update.module: update for update in plan.updates if isinstance(update, LoraUpdate)}
+    copies = {update.base_copy for update in factors.values()}
+    for key in tuned.tensors:
+        name = key.removeprefix(PREFIX)
+        match = _KEY.match(name)
+        if match is not None:
+            module = match["module"].replace(".base_layer", "")
+            if match["tail"].endswith(".bias"):
+                yield key, f"{module}.bias", factors[module].scaling
+        elif key not in copies:
+            plain = _plain_name(name)
+            if plain is not None:
+                yield key, plain, None
 
 
 def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy: TensorInfo | None) -> LoraUpdate:
@@ -204,7 +235,8 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
             raise AdapterError(present.file, f"its partner {module}.{factor} is missing", present.name)
     A, B, magnitude = slot[kind + "A"], slot[kind + "B"], slot.get("lora_magnitude_vector")
     # The out_proj inside a MultiheadAttention gets the options of the attention itself.
-    rank, alpha, scaling = config.scaling_of(module.removesuffix(".base_layer.out_proj"))
+    options = module.removesuffix(".base_layer.out_proj")
+    rank, alpha, scaling = config.scaling_of(options)
     for info in slot.values():
         if not info.is_float:
             raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
@@ -253,6 +285,7 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
         alpha=alpha,
         scaling=scaling,
         layout=layout,
+        options=options,
         magnitude=magnitude,
         notes=notes,
         base_copy=copy.name if copy else None,

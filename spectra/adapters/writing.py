@@ -6,11 +6,7 @@ or as trained biases.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectra import __version__
+from spectra import __version__, folders
 from spectra.adapters.peft import PREFIX
-from spectra.checkpoint import PARTIAL
 from spectra.errors import UsageError
+from spectra.folders import CARD, whole_folder
 from spectra.orientation import TIED
 
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how classes with an lm_head are called
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What weights are stored in, as safetensors names it.
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def factor_tensors(module: str, B: Tensor, A: Tensor, *, embedding: bool = False) -> dict[str, Tensor]:
@@ -186,50 +183,27 @@ def write_adapter(
         values[name] = tensor
     if not values:
         raise UsageError(f"{folder}: an adapter without tensors is none")
-    token = secrets.token_hex(4)
-    temporary = folder.with_name(f".{folder.name}.{token}{PARTIAL}")
-    old = folder.with_name(f".{folder.name}.{token}.old")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.mkdir()
-            save_file(values, temporary / WEIGHTS, metadata={"format": "pt"})
-            text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False)
-            (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
-            (temporary / CARD).write_text(_card(config, remarks), encoding="utf-8")
-            # safetensors lets the owner alone read what it writes.
-            (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)
-            for name in (WEIGHTS, CONFIG, CARD):
-                with (temporary / name).open("rb") as file:
-                    os.fsync(file.fileno())  # or a power cut could leave the name without the content
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the adapter is there; a remnant of the old one does no harm
-            shutil.rmtree(old) if old.exists() else None
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder}: could not be written: {getattr(error, 'strerror', None) or error}") from None
+    with whole_folder(folder, force=force, ours=why_no_adapter) as home:
+        save_file(values, home / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False)
+        (home / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (home / CARD).write_text(_card(config, remarks), encoding="utf-8")
+        # safetensors lets the owner alone read what it writes.
+        (home / WEIGHTS).chmod((home / CONFIG).stat().st_mode)
     return folder
 
 
 def check_folder(folder: str | Path, *, force: bool = False) -> None:
     """Raises UsageError where :func:`write_adapter` would not write; to be asked before any work."""
-    folder = Path(folder)
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not force:
-        raise UsageError(f"{folder}: exists already, and is not overwritten")
-    if folder.is_symlink() or not folder.is_dir() or not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder}: exists and is no PEFT adapter folder, so it is not overwritten")
+    folders.check_folder(folder, force=force, ours=why_no_adapter)
+
+
+def why_no_adapter(folder: Path) -> str | None:
+    """Why a folder is more or less than a PEFT adapter, so that nobody replaces it; or None."""
+    if not (folder / CONFIG).is_file():
+        return "exists and is no PEFT adapter folder"
     others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS, CARD))
-    if others:
-        raise UsageError(f"{folder}: holds more than an adapter ({', '.join(others[:3])}), so it is not overwritten")
+    return f"holds more than an adapter ({', '.join(others[:3])})" if others else None
 
 
 def _card(config: Mapping[str, Any], remarks: Sequence[str]) -> str:

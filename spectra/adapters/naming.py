@@ -2,7 +2,8 @@
 
 PEFT takes an entry of ``target_modules`` for every module whose name is it or ends in a dot and it, and a key of
 ``rank_pattern`` and ``alpha_pattern`` for a regular expression over the end of a name, of which the first that
-matches wins (``check_target_module_exists`` and ``get_pattern_key`` of peft 0.21).
+matches wins (``check_target_module_exists`` and ``get_pattern_key`` of peft 0.21).  Before 0.15 an entry that begins
+with ``^`` matched nothing, and a whole name only where it stands there as it is.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
-
-from spectra.adapters.pattern import Pattern
 
 Value = TypeVar("Value", int, float)
 
@@ -50,8 +48,8 @@ class ModuleNames:
         found = ((shorts[self.types[name]], name) for name in members)
         return {short or name: short is None for short, name in found}
 
-    def pattern(self, values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-        """(default, ``rank_pattern`` or ``alpha_pattern``) that is as short as the choice of default makes it.
+    def pattern(self, values: Mapping[str, Value], default: Value | None = None) -> tuple[Value, dict[str, Value]]:
+        """(default, ``rank_pattern`` or ``alpha_pattern``); a default that is not given makes it as short as can be.
 
         ``values`` has one for each module that is meant.
         """
@@ -59,18 +57,26 @@ class ModuleNames:
         for name, value in values.items():
             groups[value].append(name)
         covers = {value: self._cover(members) for value, members in groups.items()}
-        default = max(groups, key=lambda value: (len(covers[value]), len(groups[value]), value))
-        pattern = {
-            ("^" if whole else "") + _escaped(key): value
-            for value in sorted(groups)
-            if value != default
-            for key, whole in covers[value].items()
-        }
-        resolved = Pattern(Path("the suggested config"), pattern)
-        wrong = [name for name, value in values.items() if resolved.lookup(name, default) != value]
-        if wrong:
-            raise AssertionError(f"the pattern gives {wrong[0]} another value than was meant")
-        return default, pattern
+        if default is None:
+            default = max(groups, key=lambda value: (len(covers[value]), len(groups[value]), value))
+        entries = [
+            (key, whole, value) for value in sorted(groups) if value != default for key, whole in covers[value].items()
+        ]
+        for name, meant in values.items():
+            found = (value for key, whole, value in entries if _names(key, whole, name))
+            if next(found, default) != meant:
+                raise AssertionError(f"the pattern gives {name} another value than was meant")
+        return default, {self._entry(key, whole): value for key, whole, value in entries}
+
+    def _entry(self, key: str, whole: bool) -> str:
+        """The key of a pattern: a whole name as it is where it can mean nothing else, which every PEFT understands."""
+        last = key.rpartition(".")[2]
+        plain = re.fullmatch(r"[\w.\-]+", key) and not any(
+            name != key and name.endswith(last) and re.fullmatch(rf"(.*\.)?{key}", name) for name in self.known
+        )
+        if whole and plain:
+            return key
+        return ("^" if whole else "") + _escaped(key)
 
     def targets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(``target_modules``, ``exclude_modules``): PEFT takes whatever ends in one of the former."""
@@ -78,6 +84,11 @@ class ModuleNames:
         ends = tuple(f".{name}" for name, whole in cover.items() if whole)
         more = sorted(name for name in self.known - self.types.keys() if name.endswith(ends))
         return tuple(cover), tuple(more)
+
+
+def _names(key: str, whole: bool, module: str) -> bool:
+    """Whether an entry is about a module, as PEFT has it: by its whole name, or by the end of it."""
+    return module == key or (not whole and module.endswith("." + key))
 
 
 def _escaped(name: str) -> str:
