@@ -17,6 +17,7 @@ from spectra.measures import layer_measures
 from spectra.records import Vector
 from spectra.study import Extras, Study, update_spectrum
 from spectra.svd import Base, Engine, Question, Spectrum, check_finite, choose_engine
+from spectra.svd.triplets import Triplets, leading_triplets
 from spectra.updates import Dense, LowRank, TunedWeight
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -121,6 +122,16 @@ class LayerAnalysis:
             orthogonality=answer.orthogonality,
             extras=extras,
         )
+
+    def triplets(self, tuned: TunedWeight, k: int) -> Triplets:
+        """The k leading singular triplets of W1, the i-th being what the i-th verdict is about.
+
+        Raises
+        ------
+        NonFiniteError, ConvergenceError
+        """
+        with ieee_arithmetic():
+            return leading_triplets(self._base, tuned, k)
 
 
 def find_intruders(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from spectra.runs import (
 )
 from spectra.study import Study
 from spectra.svd import Spectrum, choose_engine
+from spectra.updates import TunedWeight
 
 REMARKS = {
     "krylov": ("decided by certificates: what they did not need is null",),
@@ -148,13 +149,21 @@ class Result:
     findings: Findings | None = None
 
 
+# Called with each tuned weight while it and its analysis are in memory.
+Visit: TypeAlias = Callable[[LayerPair, TunedWeight, LayerAnalysis, Result], None]
+
+
 @dataclass(frozen=True)
 class Analysis:
-    """Base weights analysed with all their fine-tunes, and the reports made of that."""
+    """Base weights analysed with all their fine-tunes, and the reports made of that.
+
+    What ``visit`` raises of ``LAYER_ERRORS`` becomes that layer's status.
+    """
 
     settings: Settings
     cache: SpectrumCache | None
     study: Study | None = None
+    visit: Visit | None = None
 
     def reports(
         self,
@@ -191,9 +200,21 @@ class Analysis:
             return [Result(run, _failure(run, pair, *problem)) for run, pair in job.parts]
         results = []
         for run, pair in job.parts:
-            results.append(_analyse(run, pair, W0, analysis, started))
+            results.append(self._analyse(run, pair, W0, analysis, started))
             started = time.perf_counter()
         return results
+
+    def _analyse(self, run: Run, pair: LayerPair, W0: Tensor, analysis: LayerAnalysis, started: float) -> Result:
+        try:
+            tuned, differs = run.weight(pair, W0)
+            findings = analysis.of(tuned, seed=zlib.crc32(pair.name.encode()))
+            seconds = time.perf_counter() - started
+            result = Result(run, layer_report(run, pair, findings, differs, seconds), findings)
+            if self.visit is not None:
+                self.visit(pair, tuned, analysis, result)
+        except LAYER_ERRORS as error:
+            return Result(run, _failure(run, pair, *run.explain(pair, error)))
+        return result
 
     def _report(self, run: Run, layers: dict[str, LayerReport], seconds: float) -> Report:
         """The report on one fine-tune, its layers in the order they were matched in."""
@@ -217,16 +238,6 @@ class Analysis:
         return self.cache.load(job.base, job.first.base.name, job.first.layout, W0.dtype)
 
 
-def _analyse(run: Run, pair: LayerPair, W0: Tensor, analysis: LayerAnalysis, started: float) -> Result:
-    try:
-        tuned, differs = run.weight(pair, W0)
-        findings = analysis.of(tuned, seed=zlib.crc32(pair.name.encode()))
-    except LAYER_ERRORS as error:
-        return Result(run, _failure(run, pair, *run.explain(pair, error)))
-    seconds = time.perf_counter() - started
-    return Result(run, _layer_report(run, pair, findings, differs, seconds), findings)
-
-
 def _describe(run: Run, pair: LayerPair) -> dict[str, Any]:
     return {
         "name": pair.name,
@@ -243,7 +254,8 @@ def _failure(run: Run, pair: LayerPair, status: str, message: str) -> LayerRepor
     return LayerReport(**_describe(run, pair), status=status, error=message)
 
 
-def _layer_report(run: Run, pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:
+def layer_report(run: Run, pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:
+    """What a report says of one layer; ``base_differs`` is what :meth:`Run.weight` found."""
     flags, describe = findings.flags, _describe(run, pair)
     describe["notes"] += REMARKS.get("proved_small" if findings.status == "proved_small" else findings.engine or "", ())
     if base_differs:

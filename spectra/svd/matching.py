@@ -52,9 +52,18 @@ def match_vectors(base: Spectrum, tuned: Spectrum, top_k: int, cosines: np.ndarr
             for index in range(first, min(last, stop)):
                 matches.append(_null_space(index, float(tuned.s[index]), flags))
             continue
-        for index, cosines in zip(range(first, last), groups.rotated(first, last), strict=False):
-            matches.append(groups.match(index, float(tuned.s[index]), cosines, error, flags))
+        for index, (_, mixed) in zip(range(first, last), groups.rotated(first, last), strict=False):
+            matches.append(groups.match(index, float(tuned.s[index]), mixed, error, flags))
     return matches
+
+
+def mixture(base: Spectrum, cosines: np.ndarray) -> np.ndarray:
+    """How the vectors of one cluster of W1 are mixed before they are matched: an orthogonal matrix (c, c).
+
+    ``cosines`` (p, c) has their scalar products with W0's vectors; column i makes the cluster's i-th vector.
+    """
+    groups = _BaseGroups(base, cosines, cosines.shape[1])
+    return np.stack([weights for weights, _ in groups.rotated(0, cosines.shape[1])], axis=1)
 
 
 def verdict_is_open(match: Match, epsilon: float) -> bool:
@@ -140,13 +149,14 @@ class _BaseGroups:
             return squares
         return np.add.reduceat(squares, self.edges[:-1], axis=0)
 
-    def rotated(self, first: int, last: int) -> Iterator[np.ndarray]:
-        """The cosines of each vector of a cluster of W1, most similar to W0 first.
+    def rotated(self, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(its coordinates in the cluster, its cosines) of each vector of a cluster of W1, most similar to W0 first.
 
         A single vector is itself.  Of several, the unit vector of their span with the largest
         cosine to a cluster of W0 comes first; then the same in what is orthogonal to it.
         """
         block = self.C[:, first:last]
+        turn = np.eye(block.shape[1])
         while block.shape[1] > 1:
             masses = self._masses(block**2)[: self.count].sum(1)
             order = np.argsort(-masses)
@@ -162,11 +172,11 @@ class _BaseGroups:
                     others = masses[order[0 if position else 1 :][:1]].sum()
                     # What no other group can match may follow at once.
                     count = max(1, int(np.count_nonzero(cosines**2 >= others)))
-            block = block @ rotation
-            yield from block[:, :count].T
-            block = block[:, count:]
+            block, turn = block @ rotation, turn @ rotation
+            yield from zip(turn[:, :count].T, block[:, :count].T, strict=True)
+            block, turn = block[:, count:], turn[:, count:]
         if block.shape[1]:
-            yield block[:, 0]
+            yield turn[:, 0], block[:, 0]
 
     def match(self, index: int, sigma: float, cosines: np.ndarray, error: float, flags: list[str]) -> Match:
         squares = cosines**2
