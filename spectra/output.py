@@ -22,6 +22,12 @@ REPORT_MARKS = (
     b"fine-tune  ",
     b"base       ",
     b"Suggestion: ",
+    b"Repaired: ",
+    b"Unchanged: no singular vector ",
+    b"Dry run: ",
+    b"Verified: ",
+    b"NOT verified: ",
+    b"folder,layer,error,",
 )
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -33,12 +33,9 @@ EXIT_CODES = """exit codes:
 
 DTYPES = ("float32", "float64")
 
+COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "verify")
 # The options of add_definition, add_layers and add_computation, by the names that the pipeline gives them.
-SETTINGS = frozenset(
-    {"top_k", "epsilon", "side"}
-    | {"include", "exclude"}
-    | {"engine", "dtype", "device", "workers", "threads", "cache", "verify"}
-)
+SETTINGS = frozenset({"top_k", "epsilon", "side"} | {"include", "exclude"} | {*COMPUTATION})
 
 
 def add_tuned(parser: argparse.ArgumentParser) -> None:
@@ -100,35 +97,32 @@ def add_layers(parser: argparse.ArgumentParser, *, as_for: str | None = None) ->
     place.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
 
 
-def add_computation(parser: argparse.ArgumentParser, *, engine: str = "auto") -> None:
-    """How to compute: ``options.engine``, ``.dtype``, ``.device``, ``.workers``, ``.threads``, ``.cache``, ``.verify``.
+def add_computation(
+    parser: argparse.ArgumentParser, *, engine: str = "auto", names: Collection[str] = COMPUTATION
+) -> None:
+    """How to compute: those of ``COMPUTATION`` that are in ``names``, as attributes of the options.
 
     ``options.cache`` is a folder, None for the usual one, or False for none.
     """
     how = parser.add_argument_group("how to compute")
-    how.add_argument(
-        "--engine", choices=("auto", "exact", "krylov", "cached"), default=engine, help=f"default: {engine}"
-    )
-    how.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="precision of the decompositions (default: float32)"
-    )
-    how.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    how.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="weights worked on at a time; memory grows with it (default: 1)",
-    )
-    how.add_argument(
-        "--threads", type=int, metavar="N", help="threads for one weight (default: the cores, shared among workers)"
-    )
-    kept = how.add_mutually_exclusive_group()
-    kept.add_argument(
-        "--cache", metavar="DIR", help="where `spectra cache` kept the base's spectra (default: its own default)"
-    )
-    kept.add_argument("--no-cache", dest="cache", action="store_false", default=None, help="use no kept spectra")
-    how.add_argument("--verify", action="store_true", help="hash every byte of the files into the fingerprints")
+
+    def option(name: str, **how_parsed: Any) -> None:
+        if name in names:
+            how.add_argument(f"--{name}", **how_parsed)
+
+    option("engine", choices=("auto", "exact", "krylov", "cached"), default=engine, help=f"default: {engine}")
+    option("dtype", choices=DTYPES, default="float32", help="precision of the decompositions (default: float32)")
+    option("device", default="cpu", help="cpu or cuda (default: cpu)")
+    at_a_time = "weights worked on at a time; memory grows with it (default: 1)"
+    option("workers", type=int, default=1, metavar="N", help=at_a_time)
+    option("threads", type=int, metavar="N", help="threads for one weight (default: the cores, shared among workers)")
+    if "cache" in names:
+        kept = how.add_mutually_exclusive_group()
+        kept.add_argument(
+            "--cache", metavar="DIR", help="where `spectra cache` kept the base's spectra (default: its own default)"
+        )
+        kept.add_argument("--no-cache", dest="cache", action="store_false", default=None, help="use no kept spectra")
+    option("verify", action="store_true", help="hash every byte of the files into the fingerprints")
 
 
 def add_output(parser: argparse.ArgumentParser, *, formats: Sequence[str], format_help: str, verbose_help: str) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.cli.options import (
     BAD,
-    DTYPES,
     OK,
     Commands,
     add_base,
+    add_computation,
     add_layers,
     add_output,
     announce,
@@ -66,11 +66,7 @@ def add(commands: Commands) -> None:
         help="a number, or a multiple of the rank such as 2r (default: 2r; with --rslora, one number)",
     )
     add_layers(parser)
-    how = parser.add_argument_group("how to compute")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
-    how.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    how.add_argument("--workers", type=int, default=1, metavar="N", help="weights worked on at a time (default: 1)")
-    how.add_argument("--threads", type=int, metavar="N", help="threads for one weight (default: the cores)")
+    add_computation(parser, names=("dtype", "device", "workers", "threads"))
     extract = parser.add_argument_group("extraction")
     extract.add_argument("--extract", metavar="OUT", help="write the suggested adapter of a full fine-tune there")
     extract.add_argument(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from spectra.comparison import Comparison
+from spectra.mitigation import Mitigation, Verification
 from spectra.ranks import RankReport
 from spectra.render.comparison import render_comparison
+from spectra.render.mitigation import render_mitigation, render_verification
 from spectra.render.ranks import render_ranks
 from spectra.render.text import render_report, render_summary
 from spectra.report import Report
 
+Record: TypeAlias = Report | Comparison | RankReport | Mitigation | Verification
 
-def to_text(record: Report | Comparison | RankReport | Sequence[Report], *, verbose: bool = False) -> str:
-    """What ``spectra audit``, ``compare`` or ``ranks`` prints of it; of several reports, the table with a row each.
+
+def to_text(record: Record | Sequence[Report], *, verbose: bool = False) -> str:
+    """What the command that makes such a record prints of it; of several reports, the table with a row each.
 
     Examples
     --------
@@ -25,6 +30,10 @@ def to_text(record: Report | Comparison | RankReport | Sequence[Report], *, verb
         return render_comparison(record, verbose=verbose)
     if isinstance(record, RankReport):
         return render_ranks(record, verbose=verbose)
+    if isinstance(record, Mitigation):
+        return render_mitigation(record, verbose=verbose)
+    if isinstance(record, Verification):
+        return render_verification(record, verbose=verbose)
     if isinstance(record, Report):
         return render_report(record, verbose=verbose)
     return render_summary(record)

@@ -1,0 +1,253 @@
+"""``spectra mitigate``: scales the intruder dimensions of a fine-tune, and checks a repair that was written."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from spectra.cli.options import (
+    BAD,
+    GATE,
+    OK,
+    Commands,
+    add_base,
+    add_computation,
+    add_definition,
+    add_layers,
+    complain_of_layers,
+    is_unicode,
+    return_freed_matrices,
+)
+from spectra.errors import UsageError
+from spectra.output import emit, progress
+
+if TYPE_CHECKING:
+    from spectra.mitigation import Mitigation, Verification
+
+Value = TypeVar("Value")
+
+FORMATS = ("table", "json", "csv")
+WRITTEN = ("float32", "bfloat16", "float16")
+# The options that mitigate() takes as they are, and those of them that verify_mitigation() takes.
+PASSED = (
+    "keep_rank", "merged", "dtype", "force", "top_k", "epsilon", "side", "include", "exclude", "engine", "device",
+    "workers", "threads", "cache",
+)  # fmt: skip
+CHECKING = ("device", "threads")
+# What says how to make a repair, and so has no place beside --verify; what each is by itself.
+MAKING: dict[str, Any] = {
+    "scale": [], "which": None, "vectors": [], "keep_rank": False, "merged": False, "dtype": None, "folder": None,
+    "dry_run": False, "force": False, "top_k": 10, "epsilon": 0.5, "side": "left", "include": [], "exclude": [],
+    "engine": "auto", "workers": 1, "cache": None,
+}  # fmt: skip
+WRITTEN_AS = {"folder": "output", "cache": "cache or --no-cache"}  # options whose name is another
+LONGEST = 1 << 16  # of a range of indices
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  --verify: the folder is not the repair that its record describes
+  2  bad usage, unreadable input, or a layer that could not be analysed
+"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "mitigate",
+        help="scale the intruder dimensions of a fine-tune, and write it in the format that it has",
+        description="Scales singular vectors of the fine-tuned weights, by default their intruder\n"
+        "dimensions, and writes the result to a new folder: an adapter as an adapter, a\ncheckpoint as a checkpoint. "
+        "The fine-tune is not touched. What was forgotten and\nwhat was learnt, before and after, only an evaluation "
+        "can say.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tuned", nargs="?", metavar="ADAPTER", help="adapter or checkpoint folder")
+    add_base(parser)
+    _add_repair(parser)
+    add_definition(parser)
+    add_layers(parser)
+    add_computation(parser, names=("engine", "device", "workers", "threads", "cache"))
+    _add_result(parser)
+    parser.set_defaults(run=run, output=None)  # the report goes to standard output
+
+
+def _add_repair(parser: argparse.ArgumentParser) -> None:
+    repair = parser.add_argument_group("what to scale")
+    repair.add_argument(
+        "--scale",
+        action="append",
+        default=[],
+        metavar="[PATTERN=]S",
+        help="what the singular values are multiplied by, from 1 (no change) to 0 (removed); with PATTERN, in modules "
+        "whose name matches: the last that matches counts, and one without is for all others (repeatable)",
+    )
+    repair.add_argument(
+        "--which",
+        choices=("all", "top"),
+        help="every intruder, or the first of each weight, as the paper does (default: all)",
+    )
+    repair.add_argument(
+        "--vectors",
+        action="append",
+        default=[],
+        metavar="PATTERN=I,J",
+        help="instead of --which: the singular vectors with these indices, e.g. 'layers.3.*.q_proj=0,2-4' (repeatable; "
+        "a module has all that its patterns name)",
+    )
+
+
+def _add_result(parser: argparse.ArgumentParser) -> None:
+    result = parser.add_argument_group("result")
+    result.add_argument("-o", "--output", dest="folder", metavar="OUT", help="the folder to write, which must be new")
+    result.add_argument("--force", action="store_true", help="replace an earlier result that lies at OUT")
+    result.add_argument("--dry-run", action="store_true", help="compute and report everything, write nothing")
+    result.add_argument(
+        "--keep-rank",
+        action="store_true",
+        help="the best approximation of the rank that the adapter has (default: exact, one rank more for each vector)",
+    )
+    result.add_argument("--merged", action="store_true", help="write an adapter merged into its base, as a checkpoint")
+    result.add_argument(
+        "--dtype", choices=WRITTEN, help="of changed factors (default: float32, and float64 where stored so)"
+    )
+    result.add_argument(
+        "--verify",
+        metavar="OUT",
+        help="instead of all this, hold OUT, written before, to its record; ADAPTER says where its source lies now",
+    )
+    result.add_argument("--format", choices=FORMATS, default="table", help="of the report (default: table)")
+    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    result.add_argument("--verbose", action="store_true", help="list every layer and every file left behind")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Repairs, or checks a repair; returns the exit code."""
+    if options.verify is not None:
+        return _verify(options)
+    scale, which = _checked(options)
+    return_freed_matrices()
+
+    from spectra.mitigating import mitigate
+
+    with progress(options.quiet) as show:
+        mitigation = mitigate(
+            options.tuned,
+            None if options.dry_run else options.folder,
+            options.base,
+            scale=scale,
+            which=which,
+            **{name: getattr(options, name) for name in PASSED},
+            progress=show,
+        )
+    emit(_rendered(mitigation, options), None)
+    _tell(mitigation, options)
+    return BAD if mitigation.audit is not None and complain_of_layers([mitigation.audit]) else OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    given = [name for name, default in MAKING.items() if getattr(options, name) != default]
+    if given:
+        option = WRITTEN_AS.get(given[0], given[0].replace("_", "-"))
+        raise UsageError(f"--{option} is for making a repair; --verify OUT takes all that from the record in OUT")
+    return_freed_matrices()
+
+    from spectra.checking import verify_mitigation
+
+    chosen = {name: getattr(options, name) for name in CHECKING}
+    with progress(options.quiet) as show:
+        found = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
+    emit(_rendered(found, options), None)
+    return OK if found.holds else GATE
+
+
+def _checked(
+    options: argparse.Namespace,
+) -> tuple[float | dict[str, float], Literal["all", "top"] | dict[str, list[int]]]:
+    """(scale, which) as :func:`spectra.mitigating.mitigate` takes them."""
+    if options.tuned is None:
+        raise UsageError("nothing to repair: name an adapter or a checkpoint")
+    if not options.scale:
+        raise UsageError("--scale is missing: say what to multiply by, e.g. --scale 0.7; 0 removes")
+    if options.folder is None and not options.dry_run:
+        raise UsageError("-o OUT is missing: name the folder to write, or try with --dry-run")
+    if options.which is not None and options.vectors:
+        raise UsageError("--vectors names the singular vectors themselves and goes without --which")
+    if options.merged and options.keep_rank:
+        raise UsageError("--keep-rank is about an adapter's rank, and --merged writes no adapter")
+    if options.merged and options.dtype is not None:
+        raise UsageError("--dtype is about an adapter's factors; --merged writes each weight as the base has it")
+    scales = _by_pattern("--scale", options.scale, _scale, bare="*")
+    vectors = _by_pattern("--vectors", options.vectors, _indices)
+    return scales["*"] if scales.keys() == {"*"} else scales, vectors or options.which or "all"
+
+
+def _by_pattern(
+    option: str, texts: Sequence[str], read: Callable[[str], Value], *, bare: str | None = None
+) -> dict[str, Value]:
+    """PATTERN=VALUE by pattern, in the order given; first, under ``bare``, a value that has none."""
+    found: dict[str, Value] = {}
+    for text in sorted(texts, key=lambda text: "=" in text):  # what has no pattern is for the rest
+        pattern, equals, value = text.rpartition("=")
+        if (equals and not pattern) or (not equals and bare is None):
+            raise UsageError(f"{option} {text}: expected PATTERN=VALUE")
+        name = pattern if equals else str(bare)
+        if name in found:
+            raise UsageError(f"{option} {text}: a second value for {'the rest' if name == bare else name}")
+        try:
+            found[name] = read(value)
+        except ValueError as error:
+            raise UsageError(f"{option} {text}: {error}") from None
+    return found
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number") from None
+    if not 0 <= value < math.inf:
+        raise ValueError("expected a finite number, 0 or more")
+    return value + 0.0  # -0 is 0
+
+
+def _indices(text: str) -> list[int]:
+    """ "0,2-4" as [0, 2, 3, 4]."""
+    found: set[int] = set()
+    for part in map(str.strip, text.split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"{part!r} is no index; expected e.g. 0,2 or 0-3")
+        start, end = int(first), int(last or first)
+        if not start <= end < start + LONGEST:
+            raise ValueError(f"{part!r} is no rising range of at most {LONGEST} indices")
+        found.update(range(start, end + 1))
+    return sorted(found)
+
+
+def _tell(mitigation: Mitigation, options: argparse.Namespace) -> None:
+    """Says what was written; what the report does not show where it is CSV counts as a message even when quiet."""
+    if mitigation.output is not None and not options.quiet:
+        print(f"spectra: wrote {options.folder} ({mitigation.output['format']})", file=sys.stderr)
+    if options.format == "csv":
+        for remark in mitigation.remarks:
+            print(f"spectra: note: {remark}", file=sys.stderr)
+        for name, reason in mitigation.left_behind.items():
+            print(f"spectra: left behind: {name}: {reason}", file=sys.stderr)
+
+
+def _rendered(record: Mitigation | Verification, options: argparse.Namespace) -> str:
+    if options.format == "json":
+        return record.to_json() + "\n"
+    from spectra.mitigation import Mitigation
+    from spectra.render.mitigation import render_mitigation, render_verification, to_csv
+
+    if options.format == "csv":
+        return to_csv(record)
+    chosen = {"verbose": options.verbose, "ascii_only": not is_unicode(options)}
+    if isinstance(record, Mitigation):
+        return render_mitigation(record, **chosen)
+    return render_verification(record, **chosen)

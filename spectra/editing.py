@@ -1,0 +1,226 @@
+"""Which singular vectors of a fine-tune are scaled, by how much, and what becomes of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.adapters import PlannedUpdate
+from spectra.adapters.writing import STORED
+from spectra.analysis import Findings, LayerAnalysis
+from spectra.errors import UsageError
+from spectra.layers import LayerPair, name_matches
+from spectra.mitigation import LayerRepair, ScaledVector
+from spectra.repair import Change, edited_dense, edited_update, outcome_of, scaled
+from spectra.report import module_type
+from spectra.svd.triplets import Triplets
+from spectra.updates import DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
+
+NOTHING = 1e-6  # of the largest singular value: rounding is all that float32 leaves below
+
+Scale: TypeAlias = float | Mapping[str, float]
+Which: TypeAlias = Literal["all", "top"] | Mapping[str, Sequence[int]]
+
+
+class Choice:
+    """Which vectors of which layers, and their scales.
+
+    Parameters
+    ----------
+    scale : one for all, or {pattern over module names: scale}, of which the last that matches counts; layers that
+        none matches stay as they are.
+    which : "all" intruders among the leading vectors, the "top" one of each weight, or {pattern: indices}.
+
+    Raises
+    ------
+    UsageError : a scale that is negative or no finite number, or indices that are none.
+    """
+
+    def __init__(self, scale: Scale, which: Which = "all"):
+        self.scales = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
+        for pattern, value in self.scales.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < np.inf:
+                of = "" if pattern == "*" else f" for {pattern!r}"
+                raise UsageError(f"scale = {value}{of}; expected a number, at least 0 (1 changes nothing)")
+        self.which = which
+        if isinstance(which, str):
+            if which not in ("all", "top"):
+                raise UsageError(f"which = {which!r}; expected all, top, or indices by layer")
+            self.named: dict[str, list[int]] = {}
+            return
+        self.named = {pattern: list(indices) for pattern, indices in which.items()}
+        for pattern, indices in self.named.items():
+            if not indices or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+                raise UsageError(f"vectors {indices} for {pattern!r}; expected ranks from 0 on")
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises UsageError where a pattern matches no layer, or an index is none of its weight."""
+        names = list(names)
+        for pattern in (*self.scales, *self.named):
+            if not any(name_matches(name, pattern) for name in names):
+                raise UsageError(f"{pattern!r} matches no layer that is analysed")
+
+    def of(self, name: str, findings: Findings) -> dict[int, float]:
+        """{index: scale} of one layer, without scales of 1."""
+        scale = 1.0
+        for pattern, value in self.scales.items():
+            scale = float(value) if name_matches(name, pattern) else scale
+        if scale == 1:
+            return {}
+        indices: Sequence[int] = findings.intruders
+        if self.which == "top":
+            indices = indices[:1]
+        elif self.which != "all":
+            indices = sorted({i for pattern, some in self.named.items() if name_matches(name, pattern) for i in some})
+        if indices and indices[-1] >= min(findings.shape):
+            raise UsageError(
+                f"{name}: vector {indices[-1]}; a weight of {list(findings.shape)} has {min(findings.shape)}"
+            )
+        return dict.fromkeys(indices, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One layer of which vectors are to be scaled, while it is in memory.
+
+    ``triplets`` are the leading ones, as many as reach the last of ``chosen``, {index: scale}.
+    """
+
+    pair: LayerPair
+    tuned: TunedWeight
+    findings: Findings
+    chosen: Mapping[int, float]
+    triplets: Triplets
+
+    @property
+    def own(self) -> Triplets:
+        """The triplets that are scaled."""
+        return self.triplets.take(list(self.chosen))
+
+    @property
+    def change(self) -> Change:
+        return scaled(self.own, np.array(list(self.chosen.values())))
+
+
+def subject_of(
+    pair: LayerPair, tuned: TunedWeight, analysis: LayerAnalysis, findings: Findings, chosen: Mapping[int, float]
+) -> Subject:
+    """The layer with the triplets that are to be scaled.
+
+    Raises
+    ------
+    UsageError : an index beyond the rank of W1, where there is no vector.
+    NonFiniteError, ConvergenceError
+    """
+    triplets = analysis.triplets(tuned, max(chosen) + 1)
+    if max(chosen) >= triplets.s.size:
+        raise UsageError(f"{pair.name}: vector {max(chosen)}; the weight has {triplets.s.size} above its null space")
+    return Subject(pair, tuned, findings, chosen, triplets)
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """One layer as it is written: ``update`` in factors, or the ``dense`` weight, both as stored."""
+
+    record: LayerRepair
+    findings: Findings
+    update: LowRank | RowScaled | None
+    dense: Tensor | None
+
+
+def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_factors: bool, keep_rank: bool) -> Edited:
+    """The layer with its vectors scaled, as stored in ``dtype``, and what that came to."""
+    pair, tuned, change, planned = subject.pair, subject.tuned, subject.change, subject.pair.update
+    update, dense = None, None
+    if in_factors:
+        assert isinstance(tuned, FactoredWeight)
+        assert planned.scaling is not None
+        update = edited_update(tuned, change, planned.scaling, rank=planned.rank if keep_rank else None, dtype=dtype)
+        after: TunedWeight = update.tuned(tuned.W0)
+    else:
+        dense = edited_dense(tuned, change, dtype)
+        after = DenseWeight(tuned.W0, dense.to(tuned.W0.dtype))
+    own, found = subject.own, analysis.of(after)
+    outcome = outcome_of(tuned, change, after, own)
+    achieved = [scale * sigma for scale, sigma in zip(outcome.scales, own.s.tolist(), strict=True)]
+    known = _known_values(subject)
+    ranks = _ranks_after(np.delete(known, list(subject.chosen)), achieved, known.size == min(tuned.shape))
+    verdicts = {vector.index: vector for vector in subject.findings.vectors}
+    vectors = []
+    for at, (index, scale) in enumerate(subject.chosen.items()):
+        verdict = verdicts.get(index)
+        vectors.append(
+            ScaledVector(
+                index=index,
+                sigma=float(own.s[at]),
+                scale=scale,
+                scale_achieved=outcome.scales[at],
+                sigma_after=achieved[at],
+                energy=(float(own.s[at]) / outcome.before) ** 2,
+                energy_after=(_share(achieved[at], outcome.after) or 0.0) ** 2,
+                index_after=ranks[at],
+                max_cosine=None if verdict is None else verdict.max_cosine,
+                intruder=verdict is not None and verdict.intruder,
+            )
+        )
+    record = LayerRepair(
+        name=pair.name,
+        module_type=module_type(pair.name),
+        role=pair.role,
+        shape=pair.shape,
+        kind=planned.kind,
+        vectors=tuple(vectors),
+        intruders_before=len(subject.findings.intruders),
+        intruders_after=len(found.intruders),
+        update_norm=outcome.update_before,
+        update_norm_after=outcome.update_after,
+        update_change=_share(outcome.change, outcome.update_before),
+        update_error=_share(outcome.error, outcome.update_meant),
+        weight_error=_share(outcome.error, outcome.meant),
+        residual=own.residual,
+        rank=planned.rank,
+        rank_after=None if update is None else update.A.shape[0],
+        parameters=planned.parameters,
+        parameters_after=planned.parameters
+        if update is None
+        else parameters_of(planned, pair.shape[0], update.A.shape[0]),
+        dtype=next(name for name, stored in STORED.items() if stored == dtype),
+        noise_like_base=subject.findings.noise_like_base,
+        notes=pair.notes,
+    )
+    return Edited(record, found, update, dense)
+
+
+def _known_values(subject: Subject) -> np.ndarray:
+    """The leading singular values of W1 as far as they are known, descending; all of them of small weights."""
+    values = subject.triplets.values
+    more = [vector.sigma for vector in subject.findings.vectors if vector.index >= values.size]
+    return np.concatenate([values, more])
+
+
+def _ranks_after(others: np.ndarray, achieved: Sequence[float], complete: bool) -> list[int | None]:
+    """The rank of each scaled value among all; None where it fell below what is known, or to nothing."""
+    least = NOTHING * max(others.max(initial=0.0), *achieved)
+    if not complete and others.size:
+        least = max(least, float(others[-1]))
+    return [
+        int(np.count_nonzero(others > value)) + sum(other > value for other in achieved) if value > least else None
+        for value in achieved
+    ]
+
+
+def parameters_of(planned: PlannedUpdate, rows: int, rank: int) -> int:
+    """How many values are stored for a low-rank update of (rows, …) at another rank."""
+    assert planned.rank is not None
+    magnitudes = rows if planned.kind == "row_scaled" else 0
+    return (planned.parameters - magnitudes) // planned.rank * rank + magnitudes
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None

@@ -1,0 +1,193 @@
+"""Whole checkpoints with some tensors edited in place, and what an adapter carries that merging must not forget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from spectra.adapters import Plan
+from spectra.adapters.peft import beside_factors
+from spectra.adapters.writing import CONFIG, STORED, tied_head
+from spectra.checkpoint import Checkpoint, TensorInfo, read_header
+from spectra.errors import CorruptFileError, UsageError
+from spectra.folders import CARD, companions, copy_file, is_tokenizer, write_card, write_record
+from spectra.layers import LayerPair, Pairing
+from spectra.orientation import TIED
+
+SLAB_ELEMENTS = 1 << 22  # converted at once
+
+
+class EditedCheckpoint:
+    """A copy of a checkpoint in which single tensors get new values; layout, dtypes and all other bytes stay.
+
+    Parameters
+    ----------
+    home : an empty folder, as :func:`spectra.folders.whole_folder` gives it; the copy is made at once.
+    source : the checkpoint: its shards, index, configs, tokenizer… (:func:`spectra.folders.companions`).
+    tokenizer : a checkpoint whose tokenizer files take the place of the source's: the adapter that is merged in.  The
+        copy then gets a model card of its own, since neither's describes it.
+
+    Attributes
+    ----------
+    checkpoint : the copy, opened.  It is read as it is at that moment.
+    left_behind : name → why a file of the source did not go along.
+    """
+
+    def __init__(self, home: Path, source: Checkpoint, *, tokenizer: Checkpoint | None = None):
+        self.home, self.source, self._adapter = home, source, tokenizer
+        beside = companions(source)
+        left_behind = dict(beside.left_behind)
+        along = {path.name: path for path in beside.files}
+        if along.pop(CONFIG, None) is not None:  # with which the copy would pass for an adapter
+            left_behind[CONFIG] = "an adapter's, which lies in the model's folder"
+        if tokenizer is not None:
+            if along.pop(CARD, None) is not None:
+                left_behind[CARD] = "the base's model card, not the result's"
+            along |= {path.name: path for path in companions(tokenizer).files if is_tokenizer(path)}
+        for file in source.files:
+            copy_file(file, home / file.name)
+        for name, path in along.items():
+            copy_file(path, home / name)
+        self.left_behind: Mapping[str, str] = left_behind
+        self.checkpoint = self._opened()
+
+    def _opened(self) -> Checkpoint:
+        tensors: dict[str, TensorInfo] = {}
+        for file in self.source.files:
+            tensors |= read_header(self.home / file.name)
+        for name, info in self.source.tensors.items():
+            if name not in tensors or replace(tensors[name], file=info.file) != info:
+                raise CorruptFileError(info.file, "the file changed while it was being read", name)
+        path = self.home if self.source.path.is_dir() else self.home / self.source.path.name
+        ordered = {name: tensors[name] for name in self.source.tensors}
+        return Checkpoint(path, self.source.layout, ordered, self.source.config)
+
+    def put(self, name: str, value: Tensor, *, rows: int | None = None) -> None:
+        """Writes a tensor's new values, in the stored orientation, rounded once to the stored dtype.
+
+        ``rows`` are the leading ones that ``value`` has, the others stay.  May be called from several threads.
+
+        Raises
+        ------
+        UsageError : the shape does not fit, or a finite value is beyond what the dtype can hold.
+        """
+        info = self.checkpoint.tensors[name]
+        shape = info.shape if rows is None else (rows, *info.shape[1:])
+        if tuple(value.shape) != shape or (rows is not None and rows > info.shape[0]):
+            raise UsageError(f"{self.source.path}: tensor {name!r}: values of {list(value.shape)} for {list(shape)}")
+        if not info.is_float:
+            raise UsageError(f"{self.source.path}: tensor {name!r} is stored as {info.dtype}, which holds no weights")
+        dtype = STORED[info.dtype]
+        step = max(1, SLAB_ELEMENTS // max(1, value[:1].numel())) if value.ndim else 1
+        slabs = [value[at : at + step] for at in range(0, value.shape[0], step)] if value.ndim else [value]
+        with info.file.open("r+b") as file:
+            file.seek(info.span[0])
+            for slab in slabs:
+                stored = slab.to(dtype).contiguous()
+                if not bool(stored.isfinite().all()) and bool(slab.isfinite().all()):
+                    raise UsageError(
+                        f"{self.source.path}: tensor {name!r}: its new values are too large for {info.dtype}"
+                    )
+                file.write(_bytes(stored))
+
+    def carry(self, tuned: Checkpoint, items: Iterable[Carried]) -> None:
+        """Writes what an adapter carries beside its matrices; see :func:`carried_tensors`."""
+        for item in items:
+            value, info = tuned.read(item.tensor), self.checkpoint.tensors[item.base]
+            if item.scaling is not None:
+                value = self.checkpoint.read(item.base).double() + item.scaling * value.double()
+            if info.is_float:
+                self.put(item.base, value)
+            else:  # counters and the like, which :func:`carried_tensors` found to be stored alike
+                with info.file.open("r+b") as file:
+                    file.seek(info.span[0])
+                    file.write(_bytes(value))
+
+    def finish(self, *, remarks: Sequence[str] = (), record: str | None = None) -> None:
+        """Adds ``remarks`` (paragraphs) to the model card, and the record (JSON text), if they are given."""
+        base = (self._adapter.adapter_config or {}).get("base_model_name_or_path") if self._adapter else None
+        named = [f"base_model: {json.dumps(base, ensure_ascii=False)}"] if isinstance(base, str) and base else []
+        write_card(self.home, self.home / CARD, remarks, [*named, "tags:", "- spectra"])
+        if record is not None:
+            write_record(self.home, record)
+
+
+def _bytes(value: Tensor) -> bytes:
+    return bytes(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data) if value.numel() else b""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A tensor of an adapter that goes into one of the base.
+
+    ``scaling`` is None where it takes its place, else what it is multiplied by before it is added (a bias of lora_B).
+    """
+
+    base: str
+    tensor: str
+    scaling: float | None = None
+
+
+def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pairing) -> tuple[Carried, ...]:
+    """What merging an adapter must write besides the pairs' own weights: norms and biases, from headers alone.
+
+    ``pairing`` is that of all updates, without ``include`` or ``exclude``; its pairs, matrices of ``modules_to_save``
+    among them, are the caller's to write.
+
+    Raises
+    ------
+    UsageError : the base has no place for something (a new head, a resized vocabulary, a quantised weight, a head that
+        shares its embedding's weight); it is named.
+    """
+
+    def refuse(tensor: str, why: str) -> NoReturn:
+        raise UsageError(
+            f"{tuned.path}: tensor {tensor!r} cannot be merged into {base.path}: {why}; write the adapter instead, "
+            "and merge that with peft"
+        )
+
+    if plan.facts.get("conditional"):
+        raise UsageError(f"{tuned.path}: this adapter works on some tokens only (aLoRA), so it cannot be merged")
+    written = {name for pair in pairing.pairs for name in pair.update.tensors}
+    reasons = {item.name: item.reason for item in pairing.skipped}
+    for pair in pairing.pairs:
+        why = _why_not_merged(base, tuned, pair)
+        if why is not None:
+            refuse(pair.update.tensors[0], why)
+    for update in plan.updates:
+        if update.tensors[0] not in written:
+            refuse(update.tensors[0], reasons.get(update.module, "it matches no weight there"))
+    found: list[Carried] = []
+    for key, name, scaling in beside_factors(tuned, plan):
+        if key in written:
+            continue
+        target = pairing.counterpart(name)
+        if target is None:
+            refuse(key, f"there is no {name!r}")
+        mine, theirs = tuned.tensors[key], base.tensors[target]
+        if mine.shape != theirs.shape:
+            refuse(key, f"its shape is {list(mine.shape)}, that of {target!r} {list(theirs.shape)}")
+        if (not theirs.is_float or not mine.is_float) and (scaling is not None or mine.dtype != theirs.dtype):
+            refuse(key, f"it is stored as {mine.dtype}, {target!r} as {theirs.dtype}")
+        found.append(Carried(target, key, scaling))
+    return tuple(sorted(found, key=lambda item: item.scaling is not None))  # what is added comes after what is replaced
+
+
+def _why_not_merged(base: Checkpoint, tuned: Checkpoint, pair: LayerPair) -> str | None:
+    if pair.rows is not None:
+        return next((note for note in pair.notes if "resized" in note), "its vocabulary was resized")
+    if pair.tied:
+        return f"the head shares {pair.base.name!r} with the embedding, which would change, too"
+    heads = tied_head(base.config, base.tensors)
+    shared = pair.base.name in heads.values()
+    if base.config.get("tie_word_embeddings") is True:
+        shared |= pair.role == "head" or pair.base.name.endswith(TIED)
+    if shared and not (tuned.adapter_config or {}).get("ensure_weight_tying"):
+        return "the base's head and embedding share one weight, so both would change"
+    return None

@@ -1,0 +1,387 @@
+"""The record of a repair and what is printed of it, from records made by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+
+import jsonschema
+import pytest
+import referencing
+
+from spectra import mitigation, report
+from spectra.errors import CorruptFileError, MissingFileError, UsageError
+from spectra.mitigation import LayerCheck, LayerRepair, Mitigation, ScaledVector, Verification, load_mitigation
+from spectra.output import REPORT_MARKS
+from spectra.render.mitigation import render_mitigation, render_verification, to_csv
+from spectra.report import LayerReport, Report
+
+SHA = "sha256:" + "0" * 64
+FACTS = {"fingerprint": SHA, "fingerprint_covers": "headers", "fingerprint_headers": SHA}
+AUDITED = {
+    "top_k": 10, "epsilon": 0.5, "side": "left", "engine": "auto", "device": "cpu", "threads": 1, "workers": 2,
+    "include": [], "exclude": [], "verify": False,
+}  # fmt: skip
+
+
+def vector(index=0, scale=0.7, **changes):
+    made = ScaledVector(
+        index=index, sigma=2.0 - index / 10, scale=scale, scale_achieved=scale, sigma_after=scale * (2.0 - index / 10),
+        energy=0.04, energy_after=0.0202, index_after=index + 2, max_cosine=0.21, intruder=True,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def layer(number=0, vectors=None, **changes):
+    vectors = (vector(),) if vectors is None else tuple(vectors)
+    made = LayerRepair(
+        name=f"model.layers.{number}.self_attn.q_proj", module_type="self_attn.q_proj", role="linear", shape=(128, 64),
+        kind="low_rank", vectors=vectors, intruders_before=3, intruders_after=3, update_norm=4.0, update_norm_after=3.0,
+        update_change=0.25, update_error=2.5e-8, weight_error=3e-9, residual=1e-7, rank=4, rank_after=4 + len(vectors),
+        parameters=768, parameters_after=192 * (4 + len(vectors)), dtype="F32", noise_like_base=False,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def audit(intruders=6, layers=4, **changes):
+    found = tuple(
+        LayerReport(
+            name=f"model.layers.{number}.self_attn.q_proj", module_type="self_attn.q_proj", role="linear",
+            shape=(128, 64), stored_shape=(128, 64), status="analysed",
+            update={"kind": "low_rank", "rank": 4, "alpha": 8, "scaling": 2.0, "parameters": 8, "dense_parameters": 9},
+            intruders=intruders if number == 0 else 0,
+        )
+        for number in range(layers)
+    )  # fmt: skip
+    made = Report(
+        base={"path": "base", "format": "safetensors", "changed_since_cached": False, **FACTS},
+        tuned={"path": "out", "format": "peft-lora", "rank": None, "alpha": None, **FACTS},
+        settings={**AUDITED, "dtype": "float32"},
+        layers=found,
+        skipped=(),
+        spectra_version="0",
+        seconds=1.5,
+    )
+    return replace(made, **changes)
+
+
+def record(layers=None, **changes):
+    made = Mitigation(
+        base={"path": "base", "format": "safetensors", "changed_since_cached": False, **FACTS},
+        source={"path": "tuned", "format": "peft-lora", "rank": 4, "alpha": 8, "scaling": 2.0, **FACTS},
+        output={"path": "out", "format": "peft-lora", "rank": None, "alpha": None, "scaling": None, **FACTS},
+        settings={"scale": 0.7, "which": "all", "keep_rank": False, "merged": False, "dtype": None, **AUDITED},
+        layers=(layer(0, [vector(0), vector(3, index_after=None)]), layer(2)) if layers is None else tuple(layers),
+        audit=audit(),
+        intruders_before=6,
+        left_behind={"optimizer.pt": "weights in another format", "runs": "a folder"},
+        remarks=("the adapter's own evaluation results are those of the source",),
+        spectra_version="0",
+        seconds=2.5,
+    )
+    return replace(made, **changes)
+
+
+def check(**changes):
+    layers = (LayerCheck("a", 2e-8, 1e-6, True), LayerCheck("b", 5e-8, 1e-6, True))
+    return replace(Verification("out", "tuned", layers), **changes)
+
+
+MANY = {
+    "plain": record(),
+    "dry run": record(output=None),
+    "no audit": record(output=None, audit=None),
+    "nothing chosen": record(layers=()),
+    "scale 1": record([layer(0, [vector(scale=1.0)])]),
+    "removed": record([layer(0, [vector(scale=0.0, scale_achieved=1e-9, index_after=None)])]),
+    "by pattern": record(
+        settings={**record().settings, "scale": {"*": 0.7, "q_proj": 0.5}, "which": {"layers.0.": [0, 3]}},
+    ),
+    "whole": record(
+        [layer(kind="dense", rank=None, rank_after=None, parameters_after=768, dtype="BF16")],
+        settings={**record().settings, "merged": True},
+    ),
+    "merged": record([layer(rank_after=None)], settings={**record().settings, "merged": True, "workers": 1}),
+    "unknown": record(
+        [layer(0, [vector(max_cosine=None)], update_change=None, update_error=None, weight_error=None)],
+    ),
+    "noise": record([layer(noise_like_base=True), layer(1, noise_like_base=None)]),
+    "not only intruders": record([layer(0, [vector(), vector(1, intruder=False, max_cosine=0.99)])]),
+    "keep rank": record(
+        [layer(0, [vector(scale_achieved=0.742, sigma_after=1.484)], rank_after=4)],
+        settings={**record().settings, "keep_rank": True},
+    ),
+}  # fmt: skip
+each = pytest.mark.parametrize("made", MANY.values(), ids=MANY)
+
+
+def validator(schema):
+    registry = referencing.Registry().with_resources(
+        [
+            (name, referencing.Resource.from_contents(home.json_schema()))
+            for name, home in (("spectra.report/1", report), ("spectra.mitigation/1", mitigation))
+        ]
+    )
+    return jsonschema.Draft202012Validator(schema, registry=registry)
+
+
+@each
+@pytest.mark.parametrize("canonical", [False, True])
+def test_json_follows_the_schema_and_comes_back(made, canonical, tmp_path):
+    text = made.to_json(canonical=canonical)
+    validator(mitigation.json_schema()).validate(json.loads(text))
+    path = tmp_path / "spectra-mitigation.json"
+    path.write_text(text)
+    again = load_mitigation(path)
+    assert load_mitigation(tmp_path) == again
+    assert (again.layers, again.summary) == (made.layers, made.summary)
+    if not canonical:
+        assert again.to_json() == text
+        assert again.rows() == made.rows()
+
+
+def test_the_schema_lists_every_field():
+    schema = mitigation.json_schema()
+    value = record().to_dict()
+    assert schema["properties"].keys() == value.keys()
+    assert set(schema["required"]) == value.keys() - {"seconds"}
+    assert schema["properties"]["summary"]["properties"].keys() == value["summary"].keys()
+    for name, item in (("layer", value["layers"][0]), ("vector", value["layers"][0]["vectors"][0])):
+        assert set(schema["$defs"][name]["required"]) == schema["$defs"][name]["properties"].keys() == item.keys()
+    assert schema["$defs"]["verification"]["properties"].keys() == check().to_dict().keys()
+
+
+def test_the_canonical_form_holds_nothing_of_this_machine():
+    here, there = record(), record(
+        base={**record().base, "path": "/a/base", "changed_since_cached": True},
+        source={**record().source, "path": "/a/tuned"}, output={**(record().output or {}), "path": "/a/out"},
+        settings={**record().settings, "workers": 7}, seconds=9.0, audit=audit(seconds=8.0),
+    )  # fmt: skip
+    assert here.to_json() != there.to_json()
+    assert here.to_json(canonical=True) == there.to_json(canonical=True)
+    assert here.source["path"] == "tuned"
+    assert here.to_json(canonical=True) != record(layers=()).to_json(canonical=True)
+
+
+def test_fields_may_be_added():
+    value = record().to_dict()
+    value["new"] = value["layers"][0]["new"] = value["layers"][0]["vectors"][0]["new"] = 1
+    assert Mitigation.from_dict(value).to_dict() == record().to_dict()
+
+
+def without(*path):
+    value = record().to_dict()
+    place = value
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", "[1]", '{"schema": "spectra.mitigation/1"}', '{"schema": "spectra.mitigation/2"}',
+        audit().to_json(), without("settings", "scale"), without("layers", 0, "vectors", 0, "sigma"),
+        without("layers", 0, "name"), without("source"), without("audit"), "[" * 9999,
+    ],
+)  # fmt: skip
+def test_what_is_no_record(text, tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(CorruptFileError, match=r"record\.json"):
+        load_mitigation(path)
+    for nothing in (tmp_path, tmp_path / "nothing.json"):
+        with pytest.raises(MissingFileError):
+            load_mitigation(nothing)
+
+
+def test_another_schema_is_named():
+    with pytest.raises(UsageError, match=r"spectra\.report/1"):
+        Mitigation.from_dict(audit().to_dict())
+
+
+def test_totals():
+    made = record([
+        layer(0, [vector(), vector(1, scale=0.5, scale_achieved=0.52)], update_norm=3.0, update_change=0.4),
+        layer(1, update_norm=4.0, update_change=0.1, update_error=None, noise_like_base=True),
+        layer(2, [vector(scale=1.0)], update_change=9.0, update_error=1.0),
+    ])  # fmt: skip
+    found = made.summary
+    assert found["vectors_scaled"] == found["intruders_scaled"] == 3
+    assert (found["layers_changed"], found["layers_decided"], found["layers_noise_like_base"]) == (2, 4, 1)
+    assert (found["intruders_before"], found["intruders_after"]) == (6, 6)
+    assert found["update_change"] == pytest.approx((1.2**2 + 0.4**2) ** 0.5 / 5)
+    assert found["scale_error"] == pytest.approx(0.02)
+    assert (found["update_error"], found["weight_error"]) == (2.5e-8, 3e-9)
+    assert (found["parameters"], found["parameters_after"]) == (2 * 768, 192 * (6 + 5))
+    assert repr(made) == "<Mitigation of tuned: 3 vectors in 2 layers>"
+
+
+def test_totals_of_nothing():
+    found = record(layers=()).summary
+    assert [found[key] for key in ("update_change", "scale_error", "update_error", "weight_error")] == [None] * 4
+    assert found["parameters"] == 0
+    assert record([layer(update_norm=0.0, update_change=None)]).summary["update_change"] is None
+
+
+def test_without_an_audit_the_layers_say_how_many_are_left():
+    made = record([layer(0, intruders_after=1)], audit=None)
+    assert (made.intruders_after, made.layers_decided) == (4, None)
+
+
+def test_dataframe():
+    pytest.importorskip("pandas")
+    frame = record().to_dataframe()
+    assert list(frame.columns) == list(mitigation.ROW_COLUMNS)
+    assert list(frame["index"]) == [0, 3, 0]
+    assert list(frame["layer_intruders_before"]) == [3, 3, 3]
+    assert set(frame["rows"]) == {128}
+    assert list(record(layers=()).to_dataframe().columns) == list(mitigation.ROW_COLUMNS)
+
+
+def test_text():
+    text = render_mitigation(record())
+    first, *_ = text.splitlines()
+    assert first == "Repaired: 3 intruder dimensions in 2 of 4 layers scaled by 0.7; 6 intruders before, 6 after."
+    assert "\nsource     tuned  (peft-lora, rank 4, alpha 8, scaling 2)\nbase       base\noutput     out" in text
+    assert "rank 4 → 5–6, 1,536 → 2,112 values stored" in text
+    rows = [line.split() for line in text.splitlines() if "0 → 2" in line or "3 → lower" in line]
+    assert rows[0][:5] == ["model.layers.0.self_attn.q_proj", "0", "→", "2", "0.21"]
+    assert rows[1][:4] == ["3", "→", "lower", "0.21"]  # the layer's name stands once
+    assert "2 → 1.4" in text
+    assert "4.00% → 2.02%" in text
+    assert "keeps its direction" in text
+    assert "optimizer.pt: weights in another format" in text
+    assert "note: the adapter's own evaluation results" in text
+
+
+UNCHANGED = "Unchanged: no singular vector was chosen with a scale other than 1, so every file stays what it is."
+STARTS = {
+    "dry run": "Dry run: 3 intruder dimensions in 2 of 4 layers would be scaled by 0.7;",
+    "no audit": "Dry run: 3 intruder dimensions in 2 layers would be scaled by 0.7; 6 intruders before, 6 after.",
+    "nothing chosen": UNCHANGED,
+    "scale 1": UNCHANGED,
+    "removed": "Repaired: 1 intruder dimension in 1 of 4 layers removed;",
+    "not only intruders": "Repaired: 2 singular vectors, 1 of them intruder dimensions, in 1 of 4 layers scaled",
+}
+
+
+@each
+def test_every_text(made):
+    plain, verbose = render_mitigation(made), render_mitigation(made, verbose=True)
+    assert plain.startswith(STARTS.get(next(name for name, item in MANY.items() if item is made), "Repaired: "))
+    for text in (plain, verbose):
+        assert text.encode().startswith(REPORT_MARKS)
+        assert text.endswith("\n")
+        assert "\n\n\n" not in text
+        assert "None" not in text
+        assert max(len(line) for line in text.splitlines()) <= 150
+        assert not any(line != line.rstrip() for line in text.splitlines())
+    ascii_only = render_mitigation(made, verbose=True, ascii_only=True)
+    assert ascii_only.isascii()
+    assert "?" not in ascii_only
+
+
+def test_what_the_text_says_of_odd_cases():
+    def of(name):
+        return render_mitigation(MANY[name])
+
+    assert "a dry run writes nothing" in of("dry run")
+    assert "by index: layers.0.: 0,3" in of("by pattern")
+    assert "scale      *: 0.7; q_proj: 0.5" in of("by pattern")
+    assert "  rank  " not in of("whole")
+    assert "BF16" in of("whole")
+    assert "whole instead of as factors" in of("merged")
+    assert "the base of 1 layer (*) is plain noise" in of("noise")
+    assert "q_proj *" in of("noise")
+    assert "0.742" in of("keep rank")
+    assert "reached" in of("keep rank")
+    assert "reached" not in of("plain")
+    assert "4 → whole" in of("merged")
+    assert re.search(r" 0 → gone +0\.21 +0 +2 → 0 ", of("removed"))
+    assert "nothing that was measured" in of("unknown")
+    assert "\nlayer" not in of("nothing chosen")
+
+
+def test_the_note_on_the_count_says_what_happened():
+    def notes(**changes):
+        text = render_mitigation(record(**changes))
+        return "keeps its direction" in text, "moved up into them" in text
+
+    gone = [layer(0, [vector(index_after=None), vector(1, index_after=10)])]
+    assert "2 of 3 scaled intruders are still among the top 10" in render_mitigation(record()).replace("\n", " ")
+    assert notes() == notes(audit=audit(2)) == (True, False)
+    assert notes(audit=audit(7)) == (True, True)
+    assert notes(layers=gone) == (False, True)
+    assert notes(layers=gone, audit=audit(4)) == (False, False)
+    others = [layer(0, [vector(intruder=False)])]
+    assert notes(layers=others, audit=audit(0), intruders_before=0) == (False, False)
+
+
+def test_layers_that_failed_are_named():
+    bad = replace(audit().layers[0], status="non_finite", error="NaN in W1")
+    text = render_mitigation(record(audit=replace(audit(), layers=(bad,))))
+    assert "non_finite: model.layers.0.self_attn.q_proj: NaN in W1" in text
+
+
+def test_of_many_layers_those_that_changed_most():
+    layers = [layer(number, update_change=number / 100, notes=("a convolution",)) for number in range(40)]
+    text = render_mitigation(record(layers))
+    shown = [line.split()[0] for line in text.splitlines() if line.startswith("model.layers.")]
+    assert shown == [f"model.layers.{number}.self_attn.q_proj" for number in range(16, 40)]
+    assert "16 more layers" in text
+    assert "a convolution" not in text
+    text = render_mitigation(record(layers), verbose=True)
+    assert sum(line.startswith("model.layers.") for line in text.splitlines()) == 40
+    assert "note: model.layers.3.self_attn.q_proj: a convolution" in text
+
+
+def test_files_left_behind_are_listed_by_reason():
+    files = {f"model-{number}.bin": "weights in another format" for number in range(5)}
+    text = render_mitigation(record(left_behind=files))
+    assert "left behind: 5 files of the source\n  model-0.bin, model-1.bin, model-2.bin, … (2 more): weights" in text
+    assert "model-4.bin" in render_mitigation(record(left_behind=files), verbose=True)
+    assert "left behind" not in render_mitigation(record(left_behind={}))
+
+
+def test_csv():
+    rows = list(csv.DictReader(io.StringIO(to_csv(record()))))
+    assert tuple(rows[0]) == mitigation.ROW_COLUMNS
+    assert [row["index_after"] for row in rows] == ["2", "", "2"]
+    assert {row["tuned"] for row in rows} == {"tuned"}
+    assert to_csv(record()).encode().startswith(REPORT_MARKS)
+
+
+AMISS = {
+    "holds": check(),
+    "differs": check(layers=(LayerCheck("a", 2e-3, 1e-6, False), LayerCheck("b", 5e-8, 1e-6, True))),
+    "unreadable": check(layers=(LayerCheck("a", None, 1e-6, False),), problems=("a.safetensors: is missing",)),
+    "problem": check(problems=("the source has changed",)),
+    "empty": check(layers=()),
+}
+
+
+@pytest.mark.parametrize("made", AMISS.values(), ids=AMISS)
+def test_verifications(made):
+    value = json.loads(made.to_json())
+    validator({"$ref": "spectra.mitigation/1#/$defs/verification"}).validate(value)
+    assert value["schema"] == "spectra.verification/1"
+    holds = made in (AMISS["holds"], AMISS["empty"])
+    assert made.holds == value["holds"] == holds
+    text = render_verification(made)
+    assert text.startswith("Verified: out is" if holds else "NOT verified: out")
+    for problem in made.problems:
+        assert f"problem: {problem}" in text
+    assert [line.split()[0] for line in text.splitlines() if "DIFFERS" in line] == [item.name for item in made.failed]
+    verbose = render_verification(made, verbose=True, ascii_only=True)
+    assert verbose.isascii()
+    assert sum(line.endswith(("holds", "DIFFERS")) for line in verbose.splitlines()) == len(made.layers)
+    assert text.encode().startswith(REPORT_MARKS)
+    rows = list(csv.DictReader(io.StringIO(to_csv(made))))
+    assert [row["layer"] for row in rows] == [item.name for item in made.layers]
+    assert to_csv(made).encode().startswith(REPORT_MARKS)
+    assert ("holds" if holds else "does not hold") in repr(made)
