@@ -22,7 +22,10 @@ from benchmarks.plots import write_plot
 from benchmarks.tables import machine, text, write_table
 
 # What each one measures is its module's docstring.
-NAMES = ("engines", "growth", "seven_b", "memory", "ten_adapters", "comparison", "fixtures", "trained", "proof")
+NAMES = (
+    "engines", "growth", "seven_b", "memory", "ten_adapters", "comparison", "mitigation", "fixtures", "trained",
+    "proof",
+)  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -98,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for models, deleted again; seven_b needs 14 GB")
     parser.add_argument("--repeat", type=int, metavar="N", help="runs after the warm-up, as time allows (default: 5)")
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory and comparison")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory, comparison, mitigation"
+    )
     parser.add_argument("--rank", type=int, default=16, help="of LoRAs (default: 16)")
     parser.add_argument("--width", type=int, help="of seven_b (4096), ten_adapters (2048) and trained (2048)")
     parser.add_argument("--layers", type=int, help="of seven_b (32), ten_adapters (4) and comparison (2)")

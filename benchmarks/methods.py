@@ -88,13 +88,9 @@ def plain(problem: Problem) -> Method:
     return run
 
 
-def peft(problem: Problem) -> Method:
-    """``reduce_intruder_dimension`` on a model of this one layer; its seconds are those until it names the intruders.
-
-    What follows is the repair, with a third SVD, which no other method here makes.
-    """
+def peft_model(problem: Problem) -> Any:
+    """A model of one layer, ``q``, with the problem's LoRA of scaling 1 on it."""
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.intruders import reduce_intruder_dimension
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -112,6 +108,17 @@ def peft(problem: Problem) -> Method:
     layer: Any = model.base_model.model.q
     layer.lora_B["default"].weight.data = problem.B.clone()
     layer.lora_A["default"].weight.data = problem.A.clone()
+    return model
+
+
+def peft(problem: Problem) -> Method:
+    """``reduce_intruder_dimension`` on a model of this one layer; its seconds are those until it names the intruders.
+
+    What follows is the repair, with a third SVD, which no other method here makes.
+    """
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    model = peft_model(problem)
 
     def run() -> Answer:
         said: list[tuple[float, str]] = []

@@ -8,9 +8,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from spectra.analysis import Findings, find_intruders
+    from spectra.checking import verify_mitigation
     from spectra.comparing import compare, layer_spectra
     from spectra.comparison import Comparison
     from spectra.errors import SpectraError
+    from spectra.mitigating import mitigate
+    from spectra.mitigation import Mitigation, Verification
     from spectra.pipeline import audit, audit_many
     from spectra.precompute import CachedBase, cache_base
     from spectra.ranking import Extraction, extract_adapter, suggest_ranks
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from spectra.records import LayerSpectra
     from spectra.render.records import to_text
     from spectra.report import Report
+    from spectra.tradeoff import mitigation_sweep
 
 _HOMES = {
     "CachedBase": "spectra.precompute",
@@ -25,9 +29,11 @@ _HOMES = {
     "Extraction": "spectra.ranking",
     "Findings": "spectra.analysis",
     "LayerSpectra": "spectra.records",
+    "Mitigation": "spectra.mitigation",
     "RankReport": "spectra.ranks",
     "Report": "spectra.report",
     "SpectraError": "spectra.errors",
+    "Verification": "spectra.mitigation",
     "audit": "spectra.pipeline",
     "audit_many": "spectra.pipeline",
     "cache_base": "spectra.precompute",
@@ -35,8 +41,11 @@ _HOMES = {
     "extract_adapter": "spectra.ranking",
     "find_intruders": "spectra.analysis",
     "layer_spectra": "spectra.comparing",
+    "mitigate": "spectra.mitigating",
+    "mitigation_sweep": "spectra.tradeoff",
     "suggest_ranks": "spectra.ranking",
     "to_text": "spectra.render.records",
+    "verify_mitigation": "spectra.checking",
 }
 
 __all__ = [
@@ -45,9 +54,11 @@ __all__ = [
     "Extraction",
     "Findings",
     "LayerSpectra",
+    "Mitigation",
     "RankReport",
     "Report",
     "SpectraError",
+    "Verification",
     "__version__",
     "audit",
     "audit_many",
@@ -56,8 +67,11 @@ __all__ = [
     "extract_adapter",
     "find_intruders",
     "layer_spectra",
+    "mitigate",
+    "mitigation_sweep",
     "suggest_ranks",
     "to_text",
+    "verify_mitigation",
 ]
 
 

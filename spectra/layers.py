@@ -78,6 +78,11 @@ class LayerPair:
         return self.base.shape
 
     @property
+    def analysed_shape(self) -> tuple[int, ...]:
+        """The stored shape, or that of the leading rows that are analysed."""
+        return self.stored_shape if self.rows is None else (self.rows, *self.stored_shape[1:])
+
+    @property
     def base_key(self) -> tuple[str, Layout, int | None]:
         """Pairs with the same key share the same W0."""
         return self.base.name, self.layout, self.rows

@@ -239,7 +239,7 @@ class _AdapterForm:
         if edited.update is not None:
             self.changed[pair.update.module] = edited.update
         elif edited.dense is not None and self.home is not None:
-            self.whole[pair.update.tensors[0]] = as_stored(edited.dense, pair.layout, _shape(pair))
+            self.whole[pair.update.tensors[0]] = as_stored(edited.dense, pair.layout, pair.analysed_shape)
 
     def records(self, repairs: list[LayerRepair]) -> list[LayerRepair]:
         new = {module: update.A.shape[0] for module, update in self.changed.items()}
@@ -298,7 +298,7 @@ class _CheckpointForm:
             return
         dense = edited_dense(tuned, None, self.dtype_of(pair)) if edited is None else edited.dense
         assert dense is not None
-        self.copy.put(self._name(pair), as_stored(dense, pair.layout, _shape(pair)), rows=pair.rows)
+        self.copy.put(self._name(pair), as_stored(dense, pair.layout, pair.analysed_shape), rows=pair.rows)
 
     def records(self, repairs: list[LayerRepair]) -> list[LayerRepair]:
         return repairs
@@ -322,11 +322,6 @@ class _CheckpointForm:
         run = SingleRun(self.home, self.run.base.path, self.run.settings)
         audit = replace(analysis, visit=None).reports([run], time.perf_counter())[0]
         return _with_output(mitigation, replace(audit, tuned={**audit.tuned, "path": str(output)}), self.home)
-
-
-def _shape(pair: LayerPair) -> tuple[int, ...]:
-    """Of the stored tensor, or of its leading rows that are analysed."""
-    return pair.stored_shape if pair.rows is None else (pair.rows, *pair.stored_shape[1:])
 
 
 def _with_audit(

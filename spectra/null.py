@@ -91,8 +91,8 @@ class _RandomUpdates:
 
     def count(self, rng: np.random.Generator) -> int:
         r = self.sigma.numel()
-        B = _haar(rng, self.p, r) * self.sigma
-        F = _haar(rng, self.q, r)[: self.p]
+        B = haar(rng, self.p, r) * self.sigma
+        F = haar(rng, self.q, r)[: self.p]
         values, P = self._leading(B, F, self.wanted)
         starts = clusters(values)
         k = min(self.question.top_k, self.p)
@@ -147,7 +147,7 @@ class _RandomUpdates:
         return Spectrum(s, vectors, self.question.side, np.zeros(s.size), 0.0, self.shape, "random")
 
 
-def _haar(rng: np.random.Generator, rows: int, columns: int) -> Tensor:
+def haar(rng: np.random.Generator, rows: int, columns: int) -> Tensor:
     """Uniformly random orthonormal columns; without the signs of R, QR is not uniform (Mezzadri 2007)."""
     Q, R = torch.linalg.qr(torch.from_numpy(rng.standard_normal((rows, columns))))
     turned: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)

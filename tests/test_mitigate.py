@@ -339,6 +339,40 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
     assert spectra.verify_mitigation(out).problems == ()
 
 
+POINTS = (
+    "spectra.folders.copy_file", "spectra.adapters.repaired.save_file", "spectra.adapters.repaired._write_config",
+    "spectra.adapters.repaired.write_card", "spectra.mitigating.write_repaired", "spectra.mitigating._with_audit",
+    "spectra.mitigating.files_in", "spectra.mitigating.write_record", "spectra.folders.os.fsync",
+    "spectra.merging.copy_file", "spectra.merging.EditedCheckpoint.put", "spectra.merging.EditedCheckpoint.finish",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error):
+    """And with force, what was there."""
+    member = FIXTURES / ("full-high" if "merging" in point else "lora-r1")
+    home = tmp_path / "home"
+    spectra.mitigate(member, home / "old", BASE, scale=0.5, which="top")
+    before = checksums(home)
+    reached = []
+
+    def crash(*_, **__):
+        reached.append(point)
+        raise error
+
+    for name, force in (("new", False), ("old", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(point, crash)
+            if point == "spectra.folders.copy_file":
+                patch.setattr("spectra.adapters.repaired.copy_file", crash)
+            with pytest.raises((SpectraError, KeyboardInterrupt)):
+                spectra.mitigate(member, home / name, BASE, scale=0.3, force=force)
+        assert len(reached) == (1 if name == "new" else 2)
+        assert checksums(home) == before
+        assert [path.name for path in home.iterdir()] == ["old"]
+
+
 def test_a_check_finds_what_is_not_as_recorded(tmp_path):
     out = tmp_path / "out"
     spectra.mitigate(FIXTURES / "lora-r4", out, BASE, scale=0.5)

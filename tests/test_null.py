@@ -50,13 +50,13 @@ def test_distribution(rng, update, shape, side):
 def drawn(monkeypatch):
     """Collects the random factors in the order in which they are drawn."""
     factors = []
-    draw = null._haar
+    draw = null.haar
 
     def collect(*size):
         factors.append(draw(*size))
         return factors[-1]
 
-    monkeypatch.setattr(null, "_haar", collect)
+    monkeypatch.setattr(null, "haar", collect)
     return factors
 
 
@@ -183,7 +183,7 @@ def test_the_seed_decides(rng):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 3), (8, 2)])
 def test_directions_are_uniform(rows, columns):
     rng = np.random.default_rng(0)
-    Q = np.stack([null._haar(rng, rows, columns).numpy() for _ in range(4000)])
+    Q = np.stack([null.haar(rng, rows, columns).numpy() for _ in range(4000)])
     assert np.abs(Q.transpose(0, 2, 1) @ Q - np.eye(columns)).max() < 1e-12
     assert np.abs(Q.mean(0)).max() < 4.5 / np.sqrt(4000 * rows)
     assert np.abs((Q**2).mean(0) - 1 / rows).max() < 4.5 * np.sqrt(2 / 4000) / rows

@@ -13,7 +13,7 @@ import tomllib
 import pytest
 
 import spectra
-from spectra import analysis, comparing, errors, ranking
+from spectra import analysis, comparing, errors, mitigating, ranking
 from spectra.cli import main
 from spectra.render import records
 from tests.conftest import ROOT
@@ -26,7 +26,7 @@ ALLOWED = {
     "resolve": {"checkpoint", "errors"},
     "orientation": {"checkpoint"},
     "updates": set(),
-    "adapters": {"checkpoint", "errors", "orientation", "updates"},
+    "adapters": {"checkpoint", "errors", "folders", "orientation", "updates"},
     "layers": {"adapters", "checkpoint", "errors", "orientation", "updates"},
     "svd": {"errors", "updates"},
     "detect": {"records", "svd"},
@@ -38,13 +38,47 @@ ALLOWED = {
     "report": {"errors", "records"},
     "sweeps": {"errors", "report"},
     "comparison": {"errors", "report", "sweeps"},
-    "naming": {"adapters"},
-    "ranks": {"errors", "measures", "naming", "report"},
+    "ranks": {"adapters", "errors", "measures", "report"},
+    "folders": {"checkpoint", "errors"},
+    "mitigation": {"errors", "folders", "report"},
+    "repair": {"errors", "svd", "updates"},
+    "editing": {"adapters", "analysis", "errors", "layers", "mitigation", "repair", "report", "svd", "updates"},
+    "merging": {"adapters", "checkpoint", "errors", "folders", "layers", "orientation"},
+    "mitigating": {
+        "adapters",
+        "analysis",
+        "editing",
+        "errors",
+        "folders",
+        "layers",
+        "merging",
+        "mitigation",
+        "orientation",
+        "pipeline",
+        "repair",
+        "report",
+        "runs",
+        "updates",
+    },
+    "checking": {
+        "adapters",
+        "analysis",
+        "checkpoint",
+        "editing",
+        "errors",
+        "layers",
+        "merging",
+        "mitigation",
+        "repair",
+        "runs",
+        "svd",
+        "updates",
+    },
     "truncation": {"errors", "measures", "svd", "updates"},
     "cache": {"checkpoint", "errors", "orientation", "svd"},
     "precompute": {"adapters", "analysis", "cache", "checkpoint", "errors", "layers", "resolve", "svd"},
     "runs": {"adapters", "analysis", "checkpoint", "errors", "layers", "resolve", "svd", "updates"},
-    "pipeline": {"analysis", "cache", "errors", "layers", "report", "runs", "study", "svd"},
+    "pipeline": {"analysis", "cache", "errors", "layers", "report", "runs", "study", "svd", "updates"},
     "comparing": {
         "analysis",
         "comparison",
@@ -62,6 +96,7 @@ ALLOWED = {
         "adapters",
         "analysis",
         "errors",
+        "folders",
         "layers",
         "measures",
         "ranks",
@@ -69,15 +104,34 @@ ALLOWED = {
         "truncation",
         "updates",
     },
+    "insertion": {"adapters", "errors", "layers", "runs"},
+    "tradeoff": {
+        "analysis",
+        "editing",
+        "errors",
+        "insertion",
+        "layers",
+        "null",
+        "orientation",
+        "pipeline",
+        "repair",
+        "report",
+        "runs",
+        "svd",
+        "updates",
+    },
     "inspection": {"adapters", "checkpoint", "errors", "layers", "resolve"},
-    "render": {"comparison", "errors", "ranks", "report", "sweeps"},
+    "render": {"comparison", "errors", "mitigation", "ranks", "report", "sweeps"},
     "plots": {"comparison", "errors", "records", "report", "sweeps"},
     "output": {"checkpoint", "errors"},
     "cli": {
+        "checking",
         "comparing",
         "comparison",
         "errors",
         "inspection",
+        "mitigating",
+        "mitigation",
         "output",
         "pipeline",
         "plots",
@@ -132,9 +186,10 @@ def test_no_file_outgrows_its_purpose():
 
 def test_public_names():
     assert sorted(spectra.__all__) == [
-        "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "RankReport", "Report", "SpectraError",
-        "__version__", "audit", "audit_many", "cache_base", "compare", "extract_adapter", "find_intruders",
-        "layer_spectra", "suggest_ranks", "to_text",
+        "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Mitigation", "RankReport", "Report",
+        "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache_base", "compare",
+        "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep", "suggest_ranks",
+        "to_text", "verify_mitigation",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None
@@ -161,7 +216,7 @@ def test_the_errors_are_drawn_as_they_are():
 
 def test_docstring_examples(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for module in (analysis, comparing, ranking, records):
+    for module in (analysis, comparing, mitigating, ranking, records):
         tried = doctest.testmod(module)
         assert (tried.attempted > 0, tried.failed) == (True, 0), module.__name__
 
@@ -176,7 +231,7 @@ def test_readme_shows_the_real_output(capsys, monkeypatch):
     one, *others = readme_blocks("text")
     assert main(["audit", "fixtures/lora-r4"]) == 0
     assert capsys.readouterr().out.startswith(one.partition("[…]")[0])
-    assert len(others) == 3
+    assert len(others) == 4
     for block in others:
         command, _, shown = block.replace("\\\n", "").partition("\n")
         assert main(command.removeprefix("$ spectra").split()) == 0

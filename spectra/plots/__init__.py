@@ -5,7 +5,8 @@ one column of a paper (3.4 in) or two (7 in).  Save it with :meth:`~matplotlib.f
 :func:`save`, or take its bytes from :func:`render`.  Colours are those of Okabe & Ito, which the colour-blind
 can tell apart, and markers, line styles and hatches say the same in black and white.
 
-``kinds.KINDS`` lists the figures without loading matplotlib; drawing one raises UsageError where it is not
+``kinds.KINDS`` lists the figures of records without loading matplotlib, and :func:`mitigation_tradeoff` draws what
+:func:`spectra.tradeoff.mitigation_sweep` measured; drawing one raises UsageError where it is not
 installed.
 """
 
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from spectra.plots.fine_tunes import counts_by_rank, overlap_matrix, size_and_intruders, trajectory
     from spectra.plots.layers import cosine_profile, similarity_matrix, spectra
     from spectra.plots.style import FORMATS, file_format, render, save
+    from spectra.plots.tradeoff import mitigation_tradeoff
 
 _HOMES = {
     "FORMATS": "style",
     "file_format": "style",
     "render": "style",
     "save": "style",
+    "mitigation_tradeoff": "tradeoff",
     **{kind.function: kind.module for kind in KINDS.values()},
 }
 
@@ -40,6 +43,7 @@ __all__ = [
     "epsilon_sweep",
     "file_format",
     "layer_index_counts",
+    "mitigation_tradeoff",
     "overlap_matrix",
     "render",
     "save",
