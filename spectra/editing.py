@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 from spectra.adapters import PlannedUpdate
 from spectra.adapters.writing import STORED
 from spectra.analysis import Findings, LayerAnalysis
-from spectra.errors import UsageError
+from spectra.errors import NonFiniteError, UsageError
 from spectra.layers import LayerPair, name_matches
 from spectra.mitigation import LayerRepair, ScaledVector
-from spectra.repair import Change, edited_dense, edited_update, outcome_of, scaled
+from spectra.repair import Change, edited_dense, edited_update, outcome_of, scaled, uncertainty
 from spectra.report import module_type
 from spectra.svd.triplets import Triplets
 from spectra.updates import DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
 
+NUMBERS = (int, float, np.integer, np.floating)
 NOTHING = 1e-6  # of the largest singular value: rounding is all that float32 leaves below
 
 Scale: TypeAlias = float | Mapping[str, float]
@@ -44,7 +46,7 @@ class Choice:
     def __init__(self, scale: Scale, which: Which = "all"):
         self.scales = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
         for pattern, value in self.scales.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, NUMBERS) and not isinstance(value, bool)
             if not number or not 0 <= value < np.inf:
                 of = "" if pattern == "*" else f" for {pattern!r}"
                 raise UsageError(f"scale = {value}{of}; expected a number, at least 0 (1 changes nothing)")
@@ -56,21 +58,46 @@ class Choice:
             return
         self.named = {pattern: list(indices) for pattern, indices in which.items()}
         for pattern, indices in self.named.items():
-            if not indices or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+            if not indices or not all(
+                isinstance(i, int | np.integer) and not isinstance(i, bool) and i >= 0 for i in indices
+            ):
                 raise UsageError(f"vectors {indices} for {pattern!r}; expected ranks from 0 on")
+            self.named[pattern] = list(map(int, indices))
 
-    def check(self, names: Iterable[str]) -> None:
+    def record(self) -> dict[str, Any]:
+        """What a record's settings say of it."""
+        scales = {pattern: float(value) for pattern, value in self.scales.items()}
+        return {
+            "scale": scales["*"] if set(scales) == {"*"} else scales,
+            "which": self.named or self.which,
+        }
+
+    def check(self, pairs: Iterable[LayerPair]) -> None:
         """Raises UsageError where a pattern matches no layer, or an index is none of its weight."""
-        names = list(names)
+        pairs = list(pairs)
         for pattern in (*self.scales, *self.named):
-            if not any(name_matches(name, pattern) for name in names):
+            found = [pair for pair in pairs if name_matches(pair.name, pattern)]
+            if not found:
                 raise UsageError(f"{pattern!r} matches no layer that is analysed")
+            last = max(self.named.get(pattern, ()), default=0)
+            for pair in found:
+                if last >= min(pair.shape):
+                    raise UsageError(
+                        f"{pair.name}: vector {last}; a weight of {list(pair.shape)} has {min(pair.shape)}"
+                    )
+                if pattern in self.named and pair.update.scaling == 0:
+                    raise UsageError(f"{pair.name}: its scaling is 0, and no factors times that make a change")
 
-    def of(self, name: str, findings: Findings) -> dict[int, float]:
-        """{index: scale} of one layer, without scales of 1."""
+    def scale_of(self, name: str) -> float:
+        """The scale of a layer's chosen vectors."""
         scale = 1.0
         for pattern, value in self.scales.items():
             scale = float(value) if name_matches(name, pattern) else scale
+        return scale
+
+    def of(self, name: str, findings: Findings) -> dict[int, float]:
+        """{index: scale} of one layer, without scales of 1."""
+        scale = self.scale_of(name)
         if scale == 1:
             return {}
         indices: Sequence[int] = findings.intruders
@@ -78,10 +105,6 @@ class Choice:
             indices = indices[:1]
         elif self.which != "all":
             indices = sorted({i for pattern, some in self.named.items() if name_matches(name, pattern) for i in some})
-        if indices and indices[-1] >= min(findings.shape):
-            raise UsageError(
-                f"{name}: vector {indices[-1]}; a weight of {list(findings.shape)} has {min(findings.shape)}"
-            )
         return dict.fromkeys(indices, scale)
 
 
@@ -141,16 +164,19 @@ def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_fa
     if in_factors:
         assert isinstance(tuned, FactoredWeight)
         assert planned.scaling is not None
-        update = edited_update(tuned, change, planned.scaling, rank=planned.rank if keep_rank else None, dtype=dtype)
+        rank = planned.rank if keep_rank else None
+        with _naming(pair):
+            update = edited_update(tuned, change, planned.scaling, rank=rank, dtype=dtype)
         after: TunedWeight = update.tuned(tuned.W0)
     else:
-        dense = edited_dense(tuned, change, dtype)
+        dense = whole_weight(pair, tuned, change, dtype)
         after = DenseWeight(tuned.W0, dense.to(tuned.W0.dtype))
     own, found = subject.own, analysis.of(after)
     outcome = outcome_of(tuned, change, after, own)
+    error = outcome.error + uncertainty(own, np.array(list(subject.chosen.values())))
     achieved = [scale * sigma for scale, sigma in zip(outcome.scales, own.s.tolist(), strict=True)]
     known = _known_values(subject)
-    ranks = _ranks_after(np.delete(known, list(subject.chosen)), achieved, known.size == min(tuned.shape))
+    ranks = _ranks_after(known, list(subject.chosen), achieved, known.size == min(tuned.shape))
     verdicts = {vector.index: vector for vector in subject.findings.vectors}
     vectors = []
     for at, (index, scale) in enumerate(subject.chosen.items()):
@@ -162,7 +188,7 @@ def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_fa
                 scale=scale,
                 scale_achieved=outcome.scales[at],
                 sigma_after=achieved[at],
-                energy=(float(own.s[at]) / outcome.before) ** 2,
+                energy=(_share(float(own.s[at]), outcome.before) or 0.0) ** 2,
                 energy_after=(_share(achieved[at], outcome.after) or 0.0) ** 2,
                 index_after=ranks[at],
                 max_cosine=None if verdict is None else verdict.max_cosine,
@@ -181,20 +207,38 @@ def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_fa
         update_norm=outcome.update_before,
         update_norm_after=outcome.update_after,
         update_change=_share(outcome.change, outcome.update_before),
-        update_error=_share(outcome.error, outcome.update_meant),
-        weight_error=_share(outcome.error, outcome.meant),
+        update_error=_share(error, outcome.update_meant, NOTHING * outcome.update_before),
+        weight_error=_share(error, outcome.meant, NOTHING * outcome.before),
         residual=own.residual,
         rank=planned.rank,
         rank_after=None if update is None else update.A.shape[0],
         parameters=planned.parameters,
-        parameters_after=planned.parameters
-        if update is None
-        else parameters_of(planned, pair.shape[0], update.A.shape[0]),
+        parameters_after=_parameters(pair, update),
         dtype=next(name for name, stored in STORED.items() if stored == dtype),
         noise_like_base=subject.findings.noise_like_base,
         notes=pair.notes,
     )
     return Edited(record, found, update, dense)
+
+
+def whole_weight(pair: LayerPair, tuned: TunedWeight, change: Change | None, dtype: torch.dtype) -> Tensor:
+    """W1 + change as it is stored whole; raises UsageError where the dtype cannot hold it."""
+    with _naming(pair):
+        return edited_dense(tuned, change, dtype)
+
+
+@contextmanager
+def _naming(pair: LayerPair) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteError as error:
+        raise UsageError(f"{pair.name}: {error}") from None
+
+
+def _parameters(pair: LayerPair, update: LowRank | RowScaled | None) -> int:
+    if update is not None:
+        return parameters_of(pair.update, pair.shape[0], update.A.shape[0])
+    return pair.update.parameters if pair.update.kind == "dense" else pair.shape[0] * pair.shape[1]
 
 
 def _known_values(subject: Subject) -> np.ndarray:
@@ -204,9 +248,10 @@ def _known_values(subject: Subject) -> np.ndarray:
     return np.concatenate([values, more])
 
 
-def _ranks_after(others: np.ndarray, achieved: Sequence[float], complete: bool) -> list[int | None]:
+def _ranks_after(known: np.ndarray, chosen: list[int], achieved: list[float], complete: bool) -> list[int | None]:
     """The rank of each scaled value among all; None where it fell below what is known, or to nothing."""
-    least = NOTHING * max(others.max(initial=0.0), *achieved)
+    others = np.delete(known, chosen)
+    least = NOTHING * float(known[0])
     if not complete and others.size:
         least = max(least, float(others[-1]))
     return [
@@ -222,5 +267,5 @@ def parameters_of(planned: PlannedUpdate, rows: int, rank: int) -> int:
     return (planned.parameters - magnitudes) // planned.rank * rank + magnitudes
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
+def _share(part: float, whole: float, nothing: float = 0.0) -> float | None:
+    return part / whole if whole > nothing else None

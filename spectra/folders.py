@@ -81,8 +81,9 @@ def whole_folder(folder: str | Path, *, force: bool = False, ours: Ours) -> Iter
     folder = Path(folder)
     check_folder(folder, force=force, ours=ours)
     token = secrets.token_hex(4)
-    temporary = folder.with_name(f".{folder.name}.{token}{PARTIAL}")
-    old = folder.with_name(f".{folder.name}.{token}.old")
+    start = os.fsencode(folder.name)[:100].decode(errors="ignore")  # names are limited in length
+    temporary = folder.with_name(f".{start}.{token}{PARTIAL}")
+    old = folder.with_name(f".{start}.{token}.old")
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

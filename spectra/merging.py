@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -16,11 +16,33 @@ from spectra.adapters.peft import beside_factors
 from spectra.adapters.writing import CONFIG, STORED, tied_head
 from spectra.checkpoint import Checkpoint, TensorInfo, read_header
 from spectra.errors import CorruptFileError, UsageError
-from spectra.folders import CARD, companions, copy_file, is_tokenizer, write_card, write_record
+from spectra.folders import CARD, Companions, companions, copy_file, is_tokenizer, write_card
 from spectra.layers import LayerPair, Pairing
 from spectra.orientation import TIED
 
 SLAB_ELEMENTS = 1 << 22  # converted at once
+
+
+def beside(source: Checkpoint, adapter: Checkpoint | None = None) -> Companions:
+    """What goes along with an edited copy of a checkpoint; with an adapter's tokenizer where one is merged in.
+
+    Neither's model card describes a merge, so that it gets one of its own.
+    """
+    found = companions(source)
+    along, left_behind = {path.name: path for path in found.files}, dict(found.left_behind)
+    if along.pop(CONFIG, None) is not None:  # with which the copy would pass for an adapter
+        left_behind[CONFIG] = "an adapter's, which lies in the model's folder"
+    if adapter is not None:
+        if along.pop(CARD, None) is not None:
+            left_behind[CARD] = "the base's model card, not the result's"
+        own, home = companions(adapter), adapter.files[0].absolute().parent
+        along |= {path.name: path for path in own.files if is_tokenizer(path)}
+        if home != source.files[0].absolute().parent:
+            others = {path.name: "the adapter's, not the model's" for path in own.files if not is_tokenizer(path)}
+            others = {**own.left_behind, **others}
+            others.pop(CONFIG, None)
+            left_behind |= {f"{home.name}/{name}": why for name, why in others.items()}
+    return Companions(tuple(along.values()), left_behind)
 
 
 class EditedCheckpoint:
@@ -29,32 +51,18 @@ class EditedCheckpoint:
     Parameters
     ----------
     home : an empty folder, as :func:`spectra.folders.whole_folder` gives it; the copy is made at once.
-    source : the checkpoint: its shards, index, configs, tokenizer… (:func:`spectra.folders.companions`).
-    tokenizer : a checkpoint whose tokenizer files take the place of the source's: the adapter that is merged in.  The
-        copy then gets a model card of its own, since neither's describes it.
+    source : the checkpoint: its shards, and what goes along (:func:`beside`).
+    adapter : the one that is merged in.
 
     Attributes
     ----------
     checkpoint : the copy, opened.  It is read as it is at that moment.
-    left_behind : name → why a file of the source did not go along.
     """
 
-    def __init__(self, home: Path, source: Checkpoint, *, tokenizer: Checkpoint | None = None):
-        self.home, self.source, self._adapter = home, source, tokenizer
-        beside = companions(source)
-        left_behind = dict(beside.left_behind)
-        along = {path.name: path for path in beside.files}
-        if along.pop(CONFIG, None) is not None:  # with which the copy would pass for an adapter
-            left_behind[CONFIG] = "an adapter's, which lies in the model's folder"
-        if tokenizer is not None:
-            if along.pop(CARD, None) is not None:
-                left_behind[CARD] = "the base's model card, not the result's"
-            along |= {path.name: path for path in companions(tokenizer).files if is_tokenizer(path)}
-        for file in source.files:
+    def __init__(self, home: Path, source: Checkpoint, *, adapter: Checkpoint | None = None):
+        self.home, self.source, self._adapter = home, source, adapter
+        for file in (*source.files, *beside(source, adapter).files):
             copy_file(file, home / file.name)
-        for name, path in along.items():
-            copy_file(path, home / name)
-        self.left_behind: Mapping[str, str] = left_behind
         self.checkpoint = self._opened()
 
     def _opened(self) -> Checkpoint:
@@ -109,13 +117,11 @@ class EditedCheckpoint:
                     file.seek(info.span[0])
                     file.write(_bytes(value))
 
-    def finish(self, *, remarks: Sequence[str] = (), record: str | None = None) -> None:
-        """Adds ``remarks`` (paragraphs) to the model card, and the record (JSON text), if they are given."""
+    def finish(self, *, remarks: Sequence[str] = ()) -> None:
+        """Adds ``remarks``, paragraphs, to the model card."""
         base = (self._adapter.adapter_config or {}).get("base_model_name_or_path") if self._adapter else None
         named = [f"base_model: {json.dumps(base, ensure_ascii=False)}"] if isinstance(base, str) and base else []
         write_card(self.home, self.home / CARD, remarks, [*named, "tags:", "- spectra"])
-        if record is not None:
-            write_record(self.home, record)
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -65,8 +65,9 @@ class LayerRepair:
     intruders_before, intruders_after : among the leading vectors of W1 and of W'.
     update_norm, update_norm_after : ‖dW‖_F and ‖dW'‖_F.
     update_change : ‖dW' − dW‖_F/‖dW‖_F; None where dW is zero.
-    update_error, weight_error : the Frobenius distance of what was written from the formula's W', over ‖dW'‖_F and over
-        ‖W'‖_F; None where that norm is zero.
+    update_error, weight_error : how far what was written may lie from the formula's W' (Frobenius norm): its distance
+        from W' along the vectors that were computed, plus a bound on what these are off; over ‖dW'‖_F and over ‖W'‖_F.
+        None where that is nothing, 1e-6 of what it was before or less.
     residual : the largest of the triplets', relative to σ₁.
     rank, rank_after : of the low-rank part as stored; None for a dense one.
     parameters, parameters_after : values stored for the update.
@@ -259,7 +260,8 @@ class LayerCheck:
     Attributes
     ----------
     name : the layer.
-    error : ‖W as it lies there − W' of the formula‖_F/‖W'‖_F; None where it could not be had.
+    error : ‖W as it lies there − W' of the formula‖_F over the larger of ‖W'‖_F and ‖W0‖_F; 0 where it was not to be
+        changed, and lies there bit by bit; None where it was not to be changed and differs, or is missing.
     tolerance : how large it may be.
     holds : whether it is not larger.
     """
@@ -325,6 +327,9 @@ def load_mitigation(path: str | Path) -> Mitigation:
         # What tables and a check need must be there and make sense.
         _ = found.summary, found.rows(), dict(found.base), dict(found.source), dict(found.left_behind)
         _ = [found.settings[key] for key in ("scale", "which", "keep_rank", "merged", "top_k", "epsilon", "side")]
+        for layer in found.layers:
+            if not isinstance(layer.name, str) or not layer.vectors or not all(map(_makes_sense, layer.vectors)):
+                raise ValueError(layer.name)
         return found
 
     path = Path(path)
@@ -338,6 +343,13 @@ def json_schema() -> dict[str, Any]:
     That of :meth:`Verification.to_dict` is its ``$defs.verification``.
     """
     return read_schema("mitigation.schema.json")
+
+
+def _makes_sense(vector: ScaledVector) -> bool:
+    numbers = (vector.sigma, vector.scale, vector.scale_achieved)
+    return (
+        isinstance(vector.index, int) and vector.index >= 0 and all(map(math.isfinite, numbers)) and vector.scale >= 0
+    )
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

@@ -46,6 +46,12 @@ def scaled(triplets: Triplets, scales: np.ndarray) -> Change:
     return Change(triplets.U * weights, triplets.V.T)
 
 
+def uncertainty(triplets: Triplets, scales: np.ndarray) -> float:
+    """How far :func:`scaled` may lie from the change along the exact vectors, in the Frobenius norm: a bound."""
+    sizes = (np.asarray(scales, dtype=float) - 1) * triplets.s
+    return float(np.linalg.norm(2 * sizes * triplets.errors))
+
+
 def edited_update(
     tuned: FactoredWeight, change: Change, scaling: float, *, rank: int | None = None, dtype: torch.dtype
 ) -> LowRank | RowScaled:
@@ -63,7 +69,7 @@ def edited_update(
     NonFiniteError : dtype cannot hold them.
     """
     if not scaling or not math.isfinite(scaling):
-        raise UsageError(f"scaling = {scaling}: an update times that cannot be changed")
+        raise UsageError(f"scaling = {scaling}: no factors times that make the change")
     # D·B·A + E is what is to be had; D is taken off again.
     U, s, Vh = product_svd(torch.cat([tuned.B, change.B], 1), torch.cat([tuned.A, change.A]))
     kept = min(s.size, rank or s.size)

@@ -115,7 +115,7 @@ def mitigation_sweep(
         threads=threads,
     )  # fmt: skip
     run = SingleRun(tuned, base, settings)
-    choice.check(pair.name for pair in run.pairs)
+    choice.check(run.pairs)
     pairing = pair_layers(run.base, run.tuned, run.plan)
     carried = carried_beside(run, pairing)
     with ExitStack() as stack:

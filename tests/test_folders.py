@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from spectra.adapters import plan_updates
 from spectra.adapters.repaired import replaceable, write_repaired
+from spectra.adapters.writing import why_no_adapter
 from spectra.checkpoint import open_checkpoint
-from spectra.errors import MissingFileError, UsageError
+from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.folders import (
     RECORD,
     check_apart,
@@ -140,6 +141,59 @@ def test_names_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="could not be written"):
         written("file/out")
+
+
+LONGEST = {"ascii": "x" * 255, "two bytes": "a" + "é" * 127, "three bytes": "数" * 85}  # 255 bytes
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
+@pytest.mark.parametrize("kind", LONGEST)
+def test_names_as_long_as_they_may_be(tmp_path, kind, force):
+    name = LONGEST[kind]
+    assert len(name.encode()) == 255
+    out = written(tmp_path / name, "old")
+    assert (out / "a.txt").read_text() == "old"
+    if not force:
+        with pytest.raises(UsageError, match=f"{name}: exists already"):
+            written(out)
+    else:
+        written(out, force=True)
+    assert (out / "a.txt").read_text() == ("new" if force else "old")
+    assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
+@pytest.mark.parametrize("kind", LONGEST)
+def test_errors_in_a_folder_of_a_long_name(tmp_path, kind, force):
+    out = tmp_path / LONGEST[kind]
+    if force:
+        written(out, "old")
+    before = contents(out)
+    for action, why in [
+        (lambda home: (home / "gone").read_bytes(), "No such file or directory"),
+        (lambda home: (home / ("y" * 256)).write_text("x"), "File name too long"),
+        (lambda home: corrupt(home / "a"), "a: broken"),
+    ]:
+        with pytest.raises(UsageError) as e, whole_folder(out, force=force, ours=anything) as home:
+            action(home)
+        assert str(e.value) == f"{out}: could not be written: {why}"
+        assert contents(out) == before
+        assert len(names(tmp_path)) == force
+
+
+def corrupt(file):
+    raise CorruptFileError(file, "broken")
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
+@pytest.mark.parametrize("more", ["x", "é", "数" * 60])
+@pytest.mark.parametrize("kind", LONGEST)
+def test_names_that_are_too_long(tmp_path, kind, more, force):
+    out = tmp_path / (LONGEST[kind] + more)
+    with pytest.raises(UsageError) as e:
+        written(out, force=force)
+    assert str(e.value) == f"{out}: could not be written: File name too long"
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_came_meanwhile_is_not_replaced(tmp_path):
@@ -311,16 +365,31 @@ def test_only_what_we_wrote_is_replaced(tmp_path):
     (out / "tokenizer.json").unlink()
     for text in ("", "[]", "{}", '{"output": null}', '{"output": {"files": 3}}', "\xff"):
         (out / RECORD).write_bytes(text.encode("latin-1"))
-        assert "does not say which files" in str(replaceable(out))
+        assert replaceable(out) == "exists and is no earlier result of spectra mitigate"
     (out / RECORD).unlink()
-    assert "no PEFT adapter folder nor an earlier result" in str(replaceable(out))
+    assert replaceable(out) == "exists and is no earlier result of spectra mitigate"
 
 
-def test_plain_adapter_folders_are_replaced_as_ever(tmp_path):
-    a_source(tmp_path / "out", "adapter")
-    assert "holds more than an adapter (tokenizer.json)" in str(replaceable(tmp_path / "out"))
-    (tmp_path / "out" / "tokenizer.json").unlink()
-    assert replaceable(tmp_path / "out") is None
+def test_a_trained_adapter_is_never_replaced(tmp_path):
+    """It took a training to make, and to whoever writes factors alone it looks like one that was computed."""
+    out = tmp_path / "out"
+    source = a_source(tmp_path / "source", "adapter")
+    a_source(out, "adapter")
+    assert why_no_adapter(out) == "holds more than an adapter (tokenizer.json)"
+    (out / "tokenizer.json").unlink()
+    assert why_no_adapter(out) is None
+    before = contents(out)
+    refused = "out: exists and is no earlier result of spectra mitigate, so it is not overwritten"
+    with pytest.raises(UsageError, match=refused):
+        check_folder(out, force=True, ours=replaceable)
+    with pytest.raises(UsageError, match=refused):
+        repaired(source, out, force=True)
+    assert contents(out) == before
+    assert names(tmp_path) == ["out", "source"]
+    (out / RECORD).write_text(json.dumps({"output": {"files": files_in(out)}}))
+    check_folder(out, force=True, ours=replaceable)
+    (out / "adapter_config.json").unlink()
+    assert why_no_adapter(out) == "exists and is no PEFT adapter folder"
 
 
 def test_outputs_do_not_touch_inputs(tmp_path, monkeypatch):
@@ -452,6 +521,17 @@ def test_cards(tmp_path):
     (tmp_path / "old").write_bytes(b"\n")
     write_card(tmp_path, tmp_path / "old", ["# λ"], ["x: y"])
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "---\nx: y\n---\n\n# λ\n"
+
+
+def test_records(tmp_path):
+    write_record(tmp_path, '{"λ": 1}')
+    assert (tmp_path / RECORD).read_bytes() == '{"λ": 1}\n'.encode()
+    write_record(tmp_path, "{}\n")
+    assert (tmp_path / RECORD).read_text() == "{}\n"
+    (tmp_path / "a.txt").write_text("x")
+    assert files_in(tmp_path) == ["a.txt", RECORD]
+    (tmp_path / RECORD).unlink()
+    assert files_in(tmp_path) == ["a.txt", RECORD]  # which it lists itself
 
 
 def test_every_file_is_forced_to_the_disk(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, UsageError
-from spectra.folders import RECORD
+from spectra.folders import RECORD, write_record
 from spectra.layers import pair_layers
-from spectra.merging import Carried, EditedCheckpoint, carried_tensors
+from spectra.merging import Carried, EditedCheckpoint, beside, carried_tensors
 from spectra.orientation import as_stored
 
 peft = pytest.importorskip("peft")
@@ -28,7 +28,7 @@ def merge(home, out="out"):
     base, tuned, plan, pairing = opened(home)
     carried = carried_tensors(base, tuned, plan, pairing)
     (home / out).mkdir()
-    edited = EditedCheckpoint(home / out, base, tokenizer=tuned)
+    edited = EditedCheckpoint(home / out, base, adapter=tuned)
     for pair in pairing.pairs:
         W0 = pair.read_base(base, torch.float64, "cpu")
         W1 = pair.read_update(tuned, torch.float64, "cpu").tuned(W0).dense()
@@ -232,7 +232,7 @@ def test_only_the_bytes_of_a_tensor_change(tmp_path):
     home = tmp_path / "out"
     home.mkdir()
     edited = EditedCheckpoint(home, source)
-    assert edited.left_behind.keys() == {"pytorch_model.bin"}
+    assert beside(source).left_behind.keys() == {"pytorch_model.bin"}
     copied = {file.name: file.read_bytes() for file in home.iterdir()}
     assert copied == {name: content for name, content in before.items() if name != "pytorch_model.bin"}
     values = {
@@ -296,7 +296,9 @@ def test_cards_and_records(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         edited = EditedCheckpoint(tmp_path / name, source)
-        edited.finish(remarks=["## Repaired"] if name == "one" else (), record="{}")
+        edited.finish(remarks=["## Repaired"] if name == "one" else ())
+        assert not (tmp_path / name / RECORD).exists()
+        write_record(tmp_path / name, "{}")
         assert (tmp_path / name / RECORD).read_text() == "{}\n"
     assert (tmp_path / "one" / "README.md").read_text() == "# Model\n\n## Repaired\n"
     assert (tmp_path / "two" / "README.md").read_text() == "# Model\n"
@@ -310,8 +312,20 @@ def test_the_adapters_tokenizer_and_no_foreign_card(make_base, make_adapter, tmp
             (folder / name).write_text(f'"{folder.name}"')
     (base / "vocab.json").write_text("{}")
     (adapter / "chat_template.jinja").write_text("x")
+    (adapter / "optimizer.pt").write_text("x")
+    (adapter / "runs").mkdir()
+    (base / "pytorch_model.bin").write_text("x")
     edited, _ = merge(tmp_path)
-    assert edited.left_behind == {"README.md": "the base's model card, not the result's"}
+    left_behind = beside(*opened(tmp_path)[:2]).left_behind
+    assert left_behind.keys() == {
+        "README.md", "pytorch_model.bin", "adapter/README.md", "adapter/generation_config.json",
+        "adapter/optimizer.pt", "adapter/runs",
+    }  # fmt: skip
+    assert left_behind["README.md"] == "the base's model card, not the result's"
+    assert left_behind["adapter/README.md"] == "the adapter's, not the model's"
+    assert left_behind["adapter/generation_config.json"] == "the adapter's, not the model's"
+    assert left_behind["adapter/runs"] == "a sub-folder"
+    assert "old values" in left_behind["adapter/optimizer.pt"]
     edited.finish(remarks=["# Merged"])
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -328,8 +342,8 @@ def test_an_adapter_in_the_models_folder_stays_behind(make_base, make_adapter, t
     make_adapter({"layer.0.q": (torch.randn(6, 2), torch.randn(2, 5))}, folder="both")
     source = open_checkpoint(base, as_base=True)
     (tmp_path / "out").mkdir()
-    edited = EditedCheckpoint(tmp_path / "out", source)
-    assert edited.left_behind.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    EditedCheckpoint(tmp_path / "out", source)
+    assert beside(source).left_behind.keys() == {"adapter_config.json", "adapter_model.safetensors"}
     assert open_checkpoint(tmp_path / "out").adapter_config is None
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,13 +327,13 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
     refused("expected ranks", which={"q_proj": [-1]})
     refused("vector 160", which={"q_proj": [160]})
     refused("dtype = 'int8'", dtype="int8")
-    refused("keep_rank is for adapters", tuned=FIXTURES / "full", keep_rank=True)
+    refused("keep-rank is for adapters", tuned=FIXTURES / "full", keep_rank=True)
     refused("dtype is for adapters", merged=True, dtype="bfloat16")
     refused("wrong base", base=make_base({"other.weight": rng.normal(size=(4, 4))}))
     base = make_base({"a.weight": rng.normal(size=(9, 7)), "b.weight": rng.normal(size=(9, 7))}, "two")
     B, A = rng.normal(size=(9, 2)), rng.normal(size=(2, 7))
     bad = make_adapter({"a": (B, A), "b": (B * np.nan, A.copy())})
-    refused(r"b.lora_B.*NaN.*--exclude b carries", tuned=bad, base=base)
+    refused(r"b.lora_B.*NaN.*with --exclude b", tuned=bad, base=base)
     found = spectra.mitigate(bad, out, base, scale=0.5, which={"a": [0]}, exclude=["b"])
     assert len(found.scaled) == 1
     assert np.isnan(load_file(out / "adapter_model.safetensors")["base_model.model.b.lora_B.weight"].numpy()).all()
@@ -341,8 +342,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 
 POINTS = (
     "spectra.folders.copy_file", "spectra.adapters.repaired.save_file", "spectra.adapters.repaired._write_config",
-    "spectra.adapters.repaired.write_card", "spectra.mitigating.write_repaired", "spectra.mitigating._with_audit",
-    "spectra.mitigating.files_in", "spectra.mitigating.write_record", "spectra.folders.os.fsync",
+    "spectra.adapters.repaired.write_card", "spectra.forms.write_repaired", "spectra.forms._with_audit",
+    "spectra.forms.files_in", "spectra.mitigating.write_record", "spectra.folders.os.fsync",
     "spectra.merging.copy_file", "spectra.merging.EditedCheckpoint.put", "spectra.merging.EditedCheckpoint.finish",
 )  # fmt: skip
 
@@ -412,6 +413,228 @@ def test_a_check_finds_what_is_not_as_recorded(tmp_path):
         spectra.verify_mitigation(out, FIXTURES / "lora-r4", tmp_path / "nowhere")
     with pytest.raises(SpectraError, match=r"spectra-mitigation\.json"):
         spectra.verify_mitigation(FIXTURES / "lora-r4")
+
+
+def edit_record(folder, change):
+    path = folder / "spectra-mitigation.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+RECORDS = {
+    "a singular value": lambda value: value["layers"][0]["vectors"][0].update(sigma=99.0),
+    "what it got": lambda value: value["layers"][0]["vectors"][0].update(scale_achieved=0.1),
+    "the scale in the settings": lambda value: value["settings"].update(scale=0.1),
+    "merged": lambda value: value["settings"].update(merged=True),
+    "the result's fingerprint": lambda value: value["output"].update(fingerprint="sha256:0"),
+    "the source's fingerprint": lambda value: value["source"].update(fingerprint="sha256:0"),
+    "the base's headers": lambda value: value["base"].update(fingerprint_headers="sha256:0"),
+    "another layer": lambda value: value["layers"].append({**value["layers"][0], "name": "nosuch"}),
+    "a layer less": lambda value: value["layers"].pop(),
+    "another index": lambda value: value["layers"][0]["vectors"][0].update(index=7),
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_a_record_that_says_otherwise_does_not_hold(tmp_path, what):
+    out = tmp_path / "out"
+    spectra.mitigate(FIXTURES / "lora-r1", out, BASE, scale=0.7)
+    edit_record(out, RECORDS[what])
+    assert not spectra.verify_mitigation(out).holds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value["layers"][0].update(vectors=[]),
+        lambda value: value["layers"][0]["vectors"][0].update(index="a"),
+        lambda value: value["layers"][0]["vectors"][0].update(index=-1),
+        lambda value: value["layers"][0]["vectors"][0].update(scale=-1),
+        lambda value: value["layers"][0].update(name=3),
+        lambda value: value.pop("source"),
+        lambda value: value.update(schema="other"),
+    ],
+)
+def test_a_damaged_record_is_an_error(tmp_path, change):
+    out = tmp_path / "out"
+    spectra.mitigate(FIXTURES / "lora-r1", out, BASE, scale=0.7)
+    edit_record(out, change)
+    with pytest.raises(SpectraError, match=r"spectra-mitigation\.json"):
+        spectra.verify_mitigation(out)
+
+
+def test_untouched_tensors_must_be_the_same_to_the_bit(tmp_path):
+    for member in ("lora-r4", "full"):
+        out = tmp_path / member
+        found = spectra.mitigate(FIXTURES / member, out, BASE, scale=0.5)
+        changed = {layer.name for layer in found.layers}
+        weights = out / ("adapter_model.safetensors" if member == "lora-r4" else "model.safetensors")
+        tensors = load_file(weights)
+        for part in ("lora_A.weight" if member == "lora-r4" else "proj.weight", "norm.weight", "score.weight"):
+            names = [n for n in tensors if n.endswith(part) and not any(layer in n for layer in changed)]
+            if not names:
+                continue
+            value = tensors[names[0]].clone()
+            value.view(-1)[0] *= 1 + 1e-6
+            save_file({**tensors, names[0]: value}, weights, metadata={"format": "pt"})
+            check = spectra.verify_mitigation(out)
+            assert not check.holds, names[0]
+            assert any(layer.name in names[0] for layer in check.failed) or any(
+                names[0] in problem for problem in check.problems
+            )
+
+
+def test_files_beside_the_weights_must_be_the_same(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "lora-r1", source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "modeling_own.py").write_text("")
+    out = tmp_path / "out"
+    spectra.mitigate(source, out, BASE, scale=0.7)
+    (out / "README.md").write_text("the card is its owner's to edit")
+    assert spectra.verify_mitigation(out).holds
+    for name, text in (
+        ("tokenizer.json", "{} "),
+        ("modeling_own.py", "import os"),
+        ("added.bin", ""),
+        ("config.json", "{}"),
+    ):
+        before = (out / name).read_bytes() if (out / name).exists() else None
+        (out / name).write_text(text)
+        problems = spectra.verify_mitigation(out).problems
+        assert len(problems) == 1
+        assert name in problems[0]
+        (out / name).unlink() if before is None else (out / name).write_bytes(before)
+    (out / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in spectra.verify_mitigation(out).problems[0]
+
+
+def test_a_merge_that_was_not_repaired_does_not_hold(tmp_path, headless):
+    """However small the change is beside what the base's half precision rounds."""
+    for scale in (0.5, 0.99):
+        out, plain = tmp_path / f"out{scale}", tmp_path / f"plain{scale}"
+        spectra.mitigate(headless, out, BASE, scale=scale, merged=True)
+        spectra.mitigate(headless, plain, BASE, scale=1, merged=True)
+        assert spectra.verify_mitigation(out).holds
+        shutil.copy(plain / "model.safetensors", out / "model.safetensors")
+        assert not spectra.verify_mitigation(out).holds
+        shutil.copy(BASE / "model.safetensors", out / "model.safetensors")
+        assert not spectra.verify_mitigation(out).holds
+
+
+@pytest.mark.parametrize("kind", ["factors", "full", "whole"])
+def test_rows_that_the_base_does_not_have_are_kept_and_checked(tmp_path, make_base, make_adapter, rng, kind):
+    E = rng.normal(size=(30, 12)).astype(np.float32)
+    base = make_base({"model.embed_tokens.weight": E[:24].copy(), "q.weight": E[:12].copy()})
+    out, name = tmp_path / "out", "base_model.model.model.embed_tokens."
+    if kind == "factors":
+        A, B = rng.normal(size=(2, 30)).astype(np.float32), rng.normal(size=(12, 2)).astype(np.float32)
+        extra = {name + "lora_embedding_A": A, name + "lora_embedding_B": B}
+        tuned, tensor, column = (
+            make_adapter({}, extra=extra, r=2, target_modules=["embed_tokens"]),
+            name + "lora_embedding_A",
+            True,
+        )
+    elif kind == "whole":
+        tuned = make_adapter({"q": (E[:12, :1].copy(), E[:1, :12].copy())}, extra={name + "weight": E + 1})
+        tensor, column = name + "weight", False
+    else:
+        tuned = make_base({"model.embed_tokens.weight": E + 1, "q.weight": E[:12] + 1}, folder="tuned")
+        tensor, column = "model.embed_tokens.weight", False
+    found = spectra.mitigate(tuned, out, base, scale=0.5, which={"embed": [0, 1]})
+    assert [layer.name for layer in found.layers] == ["model.embed_tokens"]
+    assert spectra.verify_mitigation(out).holds
+    weights = next(path for path in out.glob("*.safetensors"))
+    tensors = load_file(weights)
+    (tensors[tensor][:, 26:] if column else tensors[tensor][26:]).fill_(7)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    edit_record(out, lambda value: value["output"].update(fingerprint_covers="headers"))
+    check = spectra.verify_mitigation(out)
+    assert [layer.name for layer in check.failed] == ["model.embed_tokens"]
+    if kind == "factors":
+        with pytest.raises(SpectraError, match="old rank"):
+            spectra.mitigate(tuned, None, base, scale=0.5, which={"embed": [0]}, keep_rank=True)
+
+
+def test_a_trained_adapter_is_not_replaced(tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(FIXTURES / "lora-r16", mine)
+    before = checksums(mine)
+    with pytest.raises(SpectraError, match="no earlier result"):
+        spectra.mitigate(FIXTURES / "lora-r1", mine, BASE, scale=0.7, force=True)
+    assert checksums(mine) == before
+
+
+def test_moved_together_it_is_still_found(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(FIXTURES / "lora-r1", home / "tuned")
+    shutil.copytree(BASE, home / "base")
+    monkeypatch.chdir(home)
+    spectra.mitigate("tuned", "out", "base", scale=0.7)
+    monkeypatch.chdir(tmp_path)
+    home.rename(tmp_path / "moved")
+    assert spectra.verify_mitigation("moved/out").holds
+    (tmp_path / "moved" / "tuned").rename(tmp_path / "elsewhere")
+    with pytest.raises(SpectraError, match="say where it is"):
+        spectra.verify_mitigation("moved/out")
+    assert spectra.verify_mitigation("moved/out", "elsewhere").holds
+
+
+def test_what_is_said_of_the_error_covers_vectors_close_to_each_other(tmp_path, make_base, make_adapter):
+    """From 1024 up vectors come from float32 products; the bound is on what these are off."""
+    p, generator = 1100, torch.Generator().manual_seed(1)
+    U = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64)).Q
+    s = torch.linspace(1, 0.1, p, dtype=torch.float64)
+    s[:6] = torch.tensor([10, 9.999, 8, 7.9995, 6, 5])
+    W0 = ((U * s) @ V.T).float()
+    B, A = torch.randn(p, 1, generator=generator) * 1e-4, torch.randn(1, p, generator=generator) * 1e-2
+    base, tuned = make_base({"q.weight": W0}), make_adapter({"q": (B, A)})
+    for which in ([0], [2, 3], [3]):
+        out = tmp_path / f"out{which}"
+        found = spectra.mitigate(tuned, out, base, scale=0, which={"q": which})
+        W1 = tuned_weights(base, tuned)["q.weight"]
+        true = relative(tuned_weights(base, out)["q.weight"], formula(W1, dict.fromkeys(which, 0.0)))
+        assert found.layers[0].weight_error is not None
+        assert true <= found.layers[0].weight_error <= 2e-5
+        assert true <= 1e-5
+
+
+def test_weights_that_vanish(tmp_path, make_base, make_adapter, rng):
+    """Zero weights, and weights of which nothing is left."""
+    zero = np.zeros((5, 7), dtype=np.float32)
+    B, A = rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(2, 7)).astype(np.float32)
+    base = make_base({"a.weight": zero, "b.weight": rng.normal(size=(5, 7)).astype(np.float32)})
+    tuned = make_adapter({"a": (B * 0, A), "b": (B, A.copy())})
+    found = spectra.mitigate(tuned, tmp_path / "none", base, scale=0.5, which={"a": [0]})
+    assert spectra.verify_mitigation(tmp_path / "none").holds
+    assert found.layers[0].vectors[0].energy == 0
+    found = spectra.mitigate(tuned, tmp_path / "gone", base, scale=0, which={"b": range(5)})
+    assert [vector.index_after for vector in found.layers[0].vectors] == [None] * 5
+    assert found.layers[0].weight_error is None
+    assert spectra.verify_mitigation(tmp_path / "gone").holds
+    assert np.abs(tuned_weights(base, tmp_path / "gone")["b.weight"]).max() < 1e-6
+    assert "gone" in spectra.to_text(found)
+
+
+def test_what_half_precision_cannot_hold_is_said_of_the_layer(tmp_path, make_base, make_adapter, rng):
+    B, A = rng.normal(size=(5, 1)), rng.normal(size=(1, 7))
+    base = make_base({"a.weight": torch.full((5, 7), 6e4, dtype=torch.float16)})
+    tuned = make_adapter({"a": (B, A)})
+    with pytest.raises(SpectraError, match="a: float16 cannot hold"):
+        spectra.mitigate(tuned, tmp_path / "out", base, scale=2, which={"a": [0]}, merged=True)
+    with pytest.raises(SpectraError, match="a: float16 cannot hold"):
+        spectra.mitigate(tuned, tmp_path / "out", base, scale=1e9, which={"a": [0]}, dtype="float16")
+
+
+def test_numpy_numbers_are_numbers():
+    which: Any = {"q_proj": np.arange(2), "k_proj": iter([np.int64(1)])}
+    found = spectra.mitigate(FIXTURES / "lora-r1", None, BASE, scale=float(np.float32(0.5)), which=which)
+    assert found.settings["which"] == {"q_proj": [0, 1], "k_proj": [1]}
+    scale: Any = np.float32(0.5)
+    assert spectra.mitigate(FIXTURES / "lora-r1", None, BASE, scale=scale).settings["scale"] == 0.5
+    json.dumps(found.to_dict())
 
 
 # Where peft's own function (peft.tuners.lora.intruders, 0.21) is wrong, and this is not.

@@ -22,7 +22,7 @@ from spectra.adapters.peft import LoraUpdate
 from spectra.adapters.repaired import alpha_of, stored_ranks, why_not_writable, write_repaired
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, UsageError
-from spectra.folders import RECORD
+from spectra.folders import RECORD, companions, write_record
 from spectra.layers import pair_layers
 from spectra.orientation import as_stored
 from spectra.updates import LowRank, RowScaled
@@ -78,6 +78,10 @@ def altered(pair, tuned, rng, more=2, dtype=torch.float32):
     return RowScaled(B, A, old.scaling, (1.25 * old.magnitude).to(dtype))
 
 
+def new_ranks(changed):
+    return {module: update.A.shape[0] for module, update in changed.items()}
+
+
 def expected_of(model, adapter, base, pairs, changed):
     """What merging must give: peft's merge of the old adapter, with W0 and the new factors put together here."""
     expected = loaded(model, adapter).merge_and_unload().state_dict()
@@ -110,7 +114,8 @@ def test_peft_merges_what_was_meant(tmp_path, name, seed, which):
     chosen = pairs if which == "all" else pairs[:1]
     changed = {pair.update.module: altered(pair, tuned, rng, 1 + at) for at, pair in enumerate(chosen)}
     (tmp_path / "out").mkdir()
-    written = write_repaired(tmp_path / "out", tuned, plan, changed, remarks=["## Section", "text"], record="{}")
+    write_repaired(tmp_path / "out", tuned, plan, changed, remarks=["## Section", "text"])
+    write_record(tmp_path / "out", "{}")
     expected = expected_of(net, adapter, base, pairs, changed)
     merged = loaded(net, tmp_path / "out").merge_and_unload()
     same(merged.state_dict(), expected)
@@ -118,8 +123,10 @@ def test_peft_merges_what_was_meant(tmp_path, name, seed, which):
     again = opened(tmp_path, "out")[3]
     ranks = {pair.update.module: pair.update.rank for pair in again.pairs}
     before = {pair.update.module: pair.update for pair in pairs}
-    assert {module: ranks[module] for module in written.ranks} == dict(written.ranks)
-    assert all(ranks[module] == update.rank for module, update in before.items() if module not in written.ranks)
+    stored = stored_ranks(tuned, plan, new_ranks(changed))
+    assert changed.keys() <= stored.keys()
+    assert {module: ranks[module] for module in stored} == stored
+    assert all(ranks[module] == update.rank for module, update in before.items() if module not in stored)
     for pair in again.pairs:
         if pair.update.module in before:
             assert pair.update.scaling == pytest.approx(before[pair.update.module].scaling, rel=4e-16)
@@ -199,9 +206,12 @@ def test_ranks_that_peft_would_not_load_are_filled_with_zeros(tmp_path, rng, ini
     base, tuned, plan, pairing = opened(tmp_path)
     changed = {pairing.pairs[0].update.module: altered(pairing.pairs[0], tuned, rng, 1)}
     (tmp_path / "out").mkdir()
-    written = write_repaired(tmp_path / "out", tuned, plan, changed)
-    assert list(written.ranks.values()) == [4 if init == "orthogonal" else 3]
-    assert written.ranks == stored_ranks(tuned, plan, dict.fromkeys(changed, 3))
+    write_repaired(tmp_path / "out", tuned, plan, changed)
+    assert new_ranks(changed) == dict.fromkeys(changed, 3)
+    stored = stored_ranks(tuned, plan, new_ranks(changed))
+    assert stored == dict.fromkeys(changed, 4 if init == "orthogonal" else 3)
+    found = {pair.update.module: pair.update.rank for pair in opened(tmp_path, "out")[3].pairs}
+    assert found == {pair.update.module: 2 for pair in pairing.pairs} | stored
     same(loaded(net, tmp_path / "out").merge_and_unload().state_dict(), expected_of(
         net, adapter, base, pairing.pairs, changed
     ))  # fmt: skip
@@ -216,8 +226,8 @@ def test_fewer_columns_keep_the_rank_and_the_config(tmp_path, rng):
     old = pair.read_update(tuned, torch.float64, "cpu")
     changed = {pair.update.module: LowRank(old.B[:, :3].half(), old.A[:3].half(), old.scaling)}
     (tmp_path / "out").mkdir()
-    written = write_repaired(tmp_path / "out", tuned, plan, changed)
-    assert list(written.ranks.values()) == [5]
+    write_repaired(tmp_path / "out", tuned, plan, changed)
+    assert stored_ranks(tuned, plan, new_ranks(changed)) == dict.fromkeys(changed, 5)
     assert (tmp_path / "out" / CONFIG).read_bytes() == (adapter / CONFIG).read_bytes()
     infos = open_checkpoint(tmp_path / "out").tensors
     assert {info.dtype for info in infos.values()} == {"F16", "F32"}
@@ -233,16 +243,16 @@ def test_with_nothing_changed_every_file_is_copied(tmp_path, rng):
     _, tuned, plan, _ = opened(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    written = write_repaired(out, tuned, plan, {}, remarks=["never said"], record='{"a": 1}')
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        {RECORD} | {path.name for path in adapter.iterdir()} - {"training_args.bin"}
-    )
-    for path in out.iterdir():
-        if path.name != RECORD:
-            assert path.read_bytes() == (adapter / path.name).read_bytes()
+    write_repaired(out, tuned, plan, {}, remarks=["never said"])
+    copied = {path.name for path in adapter.iterdir()} - {"training_args.bin"}
+    assert {path.name for path in out.iterdir()} == copied
+    for name in copied:
+        assert (out / name).read_bytes() == (adapter / name).read_bytes()
+    assert stored_ranks(tuned, plan, {}) == {}
+    assert list(companions(tuned).left_behind) == ["training_args.bin"]
+    write_record(out, '{"a": 1}')
     assert (out / RECORD).read_text() == '{"a": 1}\n'
-    assert written.ranks == {}
-    assert list(written.left_behind) == ["training_args.bin"]
+    assert {path.name for path in out.iterdir()} == {*copied, RECORD}
 
 
 def test_the_file_may_have_been_named(tmp_path, rng):
@@ -255,10 +265,10 @@ def test_the_file_may_have_been_named(tmp_path, rng):
     pair = pair_layers(base, tuned, plan).pairs[0]
     for name, changed in [("same", {}), ("out", {pair.update.module: altered(pair, tuned, rng)})]:
         (tmp_path / name).mkdir()
-        written = write_repaired(tmp_path / name, tuned, plan, changed, remarks=["# A card"])
+        write_repaired(tmp_path / name, tuned, plan, changed, remarks=["# A card"])
         assert {path.name for path in (tmp_path / name).iterdir()} - {"README.md"} == {CONFIG, WEIGHTS}
-        assert written.left_behind == {}
         assert plan_updates(open_checkpoint(tmp_path / name)).updates
+    assert companions(tuned).left_behind == {}
     assert (tmp_path / "out" / "README.md").read_text().endswith("---\n\n# A card\n")
 
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,41 +17,23 @@ from torch import Tensor
 from spectra.adapters.naming import ModuleNames
 from spectra.adapters.peft import LoraUpdate
 from spectra.adapters.plan import Plan, PlannedUpdate
-from spectra.adapters.writing import CONFIG, WEIGHTS, why_no_adapter
+from spectra.adapters.writing import CONFIG, WEIGHTS
 from spectra.checkpoint import Checkpoint
 from spectra.errors import UsageError
-from spectra.folders import CARD, RECORD, companions, copy_file, recorded_files, write_card, write_record
+from spectra.folders import CARD, RECORD, companions, copy_file, recorded_files, write_card
 from spectra.orientation import role_of
 from spectra.updates import LowRank, RowScaled
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written.
-
-    Attributes
-    ----------
-    ranks : see :func:`stored_ranks`.
-    left_behind : name → why a file of the source did not go along.
-    """
-
-    ranks: Mapping[str, int]
-    left_behind: Mapping[str, str]
 
 
 def replaceable(folder: Path) -> str | None:
     """Why a folder may not be replaced by a repaired one; None where nothing but what we wrote would be lost.
 
-    That is a folder with our record (``spectra-mitigation.json``) that holds only the files the record lists under
-    ``output.files``, or a plain adapter folder: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
-    For :func:`spectra.folders.whole_folder` and ``check_folder``, of full checkpoints too.
+    That is a folder with our record that holds only the files which the record lists under ``output.files``.  For
+    :func:`spectra.folders.whole_folder` and ``check_folder``.
     """
-    if not (folder / RECORD).is_file():
-        why = why_no_adapter(folder)
-        return f"{why} nor an earlier result" if why is not None and "no PEFT" in why else why
     written = recorded_files(folder)
     if written is None:
-        return f"exists, and its {RECORD} does not say which files were written"
+        return "exists and is no earlier result of spectra mitigate"
     others = sorted(
         path.name for path in folder.iterdir()
         if path.name not in {*written, RECORD} or path.is_symlink() or not path.is_file()
@@ -105,8 +86,7 @@ def write_repaired(
     *,
     whole: Mapping[str, Tensor] | None = None,
     remarks: Sequence[str] = (),
-    record: str | None = None,
-) -> Written:
+) -> None:
     """Writes the adapter with the factors of some modules replaced; everything else stays as it is.
 
     Parameters
@@ -119,7 +99,6 @@ def write_repaired(
     whole : tensor's name → new values of a tensor that is stored whole (``modules_to_save``), in the stored shape or
         its leading rows; stored in the source's dtype.
     remarks : paragraphs that are added to the model card.
-    record : JSON text of the record; it may also follow later with :func:`spectra.folders.write_record`.
 
     With nothing changed every file is copied byte for byte.
 
@@ -131,8 +110,7 @@ def write_repaired(
     whole = whole or {}
     factors = _factors(plan)
     ranks = stored_ranks(source, plan, {module: update.A.shape[0] for module, update in changed.items()})
-    beside = companions(source)
-    for path in beside.files:
+    for path in companions(source).files:
         copy_file(path, home / path.name)
     (weights,) = source.files
     if changed or whole:
@@ -147,9 +125,6 @@ def write_repaired(
         write_card(home, home / CARD, remarks, _front(source))
     else:
         copy_file(weights, home / WEIGHTS)
-    if record is not None:
-        write_record(home, record)
-    return Written(ranks, beside.left_behind)
 
 
 def _factors(plan: Plan) -> dict[str, LoraUpdate]:

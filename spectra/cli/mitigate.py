@@ -103,7 +103,9 @@ def _add_repair(parser: argparse.ArgumentParser) -> None:
 def _add_result(parser: argparse.ArgumentParser) -> None:
     result = parser.add_argument_group("result")
     result.add_argument("-o", "--output", dest="folder", metavar="OUT", help="the folder to write, which must be new")
-    result.add_argument("--force", action="store_true", help="replace an earlier result that lies at OUT")
+    result.add_argument(
+        "--force", action="store_true", help="replace an earlier result of this command that lies at OUT"
+    )
     result.add_argument("--dry-run", action="store_true", help="compute and report everything, write nothing")
     result.add_argument(
         "--keep-rank",

@@ -16,6 +16,8 @@ from spectra.svd.spectrum import clusters
 from spectra.updates import TunedWeight
 
 ACCURACY = 1e-6  # asked of the directions from Lanczos; its float32 products reach about eps32·σ₁/gap
+DIRECTION = 3e-5  # bound on them above which what Lanczos found is not good enough
+EXTRA = 6  # how many vectors further a wider gap is looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,9 @@ class Triplets:
     ----------
     U, V : (m, k) and (n, k), of unit length.
     s : (k,) their singular values, in the units of W.
-    residuals : (k,) ‖W1·v − σ·u‖; W1ᵀ·u − σ·v is zero up to float64's rounding.
+    residuals : (k,) √(‖W1·v − σ·u‖² + ‖W1ᵀ·u − σ·v‖²).
+    errors : (k,) bounds on the distance of u and of v from the exact ones (Davis & Kahan 1970; Wedin 1972), at most 1;
+        of a cluster's vectors only their span is determined, and this is about the span.
     values : singular values of W1, float64, descending: all min(m, n) of them, or at least the first k.
     shape : (m, n).
     """
@@ -35,14 +39,14 @@ class Triplets:
     s: np.ndarray
     V: Tensor
     residuals: np.ndarray
+    errors: np.ndarray
     values: np.ndarray
     shape: tuple[int, int]
 
     def take(self, indices: list[int]) -> Triplets:
         """Those of these ranks."""
-        return Triplets(
-            self.U[:, indices], self.s[indices], self.V[:, indices], self.residuals[indices], self.values, self.shape
-        )
+        part = (self.U[:, indices], self.s[indices], self.V[:, indices], self.residuals[indices], self.errors[indices])
+        return Triplets(*part, self.values, self.shape)
 
     @property
     def residual(self) -> float:
@@ -68,25 +72,53 @@ def leading_triplets(base: Base, tuned: TunedWeight, k: int) -> Triplets:
     """
     turned = Turned(tuned, base.short == "left")
     p = base.W.shape[0]
-    k = min(k, p)
-    found = leading_pairs(base, tuned, k, ACCURACY) if p >= ROOMY and k < p // 4 else None
-    values = None
-    if found is not None:
-        Y = found.Y.double()
-    else:
-        gram = decompose_gram(tuned, base.short, keep=k)
-        Y, values = gram.vectors, gram.s
-        # Beyond the null space the vectors are zero, which is no direction.
-        Y = Y[:, : max(1, min(Y.shape[1], gram.rank))]
+    k = wanted = min(k, p)
+    while p >= ROOMY and wanted < p // 4:
+        found = leading_pairs(base, tuned, wanted, ACCURACY)
+        if found is None:
+            break
+        beyond = float(found.sigma[wanted]) + found.next_residual / float(found.sigma[wanted - 1])
+        triplets = _within(turned, found.Y.double(), beyond, None)
+        if triplets.errors[:k].max() <= DIRECTION:
+            return triplets.take(list(range(k)))
+        if wanted > k:
+            break
+        # Of values close to each other either all or none are to be taken: up to the widest gap nearby.
+        near = found.sigma[k - 1 : k + EXTRA + 1]
+        wanted = k + int((near[:-1] - near[1:]).argmax())
+        if wanted == k:
+            break
+    gram = decompose_gram(tuned, base.short, keep=k)
+    kept = max(1, min(gram.vectors.shape[1], gram.rank))  # beyond the null space the vectors are zero
+    beyond = float(gram.s[kept]) if kept < p else 0.0
+    return _as_matched(base, _within(turned, gram.vectors[:, :kept], beyond, gram.s))
+
+
+def _within(turned: Turned, Y: Tensor, beyond: float, values: np.ndarray | None) -> Triplets:
+    """The triplets of W1 in the span of Y (p, k), on its shorter side; ``beyond`` is the largest value outside."""
     Q = torch.linalg.qr(Y).Q
-    half = turned.rmatmul64(Q)
-    right, s, mixed = torch.linalg.svd(half, full_matrices=False)
+    right, s, mixed = torch.linalg.svd(turned.rmatmul64(Q), full_matrices=False)
     left = Q @ mixed.T
-    lost = (_matmul64(turned, right) - left * s).norm(dim=0)
-    U, V = (left, right) if base.short == "left" else (right, left)
-    sigma = s.cpu().numpy()
-    triplets = Triplets(U, sigma, V, lost.cpu().numpy(), sigma if values is None else values, tuned.shape)
-    return _as_matched(base, triplets)
+    lost = (_matmul64(turned, right) - left * s).norm(dim=0).cpu().numpy()
+    U, V = (left, right) if turned.left else (right, left)
+    sigma: np.ndarray = s.cpu().numpy()
+    errors = _direction_errors(sigma, lost, beyond)
+    return Triplets(U, sigma, V, lost, errors, sigma if values is None else values, turned.weight.shape)
+
+
+def _direction_errors(s: np.ndarray, lost: np.ndarray, beyond: float) -> np.ndarray:
+    """Bounds for vectors that are exact within their span: first order towards the outside, second order inside."""
+    outside = np.minimum(s - beyond, s) - 2 * float(lost.max(initial=0.0))
+    apart = np.abs(s[:, None] - s)
+    starts = clusters(s)
+    for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        apart[first:last, first:last] = np.inf
+    inside = apart.min(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        first_order = np.sqrt(2) * lost / outside
+        error = first_order + first_order.max() * lost / inside
+    bound: np.ndarray = np.where((outside > 0) & (error < 1), error, np.where(lost > 0, 1.0, 0.0))
+    return bound
 
 
 def _matmul64(turned: Turned, X: Tensor) -> Tensor:
@@ -109,4 +141,4 @@ def _as_matched(base: Base, found: Triplets) -> Triplets:
         U[:, here], V[:, here] = U[:, here] @ turn, V[:, here] @ turn
         s[here] = np.einsum("ij,i,ij->j", weights, found.s[here], weights)
         residuals[here] = np.hypot(np.linalg.norm(found.residuals[here]), np.ptp(found.s[here]))
-    return found if U is found.U else Triplets(U, s, V, residuals, found.values, found.shape)
+    return found if U is found.U else Triplets(U, s, V, residuals, found.errors, found.values, found.shape)
