@@ -88,6 +88,8 @@ def text(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "NO"
+    if isinstance(value, float) and 0 < abs(value) < 1e-4:
+        return f"{value:.1e}"
     if isinstance(value, float):
         return f"{value:.4f}" if 0 < abs(value) < 0.1 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, int):

@@ -235,7 +235,8 @@ def _check(verification: Verification) -> str:
     if verification.holds:
         worst = max((layer.error or 0.0 for layer in verification.layers), default=0.0)
         compared = f"; {plural(count, 'layer')}, largest error {worst:.1g} of ‖W'‖" if count else ""
-        return f"Verified: {verification.folder} is {verification.source} with the vectors and scales of its record{compared}."
+        what = f"{verification.folder} is {verification.source} with the vectors and scales of its record"
+        return f"Verified: {what}{compared}."
     amiss = [f"{len(verification.failed)} of {plural(count, 'layer')} not as recorded"] if verification.failed else []
     amiss += [plural(len(verification.problems), "problem")] if verification.problems else []
     return (
