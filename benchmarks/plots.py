@@ -19,6 +19,8 @@ LOOKS = {
     "peft": ("#999999", "s"),
     "exact": ("#0072B2", "D"),
     "krylov": ("#D55E00", "^"),
+    "spectra": ("#D55E00", "^"),
+    "factors": ("#0072B2", "o"),
     "cached": ("#009E73", "v"),
     "cached, cold": ("#CC79A7", "P"),
     "auto": ("#E69F00", "*"),
