@@ -104,8 +104,6 @@ def test_large_weights_are_not_decomposed(rng, shape, monkeypatch):
     after = rewritten(tuned, scaled(triplets, np.array([0.5, 0.0])), 6.0)
     want = formula(exact(tuned), chosen)
     assert np.linalg.norm(exact(after) - want) <= 1e-6 * np.linalg.norm(want)
-    assert found.rank_of(float(found.s[3]) / 2) is None
-    assert found.rank_of(float(found.s[2]) * (1 - 1e-6)) == 3
 
 
 def test_a_large_weight_that_lanczos_does_not_resolve_is_decomposed(rng):

@@ -53,11 +53,6 @@ class Triplets:
         """The largest residual, relative to σ₁."""
         return float(self.residuals.max(initial=0.0) / self.values[0]) if self.values[0] > 0 else 0.0
 
-    def rank_of(self, sigma: float) -> int | None:
-        """How many singular values lie above sigma; None where not enough of them are known."""
-        above = int(np.count_nonzero(self.values > sigma))
-        return above if above < self.values.size or self.values.size == min(self.shape) else None
-
 
 def leading_triplets(base: Base, tuned: TunedWeight, k: int) -> Triplets:
     """The k leading singular triplets of W1, or more where ties reach across k.
