@@ -8,8 +8,6 @@ when :meth:`Checkpoint.read` asks for them and are not kept.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import re
 import secrets
@@ -24,46 +22,30 @@ from spectra.errors import (
     MissingFileError,
     SpectraError,
     UnsafeFileError,
-    UnsupportedMethodError,
     UsageError,
+)
+from spectra.headers import (
+    BYTES_PER_ELEMENT,
+    PICKLE_ADVICE,
+    PICKLE_SUFFIXES,
+    TensorInfo,
+    check_within,
+    leads_out,
+    read_header,
+    read_json,
 )
 
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what can be analysed
+__all__ = [
+    "BYTES_PER_ELEMENT", "PARTIAL", "PICKLE_SUFFIXES", "SINGLE_FILES", "Checkpoint", "Fingerprint", "TensorInfo",
+    "leads_out", "open_checkpoint", "read_header", "read_json", "write_whole",
+]  # fmt: skip
+
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+MLX_FILE = "adapters.safetensors"
 PARTIAL = ".part"  # how a file ends that is being written
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-PICKLE_ADVICE = (
-    "this is a pickle, which can run code when it is read; convert it to safetensors where you "
-    "trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), …), under the same name "
-    "but ending in .safetensors"
-)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says about one tensor.
-
-    ``shape`` is as stored, ``dtype`` safetensors' name, ``span`` the place and number of its bytes in
-    the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    span: tuple[int, int]
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype in BYTES_PER_ELEMENT
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -73,7 +55,7 @@ class Checkpoint:
     Attributes
     ----------
     path : the folder or file, as resolved.
-    layout : "safetensors", "sharded safetensors" or "peft folder".
+    layout : "safetensors", "sharded safetensors", "peft folder" or "mlx folder".
     tensors : name → :class:`TensorInfo`, in the files' order.
     config : ``config.json`` beside the weights, or {}.
     adapter_config : ``adapter_config.json`` beside the weights, or None.
@@ -202,8 +184,8 @@ def _open_file(path: Path) -> Checkpoint:
         path,
         "peft folder" if is_adapter else "safetensors",
         tensors,
-        read_json(path.parent / "config.json"),
-        read_json(path.parent / "adapter_config.json") if is_adapter else None,
+        _config(path.parent),
+        read_json(check_within(path.parent / "adapter_config.json", path.parent), unique=True) if is_adapter else None,
     )
 
 
@@ -212,23 +194,23 @@ def _open_folder(folder: Path, as_base: bool) -> Checkpoint:
     adapter = (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists()
     if adapter and not (as_base and whole):
         return _open_adapter(folder)
-    config = read_json(folder / "config.json")
+    config = _config(folder)
     for name in SINGLE_FILES:
-        if (folder / name).exists():
-            return Checkpoint(folder, "safetensors", read_header(folder / name), config)
+        if os.path.lexists(folder / name):
+            return Checkpoint(folder, "safetensors", read_header(check_within(folder / name, folder)), config)
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         if len(indices) > 1:
             raise AmbiguousFilesError(folder, f"several indices: {_names(indices)}; name one of them")
-        return _open_sharded(indices[0])
+        return _open_sharded(check_within(indices[0], folder))
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
-        return Checkpoint(folder, "safetensors", read_header(files[0]), config)
+        return Checkpoint(folder, "safetensors", read_header(check_within(files[0], folder)), config)
     if files:
         raise AmbiguousFilesError(folder, f"several weight files and no index: {_names(files)}; name one of them")
     adapters = sorted(child.parent for child in folder.glob("*/adapter_config.json"))
     if len(adapters) == 1:
-        return _open_adapter(adapters[0])
+        return _open_adapter(check_within(adapters[0], folder))
     if adapters:
         raise AmbiguousFilesError(folder, f"several adapters: {_names(adapters)}; name one of them")
     pickles = sorted(child for child in folder.iterdir() if child.suffix in PICKLE_SUFFIXES)
@@ -245,20 +227,24 @@ def _open_adapter(folder: Path) -> Checkpoint:
     if not weights.exists():
         if (folder / "adapter_model.bin").exists():
             raise UnsafeFileError(folder / "adapter_model.bin", PICKLE_ADVICE)
-        if (folder / "adapters.safetensors").exists():
-            raise UnsupportedMethodError(folder, "this is an MLX adapter, which this version cannot read")
+        if (folder / MLX_FILE).exists():
+            config = read_json(check_within(folder / "adapter_config.json", folder), unique=True)
+            return Checkpoint(folder, "mlx folder", read_header(check_within(folder / MLX_FILE, folder)), {}, config)
         raise MissingFileError(weights, "the adapter's weights are missing")
     config_file = folder / "adapter_config.json"
     if not config_file.exists():
         raise MissingFileError(
             config_file, "the adapter's configuration is missing; without it r, alpha and the method are unknown"
         )
-    return Checkpoint(folder, "peft folder", read_header(weights), {}, read_json(config_file))
+    check_within(config_file, folder)
+    return Checkpoint(
+        folder, "peft folder", read_header(check_within(weights, folder)), {}, read_json(config_file, unique=True)
+    )
 
 
 def _open_sharded(index: Path) -> Checkpoint:
     folder = index.parent
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, unique=True, index=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(index, "no weight_map in this index")
     suffix = ".safetensors"
@@ -275,10 +261,7 @@ def _open_sharded(index: Path) -> Checkpoint:
         file = folder / shard
         if not file.exists():
             raise MissingFileError(file, f"the index {index.name} names this shard, but it is not there")
-        outside = leads_out(file, folder)
-        if outside is not None:
-            raise UnsafeFileError(file, f"this shard is a link that leads out of its folder, to {outside}")
-        headers[shard] = read_header(file)
+        headers[shard] = read_header(check_within(file, folder))
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
             raise CorruptFileError(folder / shard, f"{index.name} says it is in this shard, but it is not", tensor)
@@ -287,79 +270,11 @@ def _open_sharded(index: Path) -> Checkpoint:
             if weight_map.get(tensor) != shard:
                 raise CorruptFileError(folder / shard, f"it is in this shard, but {index.name} says otherwise", tensor)
     tensors = {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
-    return Checkpoint(folder, "sharded safetensors", tensors, read_json(folder / "config.json"))
+    return Checkpoint(folder, "sharded safetensors", tensors, _config(folder))
 
 
-def leads_out(file: Path, folder: Path) -> Path | None:
-    """Where a link leads that leaves its folder for anything but the hub cache's own blobs; else None."""
-    target, home = file.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs"  # models--org--name/snapshots/<commit>
-    inside = home in target.parents or (home.parent.name == "snapshots" and blobs in target.parents)
-    return None if inside else target
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where the file does not exist."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptFileError(path, f"not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CorruptFileError(path, f"expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file says it holds, checked against its size.
-
-    Beyond what the safetensors library checks, names that occur twice are refused, and the usual
-    things that are mistaken for safetensors are recognised: git-LFS pointers and pickles.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(56)
-            length = int.from_bytes(start[:8], "little")
-            file.seek(8)
-            raw = file.read(length) if length <= MAX_HEADER_BYTES else b""
-    except OSError as error:
-        raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
-    _sniff(path, start)
-    if length > MAX_HEADER_BYTES:
-        raise CorruptFileError(
-            path, f"not a safetensors file (its header would have {length:.1e} bytes, over the format's limit)"
-        )
-    if len(raw) < length:
-        raise CorruptFileError(path, f"truncated: the header says {length:,} bytes, the file has {size:,}")
-    try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except CorruptFileError:
-        raise
-    except (ValueError, RecursionError):
-        raise CorruptFileError(path, "not a safetensors file: its header is not JSON") from None
-    try:
-        with safe_open(path, framework="np"):
-            pass  # the library checks dtypes, offsets and overlaps on opening
-    except (SafetensorError, OSError) as error:
-        problem = str(error).removeprefix("Error while deserializing header: ")
-        if "incomplete" in problem.lower() or "not fully covered" in problem.lower():
-            problem = f"truncated or swapped: its size does not fit its header ({problem})"
-        raise CorruptFileError(path, f"malformed: {problem[:200]}") from None
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, (8 + length + begin, end - begin))
-    if not tensors:
-        raise CorruptFileError(path, "holds no tensors")
-    for name in tensors:
-        if not name.isprintable():  # what would end up in a terminal, or split a line
-            raise CorruptFileError(path, f"a tensor's name holds control characters: {name[:80]!r}")
-    return tensors
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(check_within(folder / "config.json", folder))
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -383,32 +298,6 @@ def write_whole(file: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise UsageError(f"{file}: could not be written: {error.strerror or error}") from None
-
-
-def _unique(path: Path, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise CorruptFileError(path, "this name occurs twice in the header", name)
-        found[name] = value
-    return found
-
-
-def _sniff(path: Path, start: bytes) -> None:
-    if not start:
-        raise CorruptFileError(path, "the file is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise CorruptFileError(path, "this is a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if start[8:9] == b"{" and path.suffix not in PICKLE_SUFFIXES:
-        return
-    # A zip (torch.save since 1.6), or a pickle's PROTO opcode where a length should be.
-    pickled = start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] in b"\2\3\4\5")
-    if pickled or path.suffix in PICKLE_SUFFIXES:
-        raise UnsafeFileError(path, PICKLE_ADVICE)
-    if start.startswith(b"GGUF"):
-        raise CorruptFileError(path, "this is a GGUF file, which this version cannot read")
-    if len(start) < 8:
-        raise CorruptFileError(path, f"truncated: {len(start)} bytes are too few for a safetensors file")
 
 
 def _names(paths: Iterable[Path]) -> str:

@@ -44,8 +44,8 @@ class CheckpointError(SpectraError):
     def __init__(self, path: str | Path, problem: str, tensor: str | None = None):
         self.path = Path(path)
         self.tensor = tensor
-        where = f"{path}: tensor {tensor!r}" if tensor else f"{path}"
-        super().__init__(f"{where}: {problem}")
+        where = f"{path}: tensor {in_one_line(tensor, 200)!r}" if tensor else f"{path}"
+        super().__init__(in_one_line(f"{where}: {problem}"))
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
@@ -93,6 +93,16 @@ class ConvergenceError(NumericError):
 
 # What ends one layer and not the run; torch says "out of memory" with a RuntimeError.
 LAYER_ERRORS = (SpectraError, MemoryError, RuntimeError)
+
+
+def in_one_line(text: str, most: int = 1500) -> str:
+    """A text as it is, unless it has control characters, which become escapes, or is longer than ``most``.
+
+    What files say of themselves comes into messages; none of it may forge a line or steer a terminal.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} […] {text[-most // 3 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def in_short(error: Exception) -> str:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
-from spectra.errors import MissingFileError, SpectraError, UsageError, WrongBaseError
+from spectra.errors import MissingFileError, SpectraError, UnsafeFileError, UsageError, WrongBaseError
 
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
@@ -89,7 +89,7 @@ def open_base_of(tuned: Checkpoint) -> Checkpoint:
 
 def _open_base(found: Path) -> Checkpoint:
     base = open_checkpoint(found, as_base=True)
-    if base.layout == "peft folder":
+    if base.layout in ("peft folder", "mlx folder"):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
     return base
 
@@ -102,6 +102,11 @@ def _base_of_adapter(tuned: Checkpoint) -> Path:
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")
     home = tuned.path if tuned.path.is_dir() else tuned.path.parent
+    # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
+    if wanted.startswith(("\\\\", "//")):
+        raise UnsafeFileError(home / "adapter_config.json", f"its base model {wanted!r} is on another host")
+    if isinstance(revision, str) and (".." in revision or re.search(r"^[/~]|[\\:\x00-\x1f]", revision)):
+        raise UnsafeFileError(home / "adapter_config.json", f"its revision {revision!r} is no name of one")
     found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=home)
     if found is None:
         raise MissingFileError(

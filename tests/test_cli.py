@@ -355,7 +355,10 @@ def test_interrupt_exits_with_130(tmp_path, make_base, rng):
     base = make_base(weights)
     tuned = make_base({name: value + 1 for name, value in weights.items()}, "tuned")
     command = [sys.executable, "-m", "spectra", "audit", str(tuned), "--base", str(base), "-o", str(tmp_path / "r.txt")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background has not
+    )  # fmt: skip
     time.sleep(4)
     assert process.poll() is None, "finished before it could be interrupted"
     process.send_signal(signal.SIGINT)

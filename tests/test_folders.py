@@ -415,7 +415,7 @@ def test_outputs_do_not_touch_inputs(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "model.safetensors").symlink_to(tmp_path / "model" / "model.safetensors")
     with pytest.raises(UsageError, match="what is being read lies in it"):
-        check_apart(tmp_path / "model", open_checkpoint(tmp_path / "b"))
+        check_apart(tmp_path / "model", open_checkpoint(tmp_path / "b" / "model.safetensors"))
     monkeypatch.chdir(tmp_path / "model")
     with pytest.raises(UsageError, match="lies in what"):
         check_apart("out", model)
@@ -474,11 +474,11 @@ def test_links_into_the_hub_caches_blobs_are_followed(tmp_path):
 
 def test_a_config_that_was_read_through_a_link_goes_along(tmp_path):
     source = a_source(tmp_path / "source", "adapter")
-    (source.path / "adapter_config.json").rename(tmp_path / "config.json")
-    (source.path / "adapter_config.json").symlink_to(tmp_path / "config.json")
+    (source.path / "adapter_config.json").rename(source.path / "other.json")
+    (source.path / "adapter_config.json").symlink_to("other.json")
     repaired(open_checkpoint(source.path), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"] == {"q": 3}
-    assert "rank_pattern" not in json.loads((tmp_path / "config.json").read_text())
+    assert "rank_pattern" not in json.loads((source.path / "other.json").read_text())
 
 
 def test_the_index_of_the_own_shards_goes_along_alone(tmp_path):

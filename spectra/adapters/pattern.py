@@ -15,7 +15,8 @@ from typing import Any
 
 from spectra.errors import AdapterError
 
-SECONDS = 1.0  # for all matches of one pattern table
+SECONDS = 0.5  # for all that one pattern table takes
+MAX_EXPRESSIONS = 200  # peft itself writes plain names, people a handful of expressions
 MAX_LENGTH = 500
 MAX_GROUPS = 20
 MAX_REPEATS = 10_000  # bounds the product of counted repetitions, which are unrolled when compiled
@@ -32,19 +33,31 @@ class Pattern:
 
     def __init__(self, file: Path, values: Mapping[str, float]):
         self.file = file
-        self._entries = [(self._compile(key), value) for key, value in values.items()]
         self._seconds_left = SECONDS
+        self._values = list(values.values())
+        self._whole: dict[str, int] = {}  # plain names → the first entry that has them
+        self._ends: dict[str, int] = {}
+        self._expressions: list[tuple[int, Any]] = []
+        for index, key in enumerate(values):
+            literal = _LITERAL.fullmatch(key)
+            if literal:
+                (self._whole if literal[1] else self._ends).setdefault(literal[2].replace("\\", ""), index)
+            elif len(self._expressions) == MAX_EXPRESSIONS:
+                raise AdapterError(file, f"over {MAX_EXPRESSIONS} patterns that are no plain names: {key[:80]!r}")
+            else:
+                self._expressions.append((index, self._compile(key)))
 
     def lookup(self, module: str, default: float) -> float:
         """The value for a module; raises AdapterError where matching takes too long."""
-        for entry, value in self._entries:
-            if isinstance(entry, tuple):
-                anchored, name = entry
-                if module == name or (not anchored and module.endswith("." + name)):
-                    return value
-            elif self._matches(entry, module):
-                return value
-        return default
+        starts = [0] + [place + 1 for place, letter in enumerate(module) if letter == "."]
+        plain = [self._ends.get(module[start:]) for start in starts] + [self._whole.get(module)]
+        first = min((index for index in plain if index is not None), default=len(self._values))
+        for index, expression in self._expressions:
+            if index > first:
+                break
+            if self._matches(expression, module):
+                return self._values[index]
+        return self._values[first] if first < len(self._values) else default
 
     def _matches(self, expression: Any, module: str) -> bool:
         started = time.monotonic()
@@ -56,16 +69,18 @@ class Pattern:
             self._seconds_left = max(self._seconds_left - (time.monotonic() - started), 1e-3)
 
     def _compile(self, key: str) -> Any:
-        literal = _LITERAL.fullmatch(key)
-        if literal:
-            return bool(literal[1]), literal[2].replace("\\", "")
         import regex
 
+        started = time.monotonic()
         counts = [int(number) for number in re.findall(r"\d+", key)] if "{" in key else []
         elaborate = key.count("(") > MAX_GROUPS or math.prod(counts) > MAX_REPEATS or "(?" in key.replace("(?:", "")
         if len(key) > MAX_LENGTH or elaborate:
             raise AdapterError(self.file, f"the pattern {key[:80]!r} is too elaborate to be matched safely")
         try:
-            return regex.compile(rf"(.*\.)?({key})$")
+            compiled = regex.compile(rf"(.*\.)?({key})$", cache_pattern=False)
         except (regex.error, MemoryError, RecursionError, OverflowError) as error:
             raise AdapterError(self.file, f"the pattern {key[:80]!r} is no regular expression: {error}") from None
+        self._seconds_left -= time.monotonic() - started
+        if self._seconds_left <= 0:
+            raise AdapterError(self.file, f"the pattern {key[:80]!r} takes too long to compile")
+        return compiled

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from spectra.errors import SpectraError
+from spectra.errors import SpectraError, in_one_line
 
 if TYPE_CHECKING:
     from spectra.report import Report
@@ -178,7 +178,7 @@ def announce(target: Path | None, kind: str, options: argparse.Namespace) -> Non
 
 def complain(what: object) -> None:
     """Writes one line about what went wrong to standard error."""
-    print(f"spectra: error: {what}", file=sys.stderr)
+    print(f"spectra: error: {in_one_line(str(what), 4000)}", file=sys.stderr)
 
 
 def return_freed_matrices() -> None:
