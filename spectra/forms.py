@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spectra.adapters import Skipped
+from spectra.adapters import MethodUpdate, Skipped, StoredFactors
 from spectra.adapters.repaired import stored_ranks, why_not_writable, write_repaired
 from spectra.adapters.writing import STORED
 from spectra.analysis import Findings
@@ -68,6 +68,10 @@ class AdapterForm:
     merged = False
 
     def __init__(self, run: SingleRun, home: Path | None, dtype: torch.dtype | None, keep_rank: bool):
+        if any(isinstance(update, MethodUpdate | StoredFactors) for update in run.plan.updates):
+            raise UsageError(
+                f"{run.tuned.path}: mitigate writes LoRA and DoRA of PEFT, not {run.plan.format}; use --merged"
+            )
         self.run, self.home, self.dtype, self.keep_rank = run, home, dtype, keep_rank
         self.changed: dict[str, LowRank | RowScaled] = {}
         self.whole: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from spectra.adapters import MethodUpdate
 from spectra.adapters.peft import beside_factors
 from spectra.errors import UsageError
 from spectra.layers import WRAPPERS, LayerPair, Pairing
@@ -81,6 +82,9 @@ def carried_beside(run: SingleRun, pairing: Pairing) -> list[Carried]:
     for pair in pairing.pairs:
         if pair.rows is not None and pair.update.kind != "dense":
             raise refuse(pair.update.tensors[0], "its vocabulary was resized")
+        bias = pair.base.name.removesuffix("weight") + "bias"
+        if isinstance(pair.update, MethodUpdate) and pair.update.scales_bias and bias in run.base.tensors:
+            raise refuse(pair.update.tensors[0], f"it scales {bias!r} as well, which is not supported")
     beside = beside_factors(tuned, plan) if plan.format != "full" else ((name, name, None) for name in tuned.tensors)
     found: dict[str, Carried] = {}
     for tensor, name, scaling in beside:

@@ -59,7 +59,7 @@ def inspect(
             opened = open_base_of(checkpoint) if base is None else open_base(base)
             found_base = str(opened.path)
             pairing = pair_layers(opened, checkpoint, plan, include=include, exclude=exclude)
-            pairs = {pair.update.module: pair for pair in pairing.pairs}
+            pairs = {pair.update.tensors: pair for pair in pairing.pairs}
             skipped = pairing.skipped
         except SpectraError as error:
             if base is not None and not isinstance(error, UsageError) and found_base is None:
@@ -67,7 +67,7 @@ def inspect(
             problem = str(error)
     updates = []
     for update in plan.updates:
-        pair = pairs.get(update.module)
+        pair = pairs.get(update.tensors)
         shape = pair.shape if pair else update.shape
         updates.append({
             "module": update.module, "kind": update.kind, "rank": update.rank, "alpha": update.alpha,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from spectra.adapters import Plan, PlannedUpdate, Skipped
+from spectra.adapters import MethodUpdate, Plan, PlannedUpdate, Skipped, against_base
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, WrongBaseError
 from spectra.orientation import TIED, Layout, Orientation, Role, as_matrix, matrix_shape, role_of
@@ -136,6 +136,7 @@ def pair_layers(
     WrongBaseError : an adapter's factor has no base weight, or shapes do not fit.
     AdapterError : the orientation of a weight cannot be decided.
     """
+    plan = against_base(plan, base)
     matcher = _Matcher(base, plan.updates)
     orientation = Orientation(base.tensors, base.config)
     skipped = list(plan.skipped)
@@ -190,9 +191,10 @@ def _make_pair(
     tuned: Checkpoint, update: PlannedUpdate, info: TensorInfo, orientation: Orientation
 ) -> LayerPair | Skipped:
     role = role_of(update.module, len(info.shape))
-    if update.shape is None:  # stored whole, as the base is
+    method = isinstance(update, MethodUpdate)
+    if update.shape is None and not method:  # stored whole, as the base is
         return _pair_whole(tuned, update, info, orientation, role)
-    file, stored, shape = tuned.tensors[update.tensors[0]].file, info.shape, update.shape
+    file, stored, shape = tuned.tensors[update.tensors[0]].file, info.shape, update.shape or (0, 0)
     groups = _groups(update, stored)
     if groups > 1:
         return Skipped(
@@ -205,11 +207,15 @@ def _make_pair(
         rows = min(stored[0], shape[1])
         notes = (_resized(stored[0], shape[1], rows),)
         stored, shape = (rows, stored[1]), (shape[0], rows)
-    layout = orientation.layout_of_update(update.module, shape, update.layout, stored)
-    if layout is None or (layout == "conv" and update.kernel != stored[2:]):
+    if isinstance(update, MethodUpdate):
+        layout = update.layout_in(stored, orientation)
+    else:
+        layout = orientation.layout_of_update(update.module, shape, update.layout, stored)
+    if layout is None or (layout == "conv" and update.kernel != stored[2:] and not method):
+        of_shape = f" of shape {list(update.shape)}" if update.shape else ""
         raise WrongBaseError(
             file,
-            f"an update of shape {list(update.shape)} does not fit the base weight {info.name!r} of shape "
+            f"an update{of_shape} does not fit the base weight {info.name!r} of shape "
             f"{list(info.shape)} in {info.file}: is this the wrong base?",
             update.tensors[0],
         )

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from spectra.adapters import Plan
+from spectra.adapters import MethodUpdate, Plan
 from spectra.adapters.peft import beside_factors
 from spectra.adapters.writing import CONFIG, STORED, tied_head
 from spectra.checkpoint import Checkpoint, TensorInfo, read_header
@@ -188,6 +188,9 @@ def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pa
 def _why_not_merged(base: Checkpoint, tuned: Checkpoint, pair: LayerPair) -> str | None:
     if pair.rows is not None:
         return next((note for note in pair.notes if "resized" in note), "its vocabulary was resized")
+    bias = pair.base.name.removesuffix("weight") + "bias"
+    if isinstance(pair.update, MethodUpdate) and pair.update.scales_bias and bias in base.tensors:
+        return f"it scales {bias!r} as well, which is not supported"
     if pair.tied:
         return f"the head shares {pair.base.name!r} with the embedding, which would change, too"
     heads = tied_head(base.config, base.tensors)

@@ -54,7 +54,8 @@ class LayerRank:
     Attributes
     ----------
     name, module_type, role, shape : the layer, (m, n) as analysed.
-    kind : of the update: "low_rank", "row_scaled", "dense" or "merged".
+    kind : of the update: "low_rank", "row_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr), "scaled" (IA3),
+        "rotated" (OFT), "dense", or "merged".
     trained_rank : the adapter's r, or None.
     parameters : values that the fine-tune stores for it.
     update_norm_fro, update_norm_relative : ‖dW‖_F, and over ‖W0‖_F (None where W0 is zero).
@@ -131,8 +132,8 @@ def layer_rank(
     """The record of one layer from the singular values of dW (float64, descending; of a low-rank dW its r suffice)."""
     size = measures.norm_fro(singular_values)
     kept = min(singular_values.size, measures.break_even_rank(shape))
-    # A low-rank update has no bulk, and the bulk of a rescaled base is no noise.
-    edge = None if kind in ("low_rank", "row_scaled") else measures.noise_edge(singular_values, shape)
+    # Only entries that were trained one by one have noise for a bulk: that of a rescaled or rotated base is none.
+    edge = measures.noise_edge(singular_values, shape) if kind in ("dense", "merged") else None
     return LayerRank(
         name=name, module_type=module_type(name), role=role, shape=shape, kind=kind, trained_rank=trained_rank,
         parameters=parameters, update_norm_fro=size,

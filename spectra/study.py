@@ -196,7 +196,7 @@ def _share_in_top(base: Base, tuned: TunedWeight, update: Spectrum, k: int) -> f
 
 def dense_noise_edge(tuned: TunedWeight, s: np.ndarray) -> float | None:
     """The noise edge of a full fine-tune's dW; None for factors, in which there is no noise."""
-    return noise_edge(s, tuned.shape) if isinstance(tuned, DenseWeight) else None
+    return noise_edge(s, tuned.shape) if isinstance(tuned, DenseWeight) and tuned.free else None
 
 
 def layer_spectra_of(

@@ -1,6 +1,6 @@
 """The algebra of a fine-tune: what it adds to a weight, kept in the form it was trained in.
 
-An *update* (:class:`LowRank`, :class:`RowScaled`, :class:`Dense`) is what a checkpoint stores.
+An *update* (:class:`LowRank`, :class:`RowScaled`, :class:`Dense` and others) is what a checkpoint stores.
 Bound to the base weight by ``update.tuned(W0)`` it becomes a *tuned weight*, the operator
 ``W1 = L·W0 + B·A`` that the engines see: they may multiply by it without ever forming it.
 
@@ -10,7 +10,7 @@ factors are float64, so that scaling them rounds nothing, and are cast when they
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,10 +122,11 @@ class FactoredWeight:
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:
-    """W1 given whole, in the working dtype."""
+    """W1 whole, in the working dtype; ``free`` where each entry was trained by itself: its bulk can be noise."""
 
     W0: Tensor
     W1: Tensor
+    free: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,7 +160,7 @@ class DenseWeight:
         return torch.equal(self.W0, self.W1)
 
     def scaled(self, weight: float) -> DenseWeight:
-        return DenseWeight(self.W0, torch.lerp(self.W0, self.W1, weight))
+        return DenseWeight(self.W0, torch.lerp(self.W0, self.W1, weight), self.free)
 
 
 def merged(W0: Tensor, parts: Iterable[tuple[float, TunedWeight]]) -> TunedWeight:
@@ -196,6 +197,14 @@ def _assemble(weight: FactoredWeight, minus: Tensor | None = None) -> Tensor:
         part = weight.block(rows, ALL)
         whole[rows] = part if minus is None else part - minus[rows]
     return whole
+
+
+def _computed(W0: Tensor, block: Callable[[slice], Tensor]) -> DenseWeight:
+    """W1 from ``block(rows)``, float64 and exact, each entry rounded once."""
+    whole = torch.empty_like(W0, memory_format=torch.contiguous_format)
+    for rows in slabs(W0.shape[0]):
+        whole[rows] = block(rows).to(W0.dtype)
+    return DenseWeight(W0, whole, free=False)
 
 
 def _delta_norm(weight: TunedWeight) -> float:
@@ -245,3 +254,135 @@ class Dense:
 
     def tuned(self, W0: Tensor) -> DenseWeight:
         return DenseWeight(W0, self.W1.to(W0.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedLowRank:
+    """VeRA: dW = B · A[:, :n], B (m, r) and an A (r, n or more) that modules share; arXiv 2310.11454."""
+
+    B: Tensor
+    A: Tensor
+
+    def tuned(self, W0: Tensor) -> FactoredWeight:
+        return FactoredWeight(W0, self.B.double(), self.A[:, : W0.shape[1]].double())
+
+
+FACTORED = 4  # an update is kept in factors while its rank is at most this part of the shorter side
+
+
+def _worth_factors(rank: int, W0: Tensor) -> bool:
+    return FACTORED * rank <= min(W0.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard:
+    """LoHa: dW = scaling · (B1·A1) ⊙ (B2·A2); Hyeon-Woo et al. 2021, arXiv 2108.06098.
+
+    B1 (m, r1), A1 (r1, n), B2 (m, r2), A2 (r2, n) in float64.  Its rank is at most r1·r2: row i of the left factor is
+    kron(B1[i], B2[i]), and likewise the columns of the right one.
+    """
+
+    B1: Tensor
+    A1: Tensor
+    B2: Tensor
+    A2: Tensor
+    scaling: float
+
+    def tuned(self, W0: Tensor) -> TunedWeight:
+        if _worth_factors(self.A1.shape[0] * self.A2.shape[0], W0):
+            B = (self.B1[:, :, None] * self.B2[:, None, :]).flatten(1)
+            A = (self.A1[:, None, :] * self.A2[None, :, :]).flatten(0, 1)
+            return FactoredWeight(W0, B * self.scaling, A)
+
+        def block(rows: slice) -> Tensor:
+            return W0[rows].double() + self.scaling * (self.B1[rows] @ self.A1) * (self.B2[rows] @ self.A2)
+
+        return _computed(W0, block)
+
+
+def _kron(X: Tensor, Y: Tensor) -> Tensor:
+    """The Kronecker product of two matrices; torch.kron fails on transposed vectors (2.13)."""
+    product = X[:, None, :, None] * Y[None, :, None, :]
+    return product.reshape(X.shape[0] * Y.shape[0], X.shape[1] * Y.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """LoKr: dW = scaling · kron(B1·A1, B2·A2), float64, with m and n the products of the sides; arXiv 2309.14859."""
+
+    B1: Tensor
+    A1: Tensor
+    B2: Tensor
+    A2: Tensor
+    scaling: float
+
+    def tuned(self, W0: Tensor) -> TunedWeight:
+        if _worth_factors(self.A1.shape[0] * self.A2.shape[0], W0):
+            return FactoredWeight(W0, _kron(self.B1, self.B2) * self.scaling, _kron(self.A1, self.A2))
+        first, second = self.B1 @ self.A1, self.B2 @ self.A2
+        places = torch.arange(W0.shape[0], device=W0.device)
+        outer, inner = places // second.shape[0], places % second.shape[0]
+
+        def block(rows: slice) -> Tensor:
+            product = first[outer[rows], :, None] * second[inner[rows], None, :]
+            return W0[rows].double() + self.scaling * product.flatten(1)
+
+        return _computed(W0, block)
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """W1 = W0 + dW with dW (m, n) whole, in float64."""
+
+    dW: Tensor
+
+    def tuned(self, W0: Tensor) -> DenseWeight:
+        return _computed(W0, lambda rows: W0[rows].double() + self.dW[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """IA3: W1 = diag(rows)·W0 or W0·diag(columns); Liu et al. 2022, arXiv 2205.05638.
+
+    One of ``rows`` (m,) and ``columns`` is given, in float64; a column of a convolution's channel is one of all that
+    the channel has, so that there may be a divisor of n of them.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def tuned(self, W0: Tensor) -> TunedWeight:
+        if self.rows is not None:
+            nothing = torch.zeros(1, dtype=torch.float64, device=W0.device)
+            return FactoredWeight(W0, nothing.expand(W0.shape[0], 1), nothing.expand(1, W0.shape[1]), self.rows)
+        assert self.columns is not None
+        columns = self.columns.repeat_interleave(W0.shape[1] // self.columns.numel())
+        return _computed(W0, lambda rows: W0[rows].double() * columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """OFT: W1 = W0·Rᵀ, with R block-diagonal; Qiu et al. 2023, arXiv 2306.07280.
+
+    ``blocks`` (b, d, d) in float64, or (1, d, d) where all blocks are that one.  With ``output`` it is Rᵀ·W0 instead,
+    as for embeddings.
+    """
+
+    blocks: Tensor
+    output: bool = False
+
+    def tuned(self, W0: Tensor) -> DenseWeight:
+        m, n = W0.shape
+        d = self.blocks.shape[-1]
+        if not self.output:
+            turns = self.blocks.expand(n // d, d, d)
+            return _computed(
+                W0,
+                lambda rows: torch.einsum("mbj,bij->mbi", W0[rows].double().reshape(-1, n // d, d), turns).flatten(1),
+            )
+        whole = torch.empty_like(W0, memory_format=torch.contiguous_format)
+        turns = self.blocks.expand(m // d, d, d)
+        for columns in slabs(n):
+            part = W0[:, columns].double().reshape(m // d, d, -1)
+            whole[:, columns] = torch.einsum("bji,bjn->bin", turns, part).flatten(0, 1).to(W0.dtype)
+        return DenseWeight(W0, whole, free=False)

@@ -22,7 +22,8 @@ from tests.conftest import ROOT
 ALLOWED = {
     "errors": set(),
     "records": set(),
-    "checkpoint": {"errors"},
+    "headers": {"errors"},
+    "checkpoint": {"errors", "headers"},
     "resolve": {"checkpoint", "errors"},
     "orientation": {"checkpoint"},
     "updates": set(),

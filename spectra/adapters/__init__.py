@@ -6,16 +6,27 @@ line in ``DIALECTS``.  The tests over the registry then run on it by themselves.
 
 from __future__ import annotations
 
+from spectra.adapters.diffusers import DiffusersLora
+from spectra.adapters.factors import StoredFactors, against_base
 from spectra.adapters.full import FullCheckpoint
+from spectra.adapters.kohya import KohyaLora
+from spectra.adapters.method import MethodUpdate
+from spectra.adapters.methods import PeftMethods
+from spectra.adapters.mlx import MlxAdapter
 from spectra.adapters.peft import PeftAdapter
 from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped
 from spectra.adapters.unsupported import Unsupported
 from spectra.checkpoint import Checkpoint
 
 # The first that recognises a checkpoint reads it; FullCheckpoint takes what nobody else does.
-DIALECTS: tuple[Dialect, ...] = (PeftAdapter(), Unsupported(), FullCheckpoint())
+DIALECTS: tuple[Dialect, ...] = (
+    MlxAdapter(), PeftMethods(), PeftAdapter(), KohyaLora(), DiffusersLora(), Unsupported(), FullCheckpoint(),
+)  # fmt: skip
 
-__all__ = ["DIALECTS", "Dialect", "Plan", "PlannedUpdate", "Skipped", "plan_updates"]
+__all__ = [
+    "DIALECTS", "Dialect", "MethodUpdate", "Plan", "PlannedUpdate", "Skipped", "StoredFactors", "against_base",
+    "plan_updates",
+]  # fmt: skip
 
 
 def plan_updates(tuned: Checkpoint) -> Plan:

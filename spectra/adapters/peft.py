@@ -183,7 +183,7 @@ class PeftAdapter:
                 plain[name].name,
             )  # fmt: skip
         for name, info in plain.items():
-            planned = _saved_module(name, info)
+            planned = saved_module(name, info)
             if isinstance(planned, Skipped):
                 skipped.append(Skipped(info.name, planned.reason))
             else:
@@ -191,7 +191,7 @@ class PeftAdapter:
         return Plan(config.format, tuple(updates), tuple(skipped), config.facts(updates))
 
 
-def _saved_module(name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
+def saved_module(name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
     """A tensor stored whole: a module to save, a bias, or something peft keeps beside them."""
     plain = _plain_name(name)
     if plain is None:
@@ -212,7 +212,9 @@ def beside_factors(tuned: Checkpoint, plan: Plan) -> Iterator[tuple[str, str, fl
     Without a scaling it takes the model's place; a bias of lora_B is multiplied by it and added.
     """
     factors = {update.module: update for update in plan.updates if isinstance(update, LoraUpdate)}
-    copies = {update.base_copy for update in factors.values()}
+    copies = {update.base_copy for update in plan.updates}
+    # What other methods than LoRA store is in their updates as a whole.
+    copies |= {name for update in plan.updates if update.kind != "dense" for name in update.tensors}
     for key in tuned.tensors:
         name = key.removeprefix(PREFIX)
         match = _KEY.match(name)
@@ -292,8 +294,8 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
     )
 
 
-class _Config:
-    """``adapter_config.json``, checked: anything that is not understood is refused by name."""
+class ConfigFields:
+    """The values of ``adapter_config.json``, each checked as it is asked for."""
 
     def __init__(self, tuned: Checkpoint):
         assert tuned.adapter_config is not None
@@ -301,6 +303,43 @@ class _Config:
             tuned.path / "adapter_config.json" if tuned.path.is_dir() else tuned.path.parent / "adapter_config.json"
         )
         self.values = tuned.adapter_config
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number, at least 0."""
+        value = self.number(key, self.values.get(key, default))
+        if value < 0 or value != int(value):
+            raise AdapterError(self.file, f"{key} = {value:g}; expected a whole number")
+        return int(value)
+
+    def number(self, key: str, value: Any) -> float:
+        """A number that is no boolean, of sane size."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -1e15 < value < 1e15:
+            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected a number")
+        return float(value) if isinstance(value, float) else value
+
+    def switch(self, key: str) -> bool:
+        """True or false; absent is false."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected true or false")
+        return bool(value)
+
+    def pattern(self, key: str) -> Pattern:
+        """Numbers by patterns of module names."""
+        pattern = self.values.get(key) or {}
+        if not isinstance(pattern, Mapping):
+            raise AdapterError(self.file, f"{key} is not an object")
+        return Pattern(
+            self.file, {name: self.number(f"{key} for {name[:80]!r}", value) for name, value in pattern.items()}
+        )
+
+
+class _Config(ConfigFields):
+    """``adapter_config.json``, checked: anything that is not understood is refused by name."""
+
+    def __init__(self, tuned: Checkpoint):
+        super().__init__(tuned)
         method = self.values.get("peft_type")
         if method is not None and not isinstance(method, str):
             raise AdapterError(self.file, f"peft_type = {method!r}; expected a name")
@@ -312,7 +351,7 @@ class _Config:
             raise UnsupportedMethodError(
                 self.file,
                 f"the method {method or 'of this adapter (no peft_type)'} cannot be read by this version "
-                "(LoRA, rsLoRA and DoRA can)",
+                "(LoRA, rsLoRA, DoRA, AdaLoRA, VeRA, IA3, LoHa, LoKr and OFT can)",
             )
         init = self.values.get("init_lora_weights", True)
         if not any(init is value or init == value for value in NEUTRAL_INIT):
@@ -324,12 +363,12 @@ class _Config:
         for key, value in self.values.items():
             if key not in KNOWN_FIELDS and value:
                 raise UnsupportedMethodError(self.file, f"the option {key} = {value!r} cannot be read by this version")
-        self.rank = self._number("r", self.values.get("r", 8))
-        self.alpha = self._number("lora_alpha", self.values.get("lora_alpha", 8))
-        self.use_rslora = self._switch("use_rslora")
-        self.use_dora = self._switch("use_dora")
-        self.rank_pattern = self._pattern("rank_pattern")
-        self.alpha_pattern = self._pattern("alpha_pattern")
+        self.rank = self.number("r", self.values.get("r", 8))
+        self.alpha = self.number("lora_alpha", self.values.get("lora_alpha", 8))
+        self.use_rslora = self.switch("use_rslora")
+        self.use_dora = self.switch("use_dora")
+        self.rank_pattern = self.pattern("rank_pattern")
+        self.alpha_pattern = self.pattern("alpha_pattern")
 
     @property
     def format(self) -> str:
@@ -347,36 +386,17 @@ class _Config:
         """What the report says of the fine-tune as a whole; null where modules differ."""
         lora = [update for update in updates if update.rank is not None]
         return {
-            "rank": _common(update.rank for update in lora),
-            "alpha": _common(update.alpha for update in lora),
-            "scaling": _common(update.scaling for update in lora),
+            "rank": common(update.rank for update in lora),
+            "alpha": common(update.alpha for update in lora),
+            "scaling": common(update.scaling for update in lora),
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
             "conditional": bool(self.values.get("alora_invocation_tokens")),
             "base_model_name_or_path": self.values.get("base_model_name_or_path"),
         }
 
-    def _number(self, key: str, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -1e15 < value < 1e15:
-            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected a number")
-        return float(value) if isinstance(value, float) else value
 
-    def _switch(self, key: str) -> bool:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected true or false")
-        return bool(value)
-
-    def _pattern(self, key: str) -> Pattern:
-        pattern = self.values.get(key) or {}
-        if not isinstance(pattern, Mapping):
-            raise AdapterError(self.file, f"{key} is not an object")
-        return Pattern(
-            self.file, {name: self._number(f"{key} for {name[:80]!r}", value) for name, value in pattern.items()}
-        )
-
-
-def _common(values: Any) -> Any:
+def common(values: Any) -> Any:
+    """The value that all share, or None."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None

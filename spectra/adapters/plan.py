@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from spectra.updates import Update
 
-UpdateKind = Literal["low_rank", "row_scaled", "dense"]
+# low_rank: B·A; row_scaled: DoRA; hadamard: LoHa; kronecker: LoKr; scaled: IA3's rows or columns; rotated: OFT;
+# dense: a tensor stored whole
+UpdateKind = Literal["low_rank", "row_scaled", "hadamard", "kronecker", "scaled", "rotated", "dense"]
 
 
 class PlannedUpdate(Protocol):

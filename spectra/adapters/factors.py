@@ -1,0 +1,298 @@
+"""Factors as tools other than PEFT store them, and how their modules are found in the base.
+
+A file for image models holds updates of several models (a denoiser, text encoders) under one prefix each, its
+*component*; a base is one of these models, or all in one file.  Some writers turn the dots of names into underscores,
+which only the base's own names can undo.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
+from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.errors import AdapterError, WrongBaseError
+from spectra.orientation import Layout, role_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spectra.updates import LowRank, RowScaled
+
+# What some model classes put before the names of one and the same network, and others do not.
+WRAPPERS = ("text_model", "model", "transformer")
+DEEPEST = 32  # parts of a module's name that are looked at; a crafted file could have any number
+SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}  # of struct; BF16 is half a float32
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """The factors of one module: ``down`` (r, in) or (r, in, k…), ``up`` (out, r); ``mid`` (r, r, k…) between them.
+
+    Several of each belong to parts of the output that are stacked.  ``transposed`` ones are stored as (in, r) and
+    (r, out).  ``magnitude`` (out,) is DoRA's.  ``others`` were read with the headers: alphas.  ``component`` says which
+    model of several, ``name`` which module of it, its parts joined by ``joint``: the dot, or what a writer made of it.
+    """
+
+    module: str
+    targets: tuple[str, ...]
+    down: tuple[TensorInfo, ...]
+    up: tuple[TensorInfo, ...]
+    alpha: float | None
+    scaling: float
+    mid: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+    others: tuple[TensorInfo, ...] = ()
+    transposed: bool = False
+    component: str = ""
+    name: str = ""
+    joint: str = "."
+    layout: Layout | None = None
+    kernel: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    may_be_new: bool = False
+    base_copy: str | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(info.name for info in (*self.trained, *self.others))
+
+    @property
+    def trained(self) -> tuple[TensorInfo, ...]:
+        return (*self.down, *self.up, *(info for info in (self.mid, self.magnitude) if info is not None))
+
+    @property
+    def kind(self) -> UpdateKind:
+        return "low_rank" if self.magnitude is None else "row_scaled"
+
+    @property
+    def rank(self) -> int:
+        return sum(info.shape[1 if self.transposed else 0] for info in self.down)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.transposed:
+            return self.up[0].shape[1], self.down[0].shape[0]
+        kernel = () if self.mid is None else self.mid.shape[2:]
+        return sum(info.shape[0] for info in self.up), math.prod((*self.down[0].shape[1:], *kernel))
+
+    @property
+    def parameters(self) -> int:
+        return sum(info.size for info in self.trained)
+
+    def read(
+        self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
+    ) -> LowRank | RowScaled:
+        import torch
+
+        from spectra.updates import LowRank, RowScaled
+
+        def factor(info: TensorInfo) -> Tensor:
+            # Factors are small and kept in float64: only the weight has the working dtype.
+            stored = checkpoint.read(info.name, digest=True).to(device=device).double().flatten(1)
+            return stored.T if self.transposed else stored
+
+        for info in self.others:
+            checkpoint.read(info.name, digest=True)  # known already; for the fingerprint
+        A, blocks = torch.cat([factor(info) for info in self.down]), [factor(info) for info in self.up]
+        B = blocks[0].new_zeros(sum(block.shape[0] for block in blocks), A.shape[0])
+        row = column = 0
+        for block in blocks:
+            B[row : row + block.shape[0], column : column + block.shape[1]] = block
+            row, column = row + block.shape[0], column + block.shape[1]
+        if self.mid is not None:
+            core = checkpoint.read(self.mid.name, digest=True).to(device=device).double()
+            A = torch.einsum("ij...,jn->in...", core, A).flatten(1)
+        A = A if rows is None else A[:, :rows]
+        if self.magnitude is None:
+            return LowRank(B, A, self.scaling)
+        magnitude = checkpoint.read(self.magnitude.name, digest=True).to(device=device).double()
+        return RowScaled(B, A, self.scaling, magnitude.flatten())
+
+
+def check_factors(down: TensorInfo, up: TensorInfo, mid: TensorInfo | None = None) -> int:
+    """The rank of a pair of factors, (r, in, …) and (out, r, 1…), that fit each other.
+
+    Raises
+    ------
+    AdapterError : dtypes or shapes contradict each other.
+    """
+    for info in (down, up, *([] if mid is None else [mid])):
+        if not info.is_float:
+            raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
+        if len(info.shape) < 2 or info.size == 0:
+            raise AdapterError(info.file, f"expected a matrix, found shape {list(info.shape)}", info.name)
+    rank = down.shape[0]
+    if up.shape[1] != rank:
+        raise AdapterError(
+            up.file, f"its second dimension is {up.shape[1]}, but {down.name!r} has rank {rank}", up.name
+        )
+    if any(size != 1 for size in up.shape[2:]):
+        raise AdapterError(up.file, f"expected a 1×1 convolution, found shape {list(up.shape)}", up.name)
+    if mid is not None:
+        if any(size != 1 for size in down.shape[2:]):
+            raise AdapterError(down.file, f"beside {mid.name!r} expected a 1×1 convolution", down.name)
+        if len(mid.shape) < 3 or mid.shape[:2] != (rank, rank):
+            raise AdapterError(mid.file, f"expected ({rank}, {rank}, …), found shape {list(mid.shape)}", mid.name)
+    return rank
+
+
+def scalar(info: TensorInfo) -> float:
+    """The value of a tensor with one element, read without torch.
+
+    Raises
+    ------
+    AdapterError : it has not one element, is no plain number or is not finite.
+    """
+    size = info.span[1]
+    if info.size != 1 or (info.dtype not in SCALARS and info.dtype != "BF16"):
+        raise AdapterError(info.file, f"expected one number, found {info.dtype} of shape {list(info.shape)}", info.name)
+    try:
+        with info.file.open("rb") as file:
+            file.seek(info.span[0])
+            raw = file.read(size)
+        value = struct.unpack(SCALARS.get(info.dtype, "<f"), raw if info.dtype != "BF16" else b"\0\0" + raw)[0]
+    except (OSError, struct.error) as error:
+        raise AdapterError(info.file, f"could not be read: {error}", info.name) from None
+    if not -1e15 < value < 1e15:
+        raise AdapterError(info.file, f"it is {value}; expected a finite number", info.name)
+    return float(value)
+
+
+def common_facts(updates: Iterable[PlannedUpdate]) -> dict[str, Any]:
+    """Rank, alpha and scaling of a fine-tune as a whole; null where modules differ."""
+    updates = list(updates)
+    found = {}
+    for key in ("rank", "alpha", "scaling"):
+        distinct = {getattr(update, key) for update in updates}
+        found[key] = distinct.pop() if len(distinct) == 1 else None
+    return found
+
+
+def against_base(plan: Plan, base: Checkpoint) -> Plan:
+    """The plan with the modules of :class:`StoredFactors` found among the base's names.
+
+    All modules of one component stand under one prefix of the base: the one under which most of them fit.  Components
+    of which the base has no module are skipped, unless that is so for all.
+
+    Raises
+    ------
+    WrongBaseError : several weights of the base could be meant; they are listed.
+    """
+    groups: dict[str, list[StoredFactors]] = defaultdict(list)
+    for update in plan.updates:
+        if isinstance(update, StoredFactors) and update.component:
+            groups[update.component].append(update)
+    if not groups:
+        return plan
+    family = base.config.get("model_type")
+    for component, group in groups.items():
+        if component.startswith("transformer") and group[0].alpha is None and isinstance(family, str):
+            raise WrongBaseError(
+                base.path,
+                f"{group[0].module!r} is read as a LoRA of diffusers, but this base is a {family[:80]} model of "
+                "transformers: without its adapter_config.json its alpha is not known",
+            )
+    indices = {joint: _ends(base, joint) for joint in {update.joint for group in groups.values() for update in group}}
+    found: dict[str, PlannedUpdate] = {}
+    absent: list[str] = []
+    for component, group in groups.items():
+        resolved = _resolve(base, group, indices[group[0].joint])
+        if resolved is None:
+            absent.append(component)
+        else:
+            found |= resolved
+    if len(absent) == len(groups):
+        absent = []
+    skipped = [
+        Skipped(update.module, f"of {component}, another model than this base, which has none of its modules")
+        for component in absent for update in groups[component]
+    ]  # fmt: skip
+    left = {item.name for item in skipped}
+    updates = tuple(found.get(update.module, update) for update in plan.updates if update.module not in left)
+    return replace(plan, updates=updates, skipped=(*plan.skipped, *skipped))
+
+
+def _ends(base: Checkpoint, joint: str) -> dict[str, list[tuple[str, str]]]:
+    """End of a module's name, its parts joined → (what stands before it, tensor) of each weight with such a name."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, info in base.tensors.items():
+        if name.endswith(".weight") and len(info.shape) >= 2:
+            parts = name.split(".")[:-1]
+            for length in range(1, min(len(parts), DEEPEST) + 1):
+                found[joint.join(parts[-length:])].append((".".join(parts[:-length]), name))
+    return found
+
+
+def _resolve(
+    base: Checkpoint, group: Sequence[StoredFactors], named: Mapping[str, list[tuple[str, str]]]
+) -> dict[str, PlannedUpdate] | None:
+    """module → update with the base's own names; None where nothing of the component fits the base."""
+    names = {update.module: update.name for update in group}
+    options, votes = _options(base, group, names, named)
+    for wrapper in WRAPPERS:
+        if not votes:
+            start = wrapper + group[0].joint
+            names = {update.module: update.name.removeprefix(start) for update in group}
+            options, votes = _options(base, group, names, named)
+    if not votes:
+        return None
+    most = max(votes.values())
+    prefixes = sorted(prefix for prefix, count in votes.items() if count == most)
+    if len(prefixes) > 1:
+        places = {prefix: (name, module) for module, items in options.items() for prefix, name in items}
+        listed = ", ".join(f"{name!r} ({module})" for name, module in (places[prefix] for prefix in prefixes))
+        raise WrongBaseError(
+            base.path, f"as many modules of {group[0].component} fit {listed}; Spectra does not guess which are meant"
+        )
+    found: dict[str, PlannedUpdate] = {}
+    for update in group:
+        fitting = sorted(name for prefix, name in options[update.module] if prefix == prefixes[0])
+        if len(fitting) > 1:
+            listed = ", ".join(map(repr, fitting))
+            raise WrongBaseError(base.path, f"{update.module!r} could be any of {listed}; Spectra does not guess")
+        if fitting:
+            found[update.module] = _named(update, fitting[0], base.tensors[fitting[0]].shape)
+        else:  # there in another shape, or not at all: matching says which
+            misfits = [name for prefix, name in named.get(names[update.module], ()) if prefix == prefixes[0]]
+            found[update.module] = replace(update, targets=tuple(misfits) or update.targets)
+    return found
+
+
+def _options(
+    base: Checkpoint,
+    group: Sequence[StoredFactors],
+    names: Mapping[str, str],
+    named: Mapping[str, list[tuple[str, str]]],
+) -> tuple[dict[str, list[tuple[str, str]]], Counter[str]]:
+    """module → (prefix, tensor) of each weight that fits; how many modules each prefix serves."""
+    options = {
+        update.module: [
+            item for item in named.get(names[update.module], ()) if _fits(update, base.tensors[item[1]].shape)
+        ]
+        for update in group
+    }
+    votes = Counter(prefix for items in options.values() for prefix in {prefix for prefix, _ in items})
+    return options, votes
+
+
+def _named(update: StoredFactors, name: str, stored: tuple[int, ...]) -> StoredFactors:
+    """The update under the base's own name, as a convolution where the base has one."""
+    module = name.removesuffix(".weight")
+    if len(stored) > 2:
+        return replace(update, module=module, targets=(name,), layout="conv", kernel=stored[2:])
+    embedding = role_of(module, 2) == "embedding" and stored == update.shape[::-1]
+    return replace(update, module=module, targets=(name,), layout="embedding" if embedding else None, kernel=())
+
+
+def _fits(update: StoredFactors, stored: tuple[int, ...]) -> bool:
+    if len(stored) == 2:
+        return sorted(stored) == sorted(update.shape) and all(size == 1 for size in update.kernel)
+    same = update.kernel == stored[2:] or all(size == 1 for size in (*update.kernel, *stored[2:]))
+    return same and update.shape[0] == stored[0] and math.prod(stored[1:]) == update.shape[1]
