@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SPECTRA_CACHE"] = os.devnull  # what a developer has cached is none of the tests' business
+if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core; threads beyond that wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
