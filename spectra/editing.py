@@ -108,43 +108,21 @@ class Choice:
         return dict.fromkeys(indices, scale)
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One layer of which vectors are to be scaled, while it is in memory.
-
-    ``triplets`` are the leading ones, as many as reach the last of ``chosen``, {index: scale}.
-    """
-
-    pair: LayerPair
-    tuned: TunedWeight
-    findings: Findings
-    chosen: Mapping[int, float]
-    triplets: Triplets
-
-    @property
-    def own(self) -> Triplets:
-        """The triplets that are scaled."""
-        return self.triplets.take(list(self.chosen))
-
-    @property
-    def change(self) -> Change:
-        return scaled(self.own, np.array(list(self.chosen.values())))
-
-
-def subject_of(
-    pair: LayerPair, tuned: TunedWeight, analysis: LayerAnalysis, findings: Findings, chosen: Mapping[int, float]
-) -> Subject:
-    """The layer with the triplets that are to be scaled.
+def triplets_of(
+    pair: LayerPair, tuned: TunedWeight, analysis: LayerAnalysis, chosen: Iterable[int], others: Iterable[int] = ()
+) -> Triplets:
+    """The leading triplets as far as ``chosen`` reach, and ``others`` where W1 has so many.
 
     Raises
     ------
-    UsageError : an index beyond the rank of W1, where there is no vector.
+    UsageError : a chosen index beyond the rank of W1, where there is no vector.
     NonFiniteError, ConvergenceError
     """
-    triplets = analysis.triplets(tuned, max(chosen) + 1)
-    if max(chosen) >= triplets.s.size:
-        raise UsageError(f"{pair.name}: vector {max(chosen)}; the weight has {triplets.s.size} above its null space")
-    return Subject(pair, tuned, findings, chosen, triplets)
+    last = max(chosen)
+    triplets = analysis.triplets(tuned, max(last, *others, 0) + 1)
+    if last >= triplets.s.size:
+        raise UsageError(f"{pair.name}: vector {last}; the weight has {triplets.s.size} above its null space")
+    return triplets
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +135,28 @@ class Edited:
     dense: Tensor | None
 
 
-def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_factors: bool, keep_rank: bool) -> Edited:
-    """The layer with its vectors scaled, as stored in ``dtype``, and what that came to."""
-    pair, tuned, change, planned = subject.pair, subject.tuned, subject.change, subject.pair.update
+def edit(
+    pair: LayerPair,
+    tuned: TunedWeight,
+    analysis: LayerAnalysis,
+    findings: Findings,
+    chosen: Mapping[int, float],
+    *,
+    dtype: torch.dtype,
+    in_factors: bool,
+    keep_rank: bool,
+) -> Edited:
+    """The layer with its ``chosen`` vectors, {index: scale}, scaled as stored in ``dtype``, and what that came to.
+
+    Raises
+    ------
+    UsageError : no such vector, or values that the dtype cannot hold.
+    NonFiniteError, ConvergenceError
+    """
+    planned, indices, scales = pair.update, list(chosen), np.array(list(chosen.values()))
+    triplets = triplets_of(pair, tuned, analysis, chosen)
+    own = triplets.take(indices)
+    change = scaled(own, scales)
     update, dense = None, None
     if in_factors:
         assert isinstance(tuned, FactoredWeight)
@@ -171,15 +168,15 @@ def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_fa
     else:
         dense = whole_weight(pair, tuned, change, dtype)
         after = DenseWeight(tuned.W0, dense.to(tuned.W0.dtype))
-    own, found = subject.own, analysis.of(after)
+    found = analysis.of(after)
     outcome = outcome_of(tuned, change, after, own)
-    error = outcome.error + uncertainty(own, np.array(list(subject.chosen.values())))
+    error = outcome.error + uncertainty(own, scales)
     achieved = [scale * sigma for scale, sigma in zip(outcome.scales, own.s.tolist(), strict=True)]
-    known = _known_values(subject)
-    ranks = _ranks_after(known, list(subject.chosen), achieved, known.size == min(tuned.shape))
-    verdicts = {vector.index: vector for vector in subject.findings.vectors}
+    known = _known_values(triplets, findings)
+    ranks = _ranks_after(known, indices, achieved, known.size == min(tuned.shape))
+    verdicts = {vector.index: vector for vector in findings.vectors}
     vectors = []
-    for at, (index, scale) in enumerate(subject.chosen.items()):
+    for at, (index, scale) in enumerate(chosen.items()):
         verdict = verdicts.get(index)
         vectors.append(
             ScaledVector(
@@ -202,7 +199,7 @@ def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_fa
         shape=pair.shape,
         kind=planned.kind,
         vectors=tuple(vectors),
-        intruders_before=len(subject.findings.intruders),
+        intruders_before=len(findings.intruders),
         intruders_after=len(found.intruders),
         update_norm=outcome.update_before,
         update_norm_after=outcome.update_after,
@@ -215,7 +212,7 @@ def edit(subject: Subject, analysis: LayerAnalysis, *, dtype: torch.dtype, in_fa
         parameters=planned.parameters,
         parameters_after=_parameters(pair, update),
         dtype=next(name for name, stored in STORED.items() if stored == dtype),
-        noise_like_base=subject.findings.noise_like_base,
+        noise_like_base=findings.noise_like_base,
         notes=pair.notes,
     )
     return Edited(record, found, update, dense)
@@ -241,10 +238,10 @@ def _parameters(pair: LayerPair, update: LowRank | RowScaled | None) -> int:
     return pair.update.parameters if pair.update.kind == "dense" else pair.shape[0] * pair.shape[1]
 
 
-def _known_values(subject: Subject) -> np.ndarray:
+def _known_values(triplets: Triplets, findings: Findings) -> np.ndarray:
     """The leading singular values of W1 as far as they are known, descending; all of them of small weights."""
-    values = subject.triplets.values
-    more = [vector.sigma for vector in subject.findings.vectors if vector.index >= values.size]
+    values = triplets.values
+    more = [vector.sigma for vector in findings.vectors if vector.index >= values.size]
     return np.concatenate([values, more])
 
 

@@ -13,7 +13,7 @@ from spectra import __version__
 from spectra.adapters.repaired import replaceable
 from spectra.adapters.writing import STORED
 from spectra.analysis import LayerAnalysis
-from spectra.editing import Choice, Scale, Which, edit, subject_of
+from spectra.editing import Choice, Scale, Which, edit
 from spectra.errors import UsageError
 from spectra.folders import check_apart, check_folder, whole_folder, write_record
 from spectra.forms import AdapterForm, CheckpointForm, Form
@@ -163,10 +163,9 @@ class _Work:
                 self.audited[pair.name] = layer_report(self.run, pair, findings, differs, time.perf_counter() - started)
             return
         self.form.check(pair)
-        subject = subject_of(pair, tuned, analysis, findings, chosen)
         edited = edit(
-            subject, analysis, dtype=self.form.dtype_of(pair), in_factors=self.form.in_factors(pair),
-            keep_rank=self.keep_rank,
+            pair, tuned, analysis, findings, chosen, dtype=self.form.dtype_of(pair),
+            in_factors=self.form.in_factors(pair), keep_rank=self.keep_rank,
         )  # fmt: skip
         self.form.take(pair, tuned, edited)
         self.repairs[pair.name] = edited.record

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spectra.analysis import LayerAnalysis
-from spectra.editing import Choice, Which
+from spectra.editing import Choice, Which, triplets_of
 from spectra.errors import UsageError
 from spectra.insertion import ByName, Carried, InModel, Target, carried_beside, forms_of, name_in_model, working
 from spectra.layers import LayerPair, Pairing, pair_layers
@@ -280,9 +280,7 @@ class _Work:
             self._put_matrix(pair, edited_dense(tuned, None, self._dtype(pair, tuned.W0)))
             return
         free = [vector.index for vector in findings.vectors if not vector.intruder and vector.index not in chosen]
-        found = analysis.triplets(tuned, max(chosen + free) + 1)
-        if max(chosen) >= found.s.size:
-            raise UsageError(f"{pair.name}: vector {max(chosen)}; the weight has {found.s.size} above its null space")
+        found = triplets_of(pair, tuned, analysis, chosen, free)
         own = found.take(chosen)
         taken = {(REPAIR, 0): own}
         for variant in self.controls:

@@ -9,33 +9,12 @@ from dataclasses import dataclass, replace
 
 from spectra.adapters.method import MethodUpdate, Slot
 from spectra.adapters.multiplied import check_oft, ia3, oft
-from spectra.adapters.peft import PREFIX, ConfigFields, common, saved_module
+from spectra.adapters.peft import COMMON_FIELDS, PREFIX, ConfigFields, common, saved_module
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
 from spectra.adapters.products import adalora, check_adalora, check_vera, loha, lokr, vera
 from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
-
-# Fields that any method may have and that do not change what the stored tensors mean.
-COMMON_FIELDS = frozenset(
-    [
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "bias",
-        "fan_in_fan_out",
-        "init_weights",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -115,7 +94,7 @@ class PeftMethods:
         config = ConfigFields(tuned)
         method = METHODS[config.values["peft_type"]]
         for key, value in config.values.items():
-            if key not in COMMON_FIELDS and key not in method.fields and value:
+            if key not in COMMON_FIELDS | method.fields | {"init_weights"} and value:
                 raise UnsupportedMethodError(
                     config.file, f"the option {key} = {str(value)[:80]!r} cannot be read with {method.label}"
                 )

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 
-# Config fields that are read here, or that do not change what the stored tensors mean.
-KNOWN_FIELDS = frozenset(
+# Config fields of any method that do not change what the stored tensors mean, or are read for all.
+COMMON_FIELDS = frozenset(
     [
         "task_type",
         "peft_type",
@@ -40,18 +40,23 @@ KNOWN_FIELDS = frozenset(
         "base_model_name_or_path",
         "revision",
         "inference_mode",
-        "r",
         "target_modules",
         "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "bias",
-        "use_rslora",
         "modules_to_save",
-        "init_lora_weights",
         "layers_to_transform",
         "layers_pattern",
+        "bias",
+        "fan_in_fan_out",
+    ]
+)
+# Config fields of LoRA that are read here, or that do not change what the stored tensors mean.
+KNOWN_FIELDS = COMMON_FIELDS | frozenset(
+    [
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "init_lora_weights",
         "rank_pattern",
         "alpha_pattern",
         "megatron_core",
