@@ -77,7 +77,7 @@ class SpectrumCache:
         from spectra.svd import Spectrum
 
         try:
-            shape = matrix_shape(base.tensors[name].shape, layout)
+            shape = matrix_shape(base.weights[name].shape, layout)
             p = min(shape)
             with safe_open(self.file(base, name, layout, dtype), framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["spectra"])

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,6 +236,16 @@ def _own_index(folder: Path, source: Checkpoint) -> str | None:
             if read_json(path).get("weight_map") == shards:
                 return path.name
     return None
+
+
+def check_room(folder: Path, files: Collection[Path]) -> None:
+    """Raises UsageError where a disk has no room for copies; a sparse file may claim any size."""
+    wanted, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UsageError(
+            f"{folder.parent}: copies of {', '.join(map(str, files))} need {wanted / 1e9:,.1f} GB, "
+            f"but only {free / 1e9:,.1f} GB are free there"
+        )
 
 
 def copy_file(source: Path, target: Path) -> None:

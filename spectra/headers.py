@@ -13,9 +13,12 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectra.errors import CorruptFileError, MissingFileError, UnsafeFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what can be analysed
 # Every dtype of safetensors 0.8 and its bits an element.
@@ -28,7 +31,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_ADVICE = (
     "this is a pickle, which can run code when it is read; convert it to safetensors where you "
     "trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), …), under the same name "
-    "but ending in .safetensors"
+    "but ending in .safetensors; or, for a state dict, read it as it is with --allow-pickle (allow_pickle=True), "
+    "which runs nothing of it"
 )
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -73,6 +77,41 @@ class TensorInfo:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ForeignTensor(TensorInfo):
+    """One that is not read from a safetensors file under its own name, and knows how it is."""
+
+    def value(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some of its leading rows; raises CorruptFileError."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Renamed(ForeignTensor):
+    """A tensor that is called otherwise than in its file; ``stored`` is what the file says."""
+
+    stored: TensorInfo | None = None
+
+    def value(self, rows: slice | None = None) -> Tensor:
+        assert self.stored is not None
+        return stored_value(self.stored, rows)
+
+
+def stored_value(info: TensorInfo, rows: slice | None = None) -> Tensor:
+    """A tensor as its file holds it, or some of its leading rows; raises CorruptFileError."""
+    from safetensors import SafetensorError, safe_open
+
+    if isinstance(info, ForeignTensor):
+        return info.value(rows)
+    try:
+        # Opened for this one tensor: a map that stays open would count every page ever touched.
+        with safe_open(info.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(info.name) if rows is None else file.get_slice(info.name)[rows]
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(info.file, f"could not be read: {error}", info.name) from None
+    return tensor
 
 
 def leads_out(file: Path, folder: Path) -> Path | None:
@@ -296,8 +335,11 @@ def _checked_name(path: Path, stored: bytes) -> str:
 
 
 def _skip_metadata(path: Path, scanner: _Scanner) -> bytes:
-    """Passes over names and values that are strings; returns what follows the object."""
+    """Passes over names and values that are strings, or over null; returns what follows."""
     wrong = CorruptFileError(path, "malformed: __metadata__ is no object of strings")
+    nothing = scanner.take(re.compile(rb"null" + _SPACE + rb"([,}])"))  # as mlx writes it
+    if nothing is not None:
+        return nothing[1]
     if not scanner.take(re.compile(rb"\{")):
         raise wrong
     passed, within = 0, False
@@ -373,6 +415,6 @@ def _sniff(path: Path, start: bytes) -> None:
     if pickled or path.suffix in PICKLE_SUFFIXES:
         raise UnsafeFileError(path, PICKLE_ADVICE)
     if start.startswith(b"GGUF"):
-        raise CorruptFileError(path, "this is a GGUF file, which this version cannot read")
+        raise CorruptFileError(path, "this is a GGUF file; it is read as one where its name ends in .gguf")
     if len(start) < 8:
         raise CorruptFileError(path, f"truncated: {len(start)} bytes are too few for a safetensors file")

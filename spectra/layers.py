@@ -7,47 +7,24 @@ decomposition.
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from spectra.adapters import MethodUpdate, Plan, PlannedUpdate, Skipped, against_base
-from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.adapters import InitialisedUpdate, MethodUpdate, Plan, PlannedUpdate, Skipped, WholeTensor
+from spectra.adapters.peft.vera import with_projections
+from spectra.checkpoint import Checkpoint
+from spectra.derived import Alternative, Derived, Unreadable, Weight
 from spectra.errors import AdapterError, WrongBaseError
-from spectra.orientation import TIED, Layout, Orientation, Role, as_matrix, matrix_shape, role_of
+from spectra.matcher import NameMatcher
+from spectra.orientation import Layout, Orientation, Role, as_matrix, matrix_shape, role_of
+from spectra.splitting import against_split
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from spectra.updates import Update
-
-# What model classes put before the names of one and the same network.
-WRAPPERS = frozenset(
-    [
-        "model",
-        "transformer",
-        "language_model",
-        "base_model",
-        "backbone",
-        "module",
-        "_orig_mod",
-        "bert",
-        "roberta",
-        "distilbert",
-        "electra",
-        "deberta",
-        "albert",
-        "camembert",
-        "xlm_roberta",
-        "mpnet",
-        "vit",
-        "gpt_neox",
-    ]
-)
-# transformers 5 renamed these; (tuned prefix, base prefix), tried in both directions
-RENAMES = (("language_model.model.", "model.language_model."),)
 
 LEFT_OUT = "left out by --include or --exclude"
 NEW_MODULE = "new module: the base has no such weight"
@@ -63,7 +40,7 @@ class LayerPair:
     """
 
     name: str
-    base: TensorInfo
+    base: Weight
     update: PlannedUpdate
     layout: Layout
     role: Role
@@ -89,7 +66,7 @@ class LayerPair:
 
     def read_base(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Tensor:
         """W0 as analysed, upcast to ``dtype`` before any arithmetic."""
-        stored = checkpoint.read(self.base.name)[: self.rows]
+        stored = checkpoint.load(self.base, rows=self.rows)
         return as_matrix(stored.to(device=device, dtype=dtype), self.layout)
 
     def read_update(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Update:
@@ -136,9 +113,10 @@ def pair_layers(
     WrongBaseError : an adapter's factor has no base weight, or shapes do not fit.
     AdapterError : the orientation of a weight cannot be decided.
     """
-    plan = against_base(plan, base)
-    matcher = _Matcher(base, plan.updates)
-    orientation = Orientation(base.tensors, base.config)
+    plan = against_split(plan, base)
+    matcher = NameMatcher(base, plan.updates)
+    orientation = Orientation(base.weights, base.config)
+    plan = with_projections(plan, lambda update: matcher.find(update)[0], orientation)
     skipped = list(plan.skipped)
     pairs: list[LayerPair] = []
     found: set[str] = set()
@@ -146,22 +124,24 @@ def pair_layers(
         tensor = update.tensors[0]
         info, tied = matcher.find(update)
         if info is not None:
-            found.add(info.name)
+            found.update(info.uses if isinstance(info, Alternative) else (info.name,))
         if not _selected(update.module, include, exclude):
             skipped.append(Skipped(update.module, LEFT_OUT))
             continue
         if info is None:
+            fused = matcher.fused(update)
             if update.may_be_new:
-                skipped.append(Skipped(update.module, NEW_MODULE))
-                continue
-            if matcher.is_packed(update):
-                skipped.append(Skipped(update.module, "its base weight is stored packed (GPTQ or AWQ): not read yet"))
+                skipped.append(Skipped(update.module, fused or NEW_MODULE))
                 continue
             raise WrongBaseError(
                 tuned.tensors[tensor].file,
-                f"its base weight is not in {base.path}: is this the wrong base? (looked for {update.targets[0]!r})",
+                fused
+                or f"its base weight is not in {base.path}: is this the wrong base? (looked for {update.targets[0]!r})",
                 tensor,
             )
+        if isinstance(info, Unreadable):
+            skipped.append(Skipped(update.module, info.reason))
+            continue
         if not info.is_float:
             skipped.append(
                 Skipped(
@@ -175,11 +155,13 @@ def pair_layers(
             skipped.append(made)
         else:
             notes = update.notes + made.notes
+            if isinstance(info, Derived):
+                notes += (f"its base weight is read from {info.how}",)
             if tied:
                 notes += (f"tied: the base stores this weight as {info.name!r}",)
             wide = info.dtype == "F64" or (update.kind == "dense" and tuned.tensors[tensor].dtype == "F64")
             pairs.append(replace(made, tied=tied, float64=wide, notes=notes))
-    _check_one_to_one(tuned, pairs)
+    _check_one_to_one(tuned, pairs, plan.sharing)
     pairs.sort(key=lambda pair: _natural(pair.name))
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
@@ -187,15 +169,13 @@ def pair_layers(
     return Pairing(tuple(pairs), tuple(skipped), matcher.counterpart)
 
 
-def _make_pair(
-    tuned: Checkpoint, update: PlannedUpdate, info: TensorInfo, orientation: Orientation
-) -> LayerPair | Skipped:
+def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientation: Orientation) -> LayerPair | Skipped:
     role = role_of(update.module, len(info.shape))
     method = isinstance(update, MethodUpdate)
     if update.shape is None and not method:  # stored whole, as the base is
         return _pair_whole(tuned, update, info, orientation, role)
     file, stored, shape = tuned.tensors[update.tensors[0]].file, info.shape, update.shape or (0, 0)
-    groups = _groups(update, stored)
+    groups = _groups(update, stored, orientation)
     if groups > 1:
         return Skipped(
             update.module,
@@ -209,6 +189,7 @@ def _make_pair(
         stored, shape = (rows, stored[1]), (shape[0], rows)
     if isinstance(update, MethodUpdate):
         layout = update.layout_in(stored, orientation)
+        notes = update.notes_in(stored)
     else:
         layout = orientation.layout_of_update(update.module, shape, update.layout, stored)
     if layout is None or (layout == "conv" and update.kernel != stored[2:] and not method):
@@ -227,6 +208,12 @@ def _make_pair(
             "config.json beside its weights",
             update.tensors[0],
         )
+    if isinstance(update, InitialisedUpdate):
+        found = update.on(info)
+        if isinstance(found, Skipped):
+            return found
+        notes += found.notes[len(update.notes) :]
+        update = found
     return LayerPair(update.module, info, update, layout, role, matrix_shape(stored, layout), rows, notes=notes)
 
 
@@ -234,8 +221,10 @@ def _resized(before: int, after: int, rows: int) -> str:
     return f"vocabulary resized from {before} to {after} rows: the {rows} shared ones are compared"
 
 
-def _groups(update: PlannedUpdate, stored: tuple[int, ...]) -> int:
+def _groups(update: PlannedUpdate, stored: tuple[int, ...], orientation: Orientation) -> int:
     """How many groups the base's convolution has; 1 where it is none or does not fit."""
+    if isinstance(update, MethodUpdate):
+        return update.groups_in(stored, orientation)
     if update.layout != "conv" or update.shape is None or len(stored) < 3 or stored[0] != update.shape[0]:
         return 1
     columns = matrix_shape(stored, "conv")[1]
@@ -247,9 +236,9 @@ def _claims_transposed(tuned: Checkpoint) -> bool:
 
 
 def _pair_whole(
-    tuned: Checkpoint, update: PlannedUpdate, info: TensorInfo, orientation: Orientation, role: Role
+    tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientation: Orientation, role: Role
 ) -> LayerPair | Skipped:
-    mine = tuned.tensors[update.tensors[0]]
+    mine = update.info if isinstance(update, WholeTensor) else tuned.tensors[update.tensors[0]]
     layout = orientation.layout_of(update.module, info.shape)
     if mine.shape == info.shape:
         return LayerPair(update.module, info, update, layout, role, matrix_shape(info.shape, layout))
@@ -276,26 +265,29 @@ def _check_overlap(
     wanted = len(plan.updates) - sum(item.reason == LEFT_OUT for item in skipped)
     if 2 * len(pairs) >= wanted:
         return
-    missing = next(item.name for item in skipped if item.reason == NEW_MODULE)
+    unpaired = {update.module for update in plan.updates} - {pair.update.module for pair in pairs}
+    missing = next(item for item in skipped if item.name in unpaired and item.reason != LEFT_OUT)
+    why = "is not" if missing.reason == NEW_MODULE else f"is not: {missing.reason}"
     raise WrongBaseError(
         tuned.path,
-        f"only {len(pairs)} of its {wanted} matrices are in {base.path} ({missing!r} is not): is this the wrong base?",
+        f"only {len(pairs)} of its {wanted} matrices are in {base.path} ({missing.name!r} {why}): is this the wrong "
+        "base?",
     )
 
 
 def _only_in_base(base: Checkpoint, used: Container[str], skipped: Sequence[Skipped]) -> Iterator[Skipped]:
     named = {item.name for item in skipped}
-    for name, info in base.tensors.items():
+    for name, info in base.weights.items():
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and name not in used and module not in named and name not in named:
             yield Skipped(module, "only in the base: the fine-tune has no such weight")
 
 
-def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair]) -> None:
+def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair], sharing: Container[str]) -> None:
     owners: dict[str, LayerPair] = {}
     for pair in pairs:
         other = owners.setdefault(pair.base.name, pair)
-        if other is not pair and not (pair.tied or other.tied):
+        if other is not pair and not (pair.tied or other.tied) and pair.update.module not in sharing:
             raise WrongBaseError(
                 tuned.path,
                 f"{other.update.tensors[0]!r} and {pair.update.tensors[0]!r} both match the base weight "
@@ -318,123 +310,3 @@ def _selected(module: str, include: Sequence[str], exclude: Sequence[str]) -> bo
         return any(name_matches(module, pattern) for pattern in patterns)
 
     return (not include or matches(include)) and not matches(exclude)
-
-
-class _Matcher:
-    """Finds base tensors for target names that differ by what a model class puts before them.
-
-    One prefix is taken off and another put on; which ones is decided by all targets together: the
-    change of prefix that serves most of them wins, and a tie between two that lead to different
-    weights is an error, not a guess.
-    """
-
-    def __init__(self, base: Checkpoint, updates: Sequence[PlannedUpdate]):
-        self.base = base
-        by_end: dict[str, list[str]] = defaultdict(list)
-        for name in base.tensors:
-            by_end[_end(name)].append(name)
-        exact = {update.module: _first(update.targets, base.tensors) for update in updates}
-        taken = {name for name in exact.values() if name is not None}
-        votes: Counter[tuple[str, str]] = Counter()
-        self._options: dict[str, list[tuple[tuple[str, str], str]]] = {}
-        for update in updates:
-            itself = exact[update.module]
-            options = [(("", ""), itself)] if itself is not None else []
-            targets = update.targets if itself is None else ()
-            for target, name in [(wanted, name) for wanted in targets for name in by_end[_end(wanted)]]:
-                change = _prefix_change(target, name)
-                if change is not None and name not in taken and self._could_fit(update, base.tensors[name]):
-                    options.append((change, name))
-            self._options[update.module] = options
-            votes.update(change for change, _ in options)
-        self._votes = votes
-        self._found: dict[str, str] = {}
-        self._changes: set[tuple[str, str]] = set()
-
-    @staticmethod
-    def _could_fit(update: PlannedUpdate, info: TensorInfo) -> bool:
-        if update.shape is None:
-            return True  # shapes are compared, and differences explained, when the pair is made
-        if update.layout == "conv":
-            return len(info.shape) > 2
-        return sorted(info.shape) == sorted(update.shape)
-
-    def find(self, update: PlannedUpdate) -> tuple[TensorInfo | None, bool]:
-        """The base's tensor, or None; and whether it is another module's that this one shares."""
-        options = self._options[update.module]
-        if update.may_be_new:  # a new head is not to be taken for whatever ends in the same name
-            options = [(change, name) for change, name in options if self._votes[change] > 1 or _wrappers_only(change)]
-        best = max((self._votes[change] for change, _ in options), default=0)
-        names = list(dict.fromkeys(name for change, name in options if self._votes[change] == best))
-        if len(names) > 1 and not update.may_be_new:
-            raise WrongBaseError(
-                self.base.path,
-                f"{update.module!r} could be any of {', '.join(map(repr, sorted(names)))}; Spectra does not guess",
-            )
-        if len(names) == 1:
-            self._found[update.module] = names[0]
-            self._changes.update(change for change, _ in options if self._votes[change] == best)
-            return self.base.tensors[names[0]], False
-        tied = self._tied(update)
-        return tied, tied is not None
-
-    def _tied(self, update: PlannedUpdate) -> TensorInfo | None:
-        if update.module.split(".")[-1] not in ("lm_head", "embed_out"):
-            return None
-        embeddings = [name for name in self.base.tensors if name.endswith(TIED)]
-        return self.base.tensors[embeddings[0]] if len(embeddings) == 1 else None
-
-    def counterpart(self, name: str) -> str | None:
-        """The base's tensor for any of the fine-tune, once :meth:`find` has been asked for all updates."""
-        module, _, parameter = name.rpartition(".")
-        weight = self._found.get(module, "")
-        if weight.endswith(".weight"):  # a parameter of a module that was matched
-            own = weight.removesuffix("weight") + parameter
-            return own if own in self.base.tensors else None
-        if name in self.base.tensors:
-            return name
-        moved = {_moved(name, change) for change in self._changes} & self.base.tensors.keys()
-        return moved.pop() if len(moved) == 1 else None
-
-    def is_packed(self, update: PlannedUpdate) -> bool:
-        """Whether the base has this module, its weight packed by GPTQ or AWQ."""
-        wanted = f"{update.module}.qweight"
-        return any(name == wanted or _prefix_change(wanted, name) for name in self.base.tensors)
-
-
-def _first(names: Sequence[str], among: Container[str]) -> str | None:
-    return next((name for name in names if name in among), None)
-
-
-def _wrappers_only(change: tuple[str, str]) -> bool:
-    return WRAPPERS.issuperset(part for prefix in change for part in prefix.split(".") if part)
-
-
-def _end(name: str) -> str:
-    """What two names of one weight always share: the last part, and its module's unless it stands alone."""
-    parts = name.split(".")
-    return ".".join(parts[-2:]) if parts[-1] in ("weight", "in_proj_weight", "qweight") else parts[-1]
-
-
-def _moved(name: str, change: tuple[str, str]) -> str | None:
-    """The name after a change of prefix, or None where it has not the prefix that is to be taken off."""
-    here, there = (prefix + "." if prefix and not prefix.endswith(".") else prefix for prefix in change)
-    return there + name.removeprefix(here) if name.startswith(here) else None
-
-
-def _prefix_change(target: str, name: str) -> tuple[str, str] | None:
-    """(prefix to take off ``target``, prefix to put on) that gives ``name``, if it is plausible.
-
-    Plausible is: one of the two is empty, both are made of wrappers alone, or it is a known rename.
-    """
-    for here, there in [*RENAMES, *((b, a) for a, b in RENAMES)]:
-        if target.startswith(here) and name == there + target.removeprefix(here):
-            return here, there
-    mine, theirs = target.split("."), name.split(".")
-    shared = 0
-    while shared < min(len(mine), len(theirs)) and mine[-1 - shared] == theirs[-1 - shared]:
-        shared += 1
-    change = ".".join(mine[: len(mine) - shared]), ".".join(theirs[: len(theirs) - shared])
-    if not shared or (all(change) and not _wrappers_only(change)):
-        return None
-    return change

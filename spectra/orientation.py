@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from spectra.checkpoint import TensorInfo
+from spectra.headers import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -103,6 +103,7 @@ def cache_base(
     threads: int | None = None,
     root: str | Path | None = None,
     dry_run: bool = False,
+    allow_pickle: bool = False,
     progress: Callable[[float, float, str], None] | None = None,
 ) -> CachedBase:
     """Decomposes the weights of a base once and keeps their spectra for later audits.
@@ -113,7 +114,7 @@ def cache_base(
     Parameters
     ----------
     base : a checkpoint, or the name of a model in this machine's hub cache.
-    include, exclude, dtype, device, threads : as for :func:`spectra.audit`.
+    include, exclude, dtype, device, threads, allow_pickle : as for :func:`spectra.audit`.
     root : the folder to keep them in; by default the one that audits look into.
     dry_run : plan from headers, write nothing.
     progress : called after each layer.
@@ -127,7 +128,7 @@ def cache_base(
         raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
     if threads is not None and threads < 1:
         raise UsageError("threads are at least 1")
-    opened = open_base(base)
+    opened = open_base(base, allow_pickle=allow_pickle)
     layers, skipped = plan_cache(opened, tuple(include), tuple(exclude), dtype)
     if not layers:
         reasons = sorted({item.reason for item in skipped})

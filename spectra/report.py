@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
+MAX_RECORD_BYTES = 256_000_000  # of a report or a comparison; one of a hundred fine-tunes has some 50 MB
 SCHEMA = "spectra.report/1"
 FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
 DECIDED_STATUSES = frozenset({"analysed", "proved_small"})
@@ -139,6 +140,11 @@ class Report:
         return sum(layer.intruders for layer in layers)
 
     @property
+    def base_quantised(self) -> bool:
+        """Whether the base is stored with fewer bits; intruders are then relative to its dequantised weights."""
+        return self.base.get("quantised") is not None
+
+    @property
     def severity(self) -> str:
         """ "none", "slight" (up to 1 % of the vectors compared), "moderate" (10 %) or "strong",
         outside noise-like bases."""
@@ -224,6 +230,7 @@ class Report:
         value: dict[str, Any] = {
             "schema": SCHEMA,
             "spectra_version": self.spectra_version,
+            "base_quantised": self.base_quantised,
             "base": dict(self.base),
             "tuned": dict(self.tuned),
             "settings": dict(self.settings),
@@ -378,12 +385,18 @@ def load_record(path: str | Path, made: Callable[[Any], Record], hint: str) -> R
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise MissingFileError(path, "could not be read: no regular file")
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise CorruptFileError(path, f"over {MAX_RECORD_BYTES:,} bytes; {hint}")
         return made(json.loads(path.read_text(encoding="utf-8")))
+    except (MissingFileError, CorruptFileError):
+        raise
     except OSError as error:
         raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
     except UsageError as error:
         raise CorruptFileError(path, str(error)) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise CorruptFileError(path, hint) from None
 
 

@@ -46,16 +46,19 @@ def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path
     ``within`` looks for them beside a model that lies in the same folder, too.
     """
     folder = Path(name)
-    if not folder.is_dir() or (not within and any(folder.glob("*.safetensors"))):
+    try:
+        if not folder.is_dir() or (not within and any(folder.glob("*.safetensors"))):
+            return [name]
+        steps = ((STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+        found = sorted((int(match[1]), path) for match, path in steps if match)
+    except OSError:  # a name too long, a folder that may not be read: opening it will say so
         return [name]
-    steps = ((STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    found = sorted((int(match[1]), path) for match, path in steps if match)
     return [path for _, path in found] or [name]
 
 
-def open_tuned(name: str | Path) -> Checkpoint:
+def open_tuned(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens what was fine-tuned: a path, or a model in the hub's cache on this machine."""
-    return open_checkpoint(_found(name))
+    return open_checkpoint(_found(name), allow_pickle=allow_pickle)
 
 
 def _found(name: str | Path) -> Path:
@@ -66,7 +69,7 @@ def _found(name: str | Path) -> Path:
     return found
 
 
-def open_base(name: str | Path) -> Checkpoint:
+def open_base(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens the base that is named.
 
     Raises
@@ -74,22 +77,22 @@ def open_base(name: str | Path) -> Checkpoint:
     MissingFileError : it is not on this machine.
     WrongBaseError : it is itself an adapter.
     """
-    return _open_base(_found(name))
+    return _open_base(_found(name), allow_pickle)
 
 
-def open_base_of(tuned: Checkpoint) -> Checkpoint:
+def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens the base that an adapter's config names; raises as :func:`open_base` does.
 
     Raises
     ------
     UsageError : ``tuned`` is no adapter or names no base.
     """
-    return _open_base(_base_of_adapter(tuned))
+    return _open_base(_base_of_adapter(tuned), allow_pickle)
 
 
-def _open_base(found: Path) -> Checkpoint:
-    base = open_checkpoint(found, as_base=True)
-    if base.layout in ("peft folder", "mlx folder"):
+def _open_base(found: Path, allow_pickle: bool) -> Checkpoint:
+    base = open_checkpoint(found, as_base=True, allow_pickle=allow_pickle)
+    if base.layout in ("peft folder", "mlx folder", "gguf adapter"):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
     return base
 
@@ -98,6 +101,8 @@ def _base_of_adapter(tuned: Checkpoint) -> Path:
     if tuned.adapter_config is None:
         raise UsageError(f"{tuned.path}: this is no adapter, so its base is not recorded; name it with --base")
     wanted = tuned.adapter_config.get("base_model_name_or_path")
+    if not wanted and "peft_type" not in tuned.adapter_config:  # MLX's own config
+        wanted = tuned.adapter_config.get("model")
     if not wanted or not isinstance(wanted, str):
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")

@@ -374,7 +374,7 @@ def test_the_next_layer_is_fetched_while_one_is_worked_on(make_base, make_adapte
         return read(self, name, **options)
 
     def noted_prefetch(self, names):
-        events.extend(("ahead", name) for name in names)
+        events.extend(("ahead", item if isinstance(item, str) else item.name) for item in names)
         prefetch(self, names)
 
     monkeypatch.setattr(Checkpoint, "read", noted_read)

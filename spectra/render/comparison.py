@@ -61,8 +61,10 @@ def _facts(comparison: Comparison) -> str:
     settings = comparison.reports[0].settings
     count = len(comparison.reports)
     what = f"{count} checkpoints of one training run" if comparison.is_trajectory else plural(count, "fine-tune")
+    stored = comparison.base.get("quantised")
+    note = f"\n           note: stored as {stored}; counts are relative to its dequantised weights" if stored else ""
     return (
-        f"base       {comparison.base['path']}\n"
+        f"base       {comparison.base['path']}{note}\n"
         f"compared   {what}, by the top {settings['top_k']} {settings['side']} singular "
         f"vectors of each layer, epsilon {number(settings['epsilon'])}"
     )

@@ -97,6 +97,7 @@ def _facts(mitigation: Mitigation) -> str:
     rows = [
         ("source", f"{mitigation.source.get('path')}  ({_method(mitigation.source)})"),
         ("base", str(mitigation.base.get("path"))),
+        *([("", f"note: {mitigation.base['caveat']}")] if mitigation.base.get("caveat") else []),
         ("output", target),
         ("chosen", _chosen(settings)),
     ]

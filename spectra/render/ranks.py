@@ -120,6 +120,8 @@ def _facts(report: RankReport) -> str:
     if tuned.get("rank") is not None:
         method += f", rank {tuned['rank']}, alpha {tuned['alpha']:g}"
     lines = [f"fine-tune  {tuned['path']}  ({method})", f"base       {report.base['path']}"]
+    if report.base.get("caveat"):
+        lines.append(f"           note: {report.base['caveat']}")
     if report.suggestion is not None:
         lines += reasons(report.suggestion)
     if report.skipped:

@@ -131,6 +131,8 @@ def _facts(report: Report) -> str:
     rows = [("fine-tune", f"{tuned['path']}  ({method})"), ("base", report.base["path"])]
     if report.base.get("named_by_adapter") is False:
         rows.append(("", f"note: the adapter's config names {tuned['base_model_name_or_path']!r} as its base"))
+    if report.base.get("caveat"):
+        rows.append(("", f"note: {report.base['caveat']}"))
     rows.append(("looked at", top))
     if floors:
         floor = floors[0] if len(floors) == 1 else f"{floors[0]}–{floors[-1]}"

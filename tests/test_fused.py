@@ -1,0 +1,436 @@
+"""Projections that share a matrix: analysed as stored, or split as the models themselves split what comes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import spectra
+from spectra.adapters import plan_updates
+from spectra.checkpoint import open_checkpoint
+from spectra.cli import main
+from spectra.derived import Derived
+from spectra.errors import UnsupportedMethodError, UsageError, WrongBaseError
+from spectra.layers import pair_layers
+from spectra.splitting import split_apart
+from spectra.stored.rows import Rows
+
+SEEDS = range(20)
+
+
+def phi3(rng):
+    keys, groups, size = (int(rng.integers(1, 4)) for _ in range(3))
+    heads, size = keys * groups, 2 * size
+    return "Phi3", {
+        "hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": size,
+        "intermediate_size": int(rng.integers(3, 20)), "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    }  # fmt: skip
+
+
+def by_head(kind, **options):
+    def family(rng):
+        heads, size = int(rng.integers(1, 6)), 8 * int(rng.integers(1, 4))
+        return kind, {
+            "hidden_size": heads * size, "num_attention_heads": heads, "intermediate_size": 12, **options,
+        }  # fmt: skip
+
+    return family
+
+
+def bloom(rng):
+    heads, size = int(rng.integers(1, 6)), int(rng.integers(2, 9))
+    return "Bloom", {"hidden_size": heads * size, "n_head": heads}
+
+
+def falcon(new, multi):
+    def family(rng):
+        groups, keys, size = int(rng.integers(1, 4)), int(rng.integers(1, 4)), 2 * int(rng.integers(1, 5))
+        heads = groups * keys
+        return "Falcon", {
+            "hidden_size": heads * size, "num_attention_heads": heads, "num_kv_heads": keys if new else None,
+            "new_decoder_architecture": new, "multi_query": multi, "alibi": False,
+        }  # fmt: skip
+
+    return family
+
+
+def gpt2(rng):
+    heads, size = int(rng.integers(1, 6)), int(rng.integers(2, 9))
+    return "GPT2", {"n_embd": heads * size, "n_head": heads}
+
+
+def bigcode(multi):
+    def family(rng):
+        heads, size = int(rng.integers(2, 6)), int(rng.integers(2, 9))
+        return "GPTBigCode", {"n_embd": heads * size, "n_head": heads, "multi_query": multi}
+
+    return family
+
+
+def mpt(rng):
+    heads, size = int(2 ** rng.integers(0, 3)), int(rng.integers(2, 9))
+    return "Mpt", {"d_model": heads * size, "n_heads": heads, "expansion_ratio": 2}
+
+
+def modernbert(rng):
+    heads, size = int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5))
+    return "ModernBert", {
+        "hidden_size": heads * size, "num_attention_heads": heads, "intermediate_size": 12, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    }  # fmt: skip
+
+
+def codegen(rng):
+    heads, size = 4 * int(rng.integers(1, 3)), 4 * int(rng.integers(1, 4))
+    return "CodeGen", {"n_embd": heads * size, "n_head": heads, "rotary_dim": size, "n_ctx": 16, "n_positions": 16}
+
+
+def dbrx(rng):
+    keys, groups, size = int(rng.integers(1, 4)), int(rng.integers(1, 4)), 2 * int(rng.integers(1, 5))
+    return "Dbrx", {
+        "d_model": keys * groups * size, "n_heads": keys * groups,
+        "attn_config": {"kv_n_heads": keys, "clip_qkv": 1e9, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 6, "moe_num_experts": 2, "moe_top_k": 1},
+    }  # fmt: skip
+
+
+FAMILIES = {
+    "phi3": phi3,
+    "gpt_neox": by_head("GPTNeoX", rotary_pct=1.0),
+    "persimmon": by_head("Persimmon", qk_layernorm=False),
+    "bloom": bloom,
+    "falcon-7b": falcon(False, True),
+    "falcon-rw": falcon(False, False),
+    "falcon-40b": falcon(True, True),
+    "gpt2": gpt2,
+    "gpt_bigcode multi-query": bigcode(True),
+    "gpt_bigcode": bigcode(False),
+    "mpt": mpt,
+    "modernbert": modernbert,
+    "codegen": codegen,
+    "dbrx": dbrx,
+}
+FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
+
+
+@pytest.fixture
+def transformers():
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+def model_of(transformers, family, rng):
+    kind, options = FAMILIES[family](rng)
+    options |= {"vocab_size": 12, ("n_layers" if kind in ("Mpt", "Dbrx") else "n_layer" if kind in (
+        "GPT2", "GPTBigCode", "CodeGen", "Bloom") else "num_hidden_layers"): 1}  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**options)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    head = {"ModernBert": "ForMaskedLM", "GPT2": "LMHeadModel"}.get(kind, "ForCausalLM")
+    model = getattr(transformers, kind + head)(config)
+    model = model.double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.from_numpy(rng.normal(size=parameter.shape)))
+    return model
+
+
+def seen(monkeypatch, family, model, token):
+    """(input of the fused module, q, k, v) as the model has them for one token, where rotary embeddings do nothing."""
+    kept: dict[str, Any] = {}
+    name, fused = next((n, m) for n, m in model.named_modules() if n.split(".")[-1] in FUSED)
+    attention = model.get_submodule(name.rpartition(".")[0])
+    code = __import__(type(model).__module__, fromlist=["x"])
+    fused.register_forward_hook(lambda _, inputs, output: kept.update(x=inputs[0].flatten(), y=output))
+    if hasattr(code, "eager_attention_forward"):
+        eager = code.eager_attention_forward
+
+        def capture(module, query, key, value, *args, **options):
+            kept.setdefault("qkv", [item.detach().flatten() for item in (query, key, value)])
+            return eager(module, query, key, value, *args, **options)
+
+        monkeypatch.setattr(code, "eager_attention_forward", capture)
+    model(input_ids=torch.tensor([[token]]))
+    y = kept["y"].reshape(1, 1, -1)
+    if family == "bloom":
+        kept["qkv"] = [item.flatten() for item in attention._reshape(y)]
+    elif family.startswith("falcon"):
+        q, k, v = attention._split_heads(y)
+        if family == "falcon-40b":  # there every query has its own copy
+            times = attention.num_heads // attention.num_kv_heads
+            k, v = (item[:, :, ::times] for item in (k, v))
+        kept["qkv"] = [item.flatten() for item in (q, k, v)]
+    elif family == "codegen":
+        inner: dict[str, Any] = {}
+        attend = attention._attn
+        attention._attn = lambda q, k, v, mask: (inner.update(qkv=(q, k, v)), attend(q, k, v, mask))[1]
+        model(input_ids=torch.tensor([[token]]))
+        kept["qkv"] = [item.detach().flatten() for item in inner["qkv"]]
+    elif family == "mpt":
+        kept["qkv"] = [item.flatten() for item in y.chunk(3, dim=2)]
+    return name, kept["x"].detach(), [item.detach() for item in kept["qkv"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_are_the_models_own(transformers, monkeypatch, tmp_path, family):
+    """q, k and v of one token by the model's own code, and by the weights that were split."""
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        model = model_of(transformers, family, rng)
+        folder = tmp_path / str(seed)
+        model.save_pretrained(folder)
+        with monkeypatch.context() as patch:
+            name, x, qkv = seen(patch, family, model, int(rng.integers(3, 12)))
+        checkpoint = replace(open_checkpoint(folder), split_fused=True)
+        home = name.rpartition(".")[0]
+        home = next(item for item in (home, home.partition(".")[2]) if f"{item}.q_proj.weight" in checkpoint.weights)
+        for part, expected in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
+            info = checkpoint.weights[f"{home}.{part}.weight"]
+            mine = checkpoint.load(info) @ x
+            assert mine.shape == expected.shape
+            tolerance = 1e-6 if family == "modernbert" else 1e-12  # its rotary embedding turns them in float32
+            assert (mine - expected).norm() <= tolerance * expected.norm()
+            assert torch.equal(checkpoint.load(info, rows=1), checkpoint.load(info)[:1])
+        assert not [weight for weight in checkpoint.weights if weight.split(".")[-2] in FUSED and "bias" not in weight]
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm4"])
+def test_gate_and_up_are_the_models_own(transformers, tmp_path, family):
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        if family == "phi3":
+            model = model_of(transformers, family, rng)
+        else:
+            config = transformers.Glm4Config(
+                hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_hidden_layers=1,
+                intermediate_size=int(rng.integers(2, 30)), vocab_size=12, pad_token_id=0,
+            )  # fmt: skip
+            model = transformers.Glm4ForCausalLM(config).double()
+        model.save_pretrained(tmp_path / str(seed))
+        mlp = model.model.layers[0].mlp
+        checkpoint = replace(open_checkpoint(tmp_path / str(seed)), split_fused=True)
+        x = torch.from_numpy(rng.normal(size=model.config.hidden_size))
+        gate, up, down = (checkpoint.load(f"model.layers.0.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
+        mine, theirs = down @ (torch.nn.functional.silu(gate @ x) * (up @ x)), mlp(x)
+        assert (mine - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_and_fine_tunes_are_split_as_the_base_is(transformers, tmp_path, make_adapter, family):
+    """Rows of B and of the tuned weight go with the rows of the base's."""
+    for seed in SEEDS[:5]:
+        rng = np.random.default_rng(seed)
+        model = model_of(transformers, family, rng)
+        base, full = tmp_path / f"base{seed}", tmp_path / f"full{seed}"
+        model.save_pretrained(base)
+        before = open_checkpoint(base)
+        name = next(n for n in before.weights if n.split(".")[-2] in FUSED and n.endswith("weight"))
+        turned = family == "gpt2"
+        W0 = before.load(name)
+        m, n = W0.shape[::-1] if turned else W0.shape
+        B, A = rng.normal(size=(m, 2)), rng.normal(size=(2, n))
+        dW = torch.from_numpy(B @ A)
+        with torch.no_grad():
+            fused = next(p for own, p in model.named_parameters() if own.split(".")[-2] in FUSED and own.endswith("ht"))
+            fused += dW.T if turned else dW
+        model.save_pretrained(full)
+        adapter = make_adapter({name.removesuffix(".weight"): (B, A)}, folder=f"adapter{seed}", r=2, lora_alpha=2)
+        expected: dict[str, torch.Tensor] = {}
+        for kind, tuned_path in (("adapter", adapter), ("full", full)):
+            split_base, tuned = split_apart(before, open_checkpoint(tuned_path))
+            pairs = pair_layers(split_base, tuned, plan_updates(tuned)).pairs
+            found = {
+                pair.name.split(".")[-1]: pair for pair in pairs if pair.name.endswith(("q_proj", "k_proj", "v_proj"))
+            }
+            assert len(found) == 3
+            for part, pair in found.items():
+                W = pair.read_base(split_base, torch.float64, "cpu")
+                W1 = pair.read_update(tuned, torch.float64, "cpu").tuned(W).dense()
+                assert W1.shape == pair.shape
+                delta = W1 - W
+                assert (delta - expected.setdefault(part, delta)).norm() <= 1e-9 * delta.norm(), kind
+        total = sum(float(delta.norm() ** 2) for delta in expected.values())
+        assert total == pytest.approx(float(dW.norm() ** 2), rel=1e-9)
+
+
+def phi_like(rng, folder, make_base, q=8, kv=4, inter=6, hidden=8, **config):
+    tensors = {
+        "model.layers.0.self_attn.qkv_proj.weight": rng.normal(size=(q + 2 * kv, hidden)).astype(np.float32),
+        "model.layers.0.mlp.gate_up_proj.weight": rng.normal(size=(2 * inter, hidden)).astype(np.float32),
+        "model.layers.0.mlp.down_proj.weight": rng.normal(size=(hidden, inter)).astype(np.float32),
+    }
+    values = {
+        "model_type": "phi3", "hidden_size": hidden, "num_attention_heads": 4, "num_key_value_heads": 2, **config,
+    }  # fmt: skip
+    return make_base(tensors, folder=folder, config={key: value for key, value in values.items() if value is not None})
+
+
+def test_dora_and_magnitudes_go_by_rows(rng, make_base, make_adapter):
+    base = phi_like(rng, "base", make_base)
+    module = "model.layers.0.self_attn.qkv_proj"
+    B, A, m = rng.normal(size=(16, 2)), rng.normal(size=(2, 8)), rng.uniform(1, 2, size=16)
+    extra = {f"base_model.model.{module}.lora_magnitude_vector": m}
+    adapter = make_adapter({module: (B, A)}, extra=extra, use_dora=True)
+    opened, tuned = open_checkpoint(base), open_checkpoint(adapter)
+    whole = pair_layers(opened, tuned, plan_updates(tuned)).pairs[0]
+    W0 = whole.read_base(opened, torch.float64, "cpu")
+    W1 = whole.read_update(tuned, torch.float64, "cpu").tuned(W0).dense()
+    split, tuned = split_apart(opened, tuned)
+    parts = []
+    for pair in pair_layers(split, tuned, plan_updates(tuned)).pairs:
+        W = pair.read_base(split, torch.float64, "cpu")
+        parts.append((pair.name.split(".")[-1], pair.read_update(tuned, torch.float64, "cpu").tuned(W).dense()))
+    together = dict(parts)
+    assert torch.allclose(torch.cat([together[f"{p}_proj"] for p in "qkv"]), W1, rtol=1e-12)
+
+
+def test_split_and_fused_are_never_compared_silently(rng, make_base, make_adapter):
+    base = phi_like(rng, "base", make_base)
+    q = {"model.layers.0.self_attn.q_proj": (rng.normal(size=(8, 1)), rng.normal(size=(1, 8)))}
+    with pytest.raises(WrongBaseError, match=r"together with others in 'model.*qkv_proj.weight'.*--split-fused"):
+        spectra.audit(make_adapter(q), base=base)
+    report = spectra.audit(make_adapter(q), base=base, split_fused=True)
+    assert [layer.name for layer in report.layers] == ["model.layers.0.self_attn.q_proj"]
+    assert report.settings["split_fused"] is True
+    assert "rows 0:8 of model.layers.0.self_attn.qkv_proj.weight" in " ".join(report.layers[0].notes)
+    names = {f"model.layers.0.self_attn.{p}_proj.weight": (8, 8) if p == "q" else (4, 8) for p in "qkv"}
+    names |= {f"model.layers.0.mlp.{p}_proj.weight": (6, 8) for p in ("gate", "up")}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+    arrays["model.layers.0.mlp.down_proj.weight"] = rng.normal(size=(8, 6)).astype(np.float32)
+    apart = make_base(arrays, folder="apart", config={"model_type": "llama"})
+    with pytest.raises(WrongBaseError, match=r"only 1 of its 6 matrices.*together with others.*--split-fused"):
+        spectra.audit(apart, base=base)
+    assert len(spectra.audit(apart, base=base, split_fused=True).layers) == 6
+    with pytest.raises(WrongBaseError, match=r"only 1 of its 3 matrices.*apart, as.*--split-fused"):
+        spectra.audit(base, base=apart)
+    assert len(spectra.audit(base, base=apart, split_fused=True).layers) == 6
+
+
+def test_by_default_the_stored_matrix_is_analysed(rng, make_base):
+    base = phi_like(rng, "base", make_base)
+    report = spectra.audit(phi_like(rng, "tuned", make_base), base=base)
+    assert [layer.name.split(".")[-1] for layer in report.layers] == ["down_proj", "gate_up_proj", "qkv_proj"]
+    assert "split_fused" not in report.settings
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": None}, "does not give model_type"),
+        ({"model_type": ["phi3"]}, "does not give model_type"),
+        ({"text_config": {"model_type": {}}}, "does not give model_type"),
+        ({"model_type": "mine"}, "_proj is ordered is not known of model_type 'mine'"),
+        ({"num_key_value_heads": None}, "does not give num_key_value_heads"),
+        ({"num_attention_heads": None}, "does not give num_attention_heads"),
+        ({"hidden_size": None}, "does not give hidden_size"),
+        ({"num_attention_heads": "4"}, "num_attention_heads = '4', where a whole number"),
+        ({"num_attention_heads": True}, "num_attention_heads = 'True', where a whole number"),
+        ({"num_key_value_heads": 4}, "by config.json it has 24 rows, not 16"),
+        ({"num_attention_heads": 3}, "8 hidden dimensions and 3 heads"),
+    ],
+)
+def test_what_cannot_be_told_names_the_field(rng, make_base, make_adapter, config, says, capsys):
+    base = phi_like(rng, "base", make_base, **config)
+    module = "model.layers.0.self_attn.qkv_proj"
+    adapter = make_adapter({module: (rng.normal(size=(16, 1)), rng.normal(size=(1, 8)))})
+    with pytest.raises(UsageError, match="--split-fused cannot tell") as error:
+        spectra.audit(adapter, base=base, split_fused=True)
+    assert says in str(error.value)
+    assert "_proj.weight" in str(error.value)
+    assert main(["audit", str(adapter), "--base", str(base), "--split-fused", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+
+
+def test_methods_without_rows_are_refused(rng, make_base, make_adapter, tmp_path):
+    base = phi_like(rng, "base", make_base)
+    module = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    extra = {f"{module}.lokr_w1": rng.normal(size=(2, 2)), f"{module}.lokr_w2": rng.normal(size=(8, 4))}
+    adapter = make_adapter({}, extra=extra, peft_type="LOKR", r=4, alpha=4, lora_alpha=None)
+    assert len(spectra.audit(adapter, base=base).layers) == 1
+    with pytest.raises(UnsupportedMethodError, match=r"--split-fused cannot split the update of 'model\.layers\.0"):
+        spectra.audit(adapter, base=base, split_fused=True)
+
+
+def test_torch_attention_is_split_in_thirds(rng, make_base, make_adapter):
+    base = make_base({"layers.0.attn.in_proj_weight": rng.normal(size=(12, 4))})
+    B, A = rng.normal(size=(12, 1)), rng.normal(size=(1, 4))
+    tuned = open_checkpoint(make_adapter({"layers.0.attn": (B, A)}, lora_alpha=1))
+    split, tuned = split_apart(open_checkpoint(base), tuned)
+    pairs = pair_layers(split, tuned, plan_updates(tuned)).pairs
+    assert [pair.name for pair in pairs] == [f"layers.0.attn.{p}_proj" for p in "kqv"]
+    for pair in pairs:
+        W0 = pair.read_base(split, torch.float64, "cpu")
+        at = 4 * "qkv".index(pair.name[-6])
+        delta = pair.read_update(tuned, torch.float64, "cpu").tuned(W0).dense() - W0
+        assert np.allclose(delta, (B @ A)[at : at + 4], rtol=1e-9)
+
+
+def test_a_partly_tuned_matrix_is_unchanged_and_changed(rng, make_base):
+    base = phi_like(rng, "base", make_base)
+    values = open_checkpoint(base)
+    tensors = {name: values.read(name).clone() for name in values.tensors}
+    tensors["model.layers.0.self_attn.qkv_proj.weight"][8:12] += 0.1
+    tuned = make_base(tensors, folder="tuned", config=json.loads((base / "config.json").read_text()))
+    report = spectra.audit(tuned, base=base, split_fused=True)
+    changed = {layer.name.split(".")[-1] for layer in report.layers if layer.status != "unchanged"}
+    assert changed == {"k_proj"}
+    assert len(report.layers) == 6
+    assert {
+        layer.name.split(".")[-1] for layer in spectra.audit(tuned, base=base).layers if layer.status != "unchanged"
+    } == {"qkv_proj"}
+
+
+def test_quantised_projections_are_split(rng, make_base):
+    """fp8 in blocks of 128 rows, of which a projection begins amid one."""
+    base = phi_like(rng, "plain", make_base, q=96, kv=48, hidden=256, head_dim=24)
+    tensors = {name: open_checkpoint(base).read(name) for name in open_checkpoint(base).tensors}
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.from_numpy(rng.uniform(1, 2, size=(2, 2)).astype(np.float32))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    quantised = open_checkpoint(make_base(tensors, folder="fp8", config=config))
+    whole, split = quantised.load(name), replace(quantised, split_fused=True)
+    for part, rows in (("q", slice(0, 96)), ("k", slice(96, 144)), ("v", slice(144, 192))):
+        info = split.weights[f"model.layers.0.self_attn.{part}_proj.weight"]
+        assert torch.equal(split.load(info), whole[rows])
+        assert isinstance(info, Derived)
+        assert "fp8" in info.how
+
+
+def test_the_command_line_splits(rng, make_base, capsys, tmp_path):
+    base, tuned = phi_like(rng, "base", make_base), phi_like(rng, "tuned", make_base)
+    for command in (["audit"], ["ranks"], ["compare"], ["inspect"]):
+        tail = [str(tuned)] * (2 if command == ["compare"] else 1)
+        if command == ["compare"]:
+            shutil.copytree(tuned, tmp_path / "again")
+            tail = [str(tuned), str(tmp_path / "again")]
+        options = ["--base", str(base), "--split-fused", "--format", "json"] + ["--quiet"] * (command != ["inspect"])
+        assert main([*command, *tail, *options]) == 0
+        text = capsys.readouterr().out
+        json.loads(text)
+        assert "self_attn.q_proj" in text
+        assert "mlp.up_proj" in text
+    assert main(["ranks", str(tuned), "--base", str(base), "--split-fused", "--extract", str(tmp_path / "x")]) == 2
+
+
+def test_rows_of_groups():
+    rows = Rows(3, 4, 1, 3)
+    assert (rows.count, rows.total, str(rows)) == (6, 12, "rows 1:3 of each 4")
+    assert rows.of(torch.arange(12)).tolist() == [1, 2, 5, 6, 9, 10]
+    assert rows.of(torch.arange(24).reshape(12, 2)).shape == (6, 2)
+    assert str(Rows(1, 12, 4, 8)) == "rows 4:8"
