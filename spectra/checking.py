@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.adapters.writing import CONFIG, STORED
+from spectra.adapters.peft.writing import CONFIG, STORED
 from spectra.analysis import checked_question, ieee_arithmetic
+from spectra.carried import Carried
 from spectra.checkpoint import Checkpoint
 from spectra.editing import Choice
 from spectra.errors import LAYER_ERRORS, MissingFileError, UsageError, in_short
 from spectra.folders import CARD, RECORD, companions
 from spectra.layers import LayerPair, pair_layers
-from spectra.merging import Carried, beside, carried_tensors
+from spectra.merging import beside, carried_tensors
 from spectra.mitigation import LayerCheck, LayerRepair, Mitigation, Verification, load_mitigation
 from spectra.repair import edited_dense, edited_update, scaled, uncertainty
 from spectra.runs import Job, Progress, SingleRun, checked_settings, fingerprint, in_order
@@ -42,6 +43,7 @@ def verify_mitigation(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Checks a folder that :func:`spectra.mitigate` wrote against the fine-tune it was made from.
@@ -63,7 +65,7 @@ def verify_mitigation(
     """
     folder = Path(folder)
     record = load_mitigation(folder)
-    settings = checked_settings(device=device, threads=threads)
+    settings = checked_settings(device=device, threads=threads, allow_pickle=allow_pickle)
     before = SingleRun(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
     after = SingleRun(folder, before.base.path, settings)
     check = _Check(record, before, after)
@@ -124,6 +126,12 @@ class _Check:
             pair.name: by_base.get(pair.base.name) if self.merged else by_name.get(pair.name) for pair in before.pairs
         }
         self.places = {name: pair for name, pair in found.items() if pair is not None}
+        if self.merged:  # the merged weight is compared in the orientation that the adapter's has
+            own = {pair.name: pair for pair in before.pairs}
+            self.places = {
+                name: replace(pair, layout=own[name].layout, shape=own[name].shape)
+                for name, pair in self.places.items()
+            }
         self.carried: tuple[Carried, ...] = ()
         if self.merged:
             pairing = pair_layers(before.base, before.tuned, before.plan)
@@ -250,14 +258,13 @@ class _Check:
     def _carried_problems(self) -> Iterator[str]:
         copy = self.after.tuned
         for item in self.carried:
-            if item.base not in copy.tensors:
+            if item.base is None or item.base not in copy.tensors:
                 continue  # said already
-            value = self.before.tuned.read(item.tensor).double()
-            if item.scaling is not None:
-                value = self.source.read(item.base).double() + item.scaling * value
+            value = item.read(self.source, self.before.tuned)
             there = copy.read(item.base)
             if there.shape != value.shape or not torch.equal(there, value.to(there.dtype)):
-                yield f"{copy.path}: tensor {item.base!r} is not what {item.tensor!r} makes it"
+                made = " and ".join(map(repr, item.tensors))
+                yield f"{copy.path}: tensor {item.base!r} is not what {made} makes it"
 
     def _file_problems(self, home: Path) -> Iterator[str]:
         """Files that are not the source's, or that nobody wrote."""

@@ -11,13 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spectra.adapters import MethodUpdate, Skipped, StoredFactors
-from spectra.adapters.repaired import stored_ranks, why_not_writable, write_repaired
-from spectra.adapters.writing import STORED
+from spectra.adapters import MethodUpdate, Skipped, StoredFactors, WholeTensor
+from spectra.adapters.peft.lora import LoraUpdate
+from spectra.adapters.peft.repaired import stored_ranks, why_not_writable, write_repaired
+from spectra.adapters.peft.tokens import TokensUpdate
+from spectra.adapters.peft.writing import STORED
 from spectra.analysis import Findings
+from spectra.derived import Derived
 from spectra.editing import Edited, parameters_of, whole_weight
 from spectra.errors import UsageError
 from spectra.folders import RECORD, companions, files_in
+from spectra.headers import ForeignTensor
 from spectra.layers import LEFT_OUT, LayerPair, pair_layers
 from spectra.merging import EditedCheckpoint, beside, carried_tensors
 from spectra.mitigation import LayerRepair, Mitigation
@@ -68,7 +72,9 @@ class AdapterForm:
     merged = False
 
     def __init__(self, run: SingleRun, home: Path | None, dtype: torch.dtype | None, keep_rank: bool):
-        if any(isinstance(update, MethodUpdate | StoredFactors) for update in run.plan.updates):
+        lora = any(isinstance(update, LoraUpdate) for update in run.plan.updates)
+        others = [update for update in run.plan.updates if not (lora and isinstance(update, TokensUpdate))]
+        if any(isinstance(update, MethodUpdate | StoredFactors) for update in others):
             raise UsageError(
                 f"{run.tuned.path}: mitigate writes LoRA and DoRA of PEFT, not {run.plan.format}; use --merged"
             )
@@ -88,6 +94,8 @@ class AdapterForm:
 
     def check(self, pair: LayerPair) -> None:
         why = why_not_writable(self.run.tuned, pair.update, pair.rows)
+        if isinstance(pair.update, TokensUpdate):
+            why = "it is stored as the rows of some tokens, which a repair is not; exclude it, or use --merged"
         if why is None and self.keep_rank and self.in_factors(pair) and pair.rows is not None:
             why = "at its old rank it could not keep what the adapter adds to the rows that the base does not have"
         if why is not None:
@@ -137,6 +145,16 @@ class CheckpointForm:
         self.pairing = pair_layers(run.base, run.tuned, run.plan) if merged else None
         if self.pairing is not None:
             self.carried = carried_tensors(run.base, run.tuned, run.plan, self.pairing)
+        for pair in () if merged else run.pairs:
+            if isinstance(pair.update, WholeTensor) and isinstance(pair.update.info, Derived):
+                how = pair.update.info.how
+                raise UsageError(f"{run.tuned.path}: tensor {pair.name!r} is stored as {how}, which is not written")
+        foreign = next((info for info in self.source.tensors.values() if isinstance(info, ForeignTensor)), None)
+        if foreign is not None:
+            raise UsageError(
+                f"{foreign.file}: only single models in safetensors are written; of a pipeline, name the model, and of "
+                "another format, convert it first"
+            )
         adapter = run.tuned if merged else None
         self.left_behind = beside(self.source, adapter).left_behind
         if home is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
@@ -12,52 +11,15 @@ import torch
 from torch import Tensor
 
 from spectra.adapters import MethodUpdate
-from spectra.adapters.peft import beside_factors
+from spectra.carried import Carried, carried_by
+from spectra.derived import Derived
 from spectra.errors import UsageError
-from spectra.layers import WRAPPERS, LayerPair, Pairing
+from spectra.layers import LayerPair, Pairing
+from spectra.matcher import WRAPPERS
 from spectra.runs import SingleRun
 
 # Name → shape, and whether it holds floats.
 Forms: TypeAlias = Mapping[str, tuple[tuple[int, ...], bool]]
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A tensor of the fine-tuned model that belongs to no pair: a norm, a bias, a new head.
-
-    Attributes
-    ----------
-    name : the model's own.
-    shape, is_float : of its values.
-    whole : the fine-tune's tensor that is it; None: the base's stays.
-    base : the base's tensor, if there is one.
-    added : (tensor, scaling) of what is added to it, the biases of lora_B.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    is_float: bool
-    whole: str | None
-    base: str | None
-    added: tuple[tuple[str, float], ...] = ()
-
-    def read(self, run: SingleRun) -> Tensor:
-        """Its values in the fine-tuned model."""
-        if self.whole is not None:
-            value = run.tuned.read(self.whole)
-        else:
-            assert self.base is not None
-            value = run.base.read(self.base)
-        for tensor, scaling in self.added:
-            value = value.double() + scaling * run.tuned.read(tensor).double()
-        return value
-
-    def differs(self, run: SingleRun) -> bool:
-        """Whether the base has it otherwise, up to what it is stored in, or not at all."""
-        if self.base is None or self.added or run.base.tensors[self.base].shape != self.shape:
-            return True
-        value = self.read(run)
-        return not torch.equal(value, run.base.read(self.base).to(value.dtype))
 
 
 def carried_beside(run: SingleRun, pairing: Pairing) -> list[Carried]:
@@ -71,36 +33,21 @@ def carried_beside(run: SingleRun, pairing: Pairing) -> list[Carried]:
     def refuse(tensor: str, why: str) -> UsageError:
         return UsageError(f"{run.tuned.path}: tensor {tensor!r}: {why}, so the fine-tuned model cannot be had")
 
-    tuned, plan = run.tuned, run.plan
-    if plan.facts.get("conditional"):
-        raise UsageError(f"{tuned.path}: this adapter works on some tokens only (aLoRA), so no weights have its effect")
+    found = carried_by(run.base, run.tuned, run.plan, pairing, refuse)
     paired = {name for pair in pairing.pairs for name in pair.update.tensors}
     reasons = {item.name: item.reason for item in pairing.skipped}
-    for update in plan.updates:
+    for update in run.plan.updates:
         if update.kind != "dense" and update.tensors[0] not in paired:
             raise refuse(update.tensors[0], reasons.get(update.module, "the base has no such weight"))
     for pair in pairing.pairs:
-        if pair.rows is not None and pair.update.kind != "dense":
-            raise refuse(pair.update.tensors[0], "its vocabulary was resized")
-        bias = pair.base.name.removesuffix("weight") + "bias"
-        if isinstance(pair.update, MethodUpdate) and pair.update.scales_bias and bias in run.base.tensors:
-            raise refuse(pair.update.tensors[0], f"it scales {bias!r} as well, which is not supported")
-    beside = beside_factors(tuned, plan) if plan.format != "full" else ((name, name, None) for name in tuned.tensors)
-    found: dict[str, Carried] = {}
-    for tensor, name, scaling in beside:
-        if tensor in paired:
-            continue
-        info, before = tuned.tensors[tensor], found.get(name)
-        added = ((tensor, scaling),) if scaling is not None else ()
-        if before is None:
-            base = pairing.counterpart(name)
-            found[name] = Carried(name, info.shape, info.is_float, None if added else tensor, base, added)
-        else:  # a bias that is stored whole, and one of lora_B
-            found[name] = replace(before, whole=before.whole or tensor, added=before.added + added)
-    for item in found.values():
-        if item.whole is None and item.base is None:
-            raise refuse(item.added[0][0], f"the base has no {item.name!r}")
-    return [item for item in found.values() if item.differs(run)]
+        why = pair.update.why_not_merged(pair.stored_shape) if isinstance(pair.update, MethodUpdate) else None
+        if isinstance(pair.base, Derived):
+            why = f"the base has {pair.base.name!r} as {pair.base.how}"
+        elif pair.rows is not None and pair.update.kind != "dense":
+            why = "its vocabulary was resized"
+        if why is not None:
+            raise refuse(pair.update.tensors[0], why)
+    return [item for item in found if item.differs(run.base, run.tuned)]
 
 
 def name_in_model(pair: LayerPair) -> str:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from spectra.adapters import MethodUpdate, Plan
-from spectra.adapters.peft import beside_factors
-from spectra.adapters.writing import CONFIG, STORED, tied_head
+from spectra.adapters.peft.tokens import TokensUpdate
+from spectra.adapters.peft.writing import CONFIG, STORED, tied_head
+from spectra.carried import Carried, carried_by
 from spectra.checkpoint import Checkpoint, TensorInfo, read_header
+from spectra.derived import Derived
 from spectra.errors import CorruptFileError, UsageError
-from spectra.folders import CARD, Companions, companions, copy_file, is_tokenizer, write_card
+from spectra.folders import CARD, Companions, check_room, companions, copy_file, is_tokenizer, write_card
 from spectra.layers import LayerPair, Pairing
 from spectra.orientation import TIED
 
@@ -61,7 +62,9 @@ class EditedCheckpoint:
 
     def __init__(self, home: Path, source: Checkpoint, *, adapter: Checkpoint | None = None):
         self.home, self.source, self._adapter = home, source, adapter
-        for file in (*source.files, *beside(source, adapter).files):
+        files = (*source.files, *beside(source, adapter).files)
+        check_room(home, files)
+        for file in files:
             copy_file(file, home / file.name)
         self.checkpoint = self._opened()
 
@@ -107,9 +110,8 @@ class EditedCheckpoint:
     def carry(self, tuned: Checkpoint, items: Iterable[Carried]) -> None:
         """Writes what an adapter carries beside its matrices; see :func:`carried_tensors`."""
         for item in items:
-            value, info = tuned.read(item.tensor), self.checkpoint.tensors[item.base]
-            if item.scaling is not None:
-                value = self.checkpoint.read(item.base).double() + item.scaling * value.double()
+            assert item.base is not None
+            value, info = item.read(self.source, tuned), self.checkpoint.tensors[item.base]
             if info.is_float:
                 self.put(item.base, value)
             else:  # counters and the like, which :func:`carried_tensors` found to be stored alike
@@ -128,18 +130,6 @@ def _bytes(value: Tensor) -> bytes:
     return bytes(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data) if value.numel() else b""
 
 
-@dataclass(frozen=True)
-class Carried:
-    """A tensor of an adapter that goes into one of the base.
-
-    ``scaling`` is None where it takes its place, else what it is multiplied by before it is added (a bias of lora_B).
-    """
-
-    base: str
-    tensor: str
-    scaling: float | None = None
-
-
 def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pairing) -> tuple[Carried, ...]:
     """What merging an adapter must write besides the pairs' own weights: norms and biases, from headers alone.
 
@@ -152,45 +142,45 @@ def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pa
         shares its embedding's weight); it is named.
     """
 
-    def refuse(tensor: str, why: str) -> NoReturn:
-        raise UsageError(
+    def refuse(tensor: str, why: str) -> UsageError:
+        return UsageError(
             f"{tuned.path}: tensor {tensor!r} cannot be merged into {base.path}: {why}; write the adapter instead, "
             "and merge that with peft"
         )
 
-    if plan.facts.get("conditional"):
-        raise UsageError(f"{tuned.path}: this adapter works on some tokens only (aLoRA), so it cannot be merged")
+    found = carried_by(base, tuned, plan, pairing, refuse)
     written = {name for pair in pairing.pairs for name in pair.update.tensors}
     reasons = {item.name: item.reason for item in pairing.skipped}
     for pair in pairing.pairs:
-        why = _why_not_merged(base, tuned, pair)
+        why = _why_not_merged(base, tuned, pair, pairing)
         if why is not None:
-            refuse(pair.update.tensors[0], why)
+            raise refuse(pair.update.tensors[0], why)
     for update in plan.updates:
         if update.tensors[0] not in written:
-            refuse(update.tensors[0], reasons.get(update.module, "it matches no weight there"))
-    found: list[Carried] = []
-    for key, name, scaling in beside_factors(tuned, plan):
-        if key in written:
-            continue
-        target = pairing.counterpart(name)
-        if target is None:
-            refuse(key, f"there is no {name!r}")
-        mine, theirs = tuned.tensors[key], base.tensors[target]
-        if mine.shape != theirs.shape:
-            refuse(key, f"its shape is {list(mine.shape)}, that of {target!r} {list(theirs.shape)}")
-        if (not theirs.is_float or not mine.is_float) and (scaling is not None or mine.dtype != theirs.dtype):
-            refuse(key, f"it is stored as {mine.dtype}, {target!r} as {theirs.dtype}")
-        found.append(Carried(target, key, scaling))
-    return tuple(sorted(found, key=lambda item: item.scaling is not None))  # what is added comes after what is replaced
+            raise refuse(update.tensors[0], reasons.get(update.module, "it matches no weight there"))
+    for item in found:
+        if item.base is None:
+            raise refuse(item.tensors[0], f"there is no {item.name!r}")
+        theirs, computed = base.tensors[item.base], bool(item.scaled or item.added)
+        for tensor in item.tensors:
+            mine = tuned.tensors[tensor]
+            if mine.shape != theirs.shape and not (tensor in item.scaled and mine.size == theirs.size):
+                raise refuse(tensor, f"its shape is {list(mine.shape)}, that of {item.base!r} {list(theirs.shape)}")
+            if (not theirs.is_float or not mine.is_float) and (computed or mine.dtype != theirs.dtype):
+                raise refuse(tensor, f"it is stored as {mine.dtype}, {item.base!r} as {theirs.dtype}")
+    return tuple(found)
 
 
-def _why_not_merged(base: Checkpoint, tuned: Checkpoint, pair: LayerPair) -> str | None:
+def _why_not_merged(base: Checkpoint, tuned: Checkpoint, pair: LayerPair, pairing: Pairing) -> str | None:
     if pair.rows is not None:
         return next((note for note in pair.notes if "resized" in note), "its vocabulary was resized")
-    bias = pair.base.name.removesuffix("weight") + "bias"
-    if isinstance(pair.update, MethodUpdate) and pair.update.scales_bias and bias in base.tensors:
-        return f"it scales {bias!r} as well, which is not supported"
+    if isinstance(pair.base, Derived):
+        return f"the base has {pair.base.name!r} as {pair.base.how}"
+    why = pair.update.why_not_merged(pair.stored_shape) if isinstance(pair.update, MethodUpdate) else None
+    if why is not None:
+        return why
+    if _are_tied_tokens(tuned, pair, pairing):
+        return None
     if pair.tied:
         return f"the head shares {pair.base.name!r} with the embedding, which would change, too"
     heads = tied_head(base.config, base.tensors)
@@ -200,3 +190,17 @@ def _why_not_merged(base: Checkpoint, tuned: Checkpoint, pair: LayerPair) -> str
     if shared and not (tuned.adapter_config or {}).get("ensure_weight_tying"):
         return "the base's head and embedding share one weight, so both would change"
     return None
+
+
+def _are_tied_tokens(tuned: Checkpoint, pair: LayerPair, pairing: Pairing) -> bool:
+    """Whether these are the trainable tokens of a shared weight, which peft lets head and embedding have in common."""
+    if not isinstance(pair.update, TokensUpdate):
+        return False
+    for other in pairing.pairs:
+        if other is pair or other.base.name != pair.base.name:
+            continue
+        if not isinstance(other.update, TokensUpdate) or other.update.indices != pair.update.indices:
+            return False
+        if not torch.equal(tuned.read(other.update.tensors[0]), tuned.read(pair.update.tensors[0])):
+            return False
+    return True

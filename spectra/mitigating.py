@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from spectra import __version__
-from spectra.adapters.repaired import replaceable
-from spectra.adapters.writing import STORED
+from spectra.adapters.peft.repaired import replaceable
+from spectra.adapters.peft.writing import STORED
 from spectra.analysis import LayerAnalysis
 from spectra.editing import Choice, Scale, Which, edit
 from spectra.errors import UsageError
@@ -47,6 +47,7 @@ def mitigate(
     device: str = "cpu",
     workers: int = 1,
     threads: int | None = None,
+    allow_pickle: bool = False,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> Mitigation:
@@ -70,7 +71,8 @@ def mitigate(
         "bfloat16", "float16".  Checkpoints keep theirs.
     force : replace an adapter folder, or an earlier result, that is there already.
     include, exclude : layers left out are carried over as they are.
-    top_k, epsilon, side, engine, device, workers, threads, cache, progress : as for :func:`spectra.audit_many`.
+    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, cache, progress :
+        as for :func:`spectra.audit_many`.
 
     Returns
     -------
@@ -94,7 +96,7 @@ def mitigate(
     choice = Choice(scale, which)
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        workers=workers, threads=threads,
+        workers=workers, threads=threads, allow_pickle=allow_pickle,
     )  # fmt: skip
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")

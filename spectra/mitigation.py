@@ -60,8 +60,8 @@ class LayerRepair:
     Attributes
     ----------
     name, module_type, role, shape : the layer, (m, n) as analysed.
-    kind : of the update: "low_rank", "row_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr), "scaled" (IA3),
-        "rotated" (OFT), "dense".
+    kind : of the update: "low_rank", "row_scaled" and "column_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr),
+        "scaled" (IA3), "rotated" (OFT, BOFT), "mixed" (GLoRA), "replaced_rows" (trainable tokens), "added", "dense".
     vectors : those chosen, by rank.
     intruders_before, intruders_after : among the leading vectors of W1 and of W'.
     update_norm, update_norm_after : ‖dW‖_F and ‖dW'‖_F.

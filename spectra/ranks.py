@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra import measures
-from spectra.adapters.naming import ModuleNames
+from spectra.adapters.peft.naming import ModuleNames
 from spectra.errors import UsageError
 from spectra.report import as_dataframe, known_fields, module_type
 
@@ -54,8 +54,9 @@ class LayerRank:
     Attributes
     ----------
     name, module_type, role, shape : the layer, (m, n) as analysed.
-    kind : of the update: "low_rank", "row_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr), "scaled" (IA3),
-        "rotated" (OFT), "dense", or "merged".
+    kind : of the update: "low_rank", "row_scaled" and "column_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr),
+        "scaled" (IA3), "rotated" (OFT, BOFT), "mixed" (GLoRA), "replaced_rows" (trainable tokens), "added",
+        "dense", or "merged".
     trained_rank : the adapter's r, or None.
     parameters : values that the fine-tune stores for it.
     update_norm_fro, update_norm_relative : ‖dW‖_F, and over ‖W0‖_F (None where W0 is zero).

@@ -46,8 +46,9 @@ class LayerSpectra:
     ----------
     name, module_type : the layer.
     tuned : the fine-tune, by a short name.
-    kind : of its update: "low_rank", "row_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr), "scaled" (IA3),
-        "rotated" (OFT), "dense", or "merged".
+    kind : of its update: "low_rank", "row_scaled" and "column_scaled" (DoRA), "hadamard" (LoHa), "kronecker" (LoKr),
+        "scaled" (IA3), "rotated" (OFT, BOFT), "mixed" (GLoRA), "replaced_rows" (trainable tokens), "added",
+        "dense", or "merged".
     shape : (m, n) of the weight.
     side, epsilon : which singular vectors were compared, and what counts as an intruder.
     base_values, tuned_values, update_values : (p,) all singular values of W0, W1 and dW = W1 − W0 in

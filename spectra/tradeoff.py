@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from spectra.analysis import LayerAnalysis
+from spectra.carried import Carried
 from spectra.editing import Choice, Which, triplets_of
 from spectra.errors import UsageError
-from spectra.insertion import ByName, Carried, InModel, Target, carried_beside, forms_of, name_in_model, working
+from spectra.insertion import ByName, InModel, Target, carried_beside, forms_of, name_in_model, working
 from spectra.layers import LayerPair, Pairing, pair_layers
 from spectra.null import haar
 from spectra.orientation import as_stored
@@ -63,6 +64,7 @@ def mitigation_sweep(
     engine: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
+    allow_pickle: bool = False,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> pandas.DataFrame:
@@ -93,7 +95,7 @@ def mitigation_sweep(
     seeds : random controls, with seeds from 0 on.
     include_base : also evaluate the base's own weights wherever the fine-tune changed them and the base has them.
     include, exclude : layers left out stay as the fine-tune has them.
-    top_k, epsilon, side, engine, device, threads, cache : as for :func:`spectra.audit_many`.
+    top_k, epsilon, side, engine, device, threads, allow_pickle, cache : as for :func:`spectra.audit_many`.
     progress : called after each layer and, counting anew, after each evaluation.
 
     Returns
@@ -112,7 +114,7 @@ def mitigation_sweep(
     choice = Choice(0.0, which)
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        threads=threads,
+        threads=threads, allow_pickle=allow_pickle,
     )  # fmt: skip
     run = SingleRun(tuned, base, settings)
     choice.check(run.pairs)
@@ -263,7 +265,7 @@ class _Work:
     def put_beside(self) -> None:
         """All that the fine-tune has besides the layers that are analysed."""
         for item in self.carried:
-            self._put_as_it_is(item.name, item.read(self.run))
+            self._put_as_it_is(item.name, item.read(self.run.base, self.run.tuned))
         analysed = {pair.name for pair in self.run.pairs}
         for pair in self.pairing.pairs:
             if pair.rows is not None:  # the rows that only the fine-tune has

@@ -332,12 +332,14 @@ class Kronecker:
 
 @dataclass(frozen=True, eq=False)
 class Added:
-    """W1 = W0 + dW with dW (m, n) whole, in float64."""
+    """W1 = W0 + dW with dW (m, n) whole, in float64; ``free`` where each of its entries was trained by itself."""
 
     dW: Tensor
+    free: bool = False
 
     def tuned(self, W0: Tensor) -> DenseWeight:
-        return _computed(W0, lambda rows: W0[rows].double() + self.dW[rows])
+        made = _computed(W0, lambda rows: W0[rows].double() + self.dW[rows])
+        return DenseWeight(W0, made.W1, self.free)
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,3 +388,54 @@ class Rotated:
             part = W0[:, columns].double().reshape(m // d, d, -1)
             whole[:, columns] = torch.einsum("bji,bjn->bin", turns, part).flatten(0, 1).to(W0.dtype)
         return DenseWeight(W0, whole, free=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplacedRows:
+    """Trainable tokens: W1 = W0 with some rows replaced, or with ``columns`` some columns, as of an embedding (d, V).
+
+    ``places`` (k,) are their numbers, those beyond W0's left out; ``rows`` (k, d) their values, float64.
+    """
+
+    places: Tensor
+    rows: Tensor
+    columns: bool = False
+
+    def tuned(self, W0: Tensor) -> TunedWeight:
+        W = W0.T if self.columns else W0
+        there = self.places < W.shape[0]
+        places, rows = self.places[there], self.rows[there]
+        if not _worth_factors(places.numel(), W0):
+            whole = W0.clone()
+            (whole.T if self.columns else whole)[places] = rows.to(W0.dtype)
+            return DenseWeight(W0, whole, free=False)
+        chosen = torch.zeros(W.shape[0], places.numel(), dtype=torch.float64, device=W0.device)
+        chosen[places, torch.arange(places.numel(), device=W0.device)] = 1
+        change = rows - W[places].double()
+        return FactoredWeight(W0, change.T, chosen.T) if self.columns else FactoredWeight(W0, chosen, change)
+
+
+@dataclass(frozen=True, eq=False)
+class Butterfly:
+    """BOFT: W1 = diag(scale)·W0·Rᵀ, R = F_k … F_1 with F = P·blockdiag·Pᵀ; Liu et al. 2023, arXiv 2311.06243.
+
+    ``blocks`` (factors, b, d, d) and ``scale`` (m,) in float64; each of ``orders`` (n,) is a P, as row i's column.
+    """
+
+    blocks: Tensor
+    orders: tuple[Tensor, ...]
+    scale: Tensor
+
+    def tuned(self, W0: Tensor) -> DenseWeight:
+        _, count, d, _ = self.blocks.shape
+
+        def block(rows: slice) -> Tensor:
+            part = W0[rows].double()
+            for turns, order in zip(self.blocks, self.orders, strict=True):
+                sorted_part = torch.empty_like(part)
+                sorted_part[:, order] = part
+                turned = torch.einsum("mbj,bij->mbi", sorted_part.reshape(-1, count, d), turns)
+                part = turned.flatten(1)[:, order]
+            return self.scale[rows, None] * part
+
+        return _computed(W0, block)

@@ -15,7 +15,14 @@ import spectra
 from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
-from spectra.errors import AdapterError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
+from spectra.errors import (
+    AdapterError,
+    CorruptFileError,
+    SpectraError,
+    UnsupportedMethodError,
+    UsageError,
+    WrongBaseError,
+)
 from spectra.layers import pair_layers
 from spectra.orientation import as_matrix
 from spectra.updates import LowRank, RowScaled
@@ -237,11 +244,11 @@ BROKEN_KOHYA: dict[str, tuple[dict[str, torch.Tensor | None], type[Exception], s
         {"lora_up.2.weight": torch.ones(1, 2), "lora_down.2.weight": torch.ones(2, 5)}, AdapterError, "parts 0 to 1",
     ),
     "a wide kernel in up": ({"lora_up.weight": torch.ones(6, 2, 3, 3)}, AdapterError, "1×1"),
-    "LoHa": ({"hada_w1_a": torch.ones(6, 2)}, UnsupportedMethodError, "LoHa"),
-    "LoKr": ({"lokr_w1": torch.ones(6, 2)}, UnsupportedMethodError, "LoKr"),
-    "DoRA": ({"dora_scale": torch.ones(6, 1)}, UnsupportedMethodError, "W0 alone by others"),
-    "a whole difference": ({"diff": torch.ones(6, 5)}, UnsupportedMethodError, "another method"),
-    "a scalar besides": ({"scalar": ONE}, UnsupportedMethodError, "another method"),
+    "LoHa": ({"hada_w1_a": torch.ones(6, 2)}, UnsupportedMethodError, "beside LoHa"),
+    "LoKr": ({"lokr_w1": torch.ones(6, 2)}, UnsupportedMethodError, "beside LoKr"),
+    "DoRA": ({"dora_scale": torch.ones(6)}, UnsupportedMethodError, "does not say which"),
+    "a whole difference": ({"diff": torch.ones(6, 5)}, UnsupportedMethodError, "beside a whole difference"),
+    "a scalar besides": ({"scalar": ONE}, UnsupportedMethodError, "beside LoCon, this version cannot read scalar"),
 }  # fmt: skip
 
 
@@ -376,7 +383,19 @@ BROKEN_MLX: dict[str, tuple[dict, dict, type[Exception], str]] = {
     "scale is text": ({}, {"lora_parameters": {"scale": "20"}}, AdapterError, "expected a number"),
     "rank differs": ({}, {"lora_parameters": {"rank": 4}}, AdapterError, r"a\.q\.lora_a.*rank = 4"),
     "an unknown option": ({}, {"lora_parameters": {"twist": 1}}, UnsupportedMethodError, "option twist"),
-    "full": ({}, {"fine_tune_type": "full"}, UnsupportedMethodError, "fine_tune_type = 'full'"),
+    "another type": ({}, {"fine_tune_type": "sft"}, UnsupportedMethodError, "fine_tune_type = 'sft'"),
+    "experts of other ranks": (
+        {"a.switch_mlp.up_proj.lora_a": torch.ones(2, 3, 5), "a.switch_mlp.up_proj.lora_b": torch.ones(2, 6, 2)}, {},
+        AdapterError, "rank = 3",
+    ),
+    "experts in other numbers": (
+        {"a.switch_mlp.up_proj.lora_a": torch.ones(2, 3, 5), "a.switch_mlp.up_proj.lora_b": torch.ones(3, 6, 3)}, {},
+        AdapterError, r"expected \(3, 3, in\)",
+    ),
+    "experts' lora_b is flat": (
+        {"a.switch_mlp.up_proj.lora_a": torch.ones(2, 3, 5), "a.switch_mlp.up_proj.lora_b": torch.ones(6, 3)}, {},
+        AdapterError, r"expected \(experts, out, r\), of",
+    ),
     "dora without magnitudes": ({}, {"fine_tune_type": "dora"}, AdapterError, "of m there is none"),
     "magnitudes without dora": ({"a.q.m": torch.ones(6)}, {}, AdapterError, "of m there is one"),
     "other magnitudes": ({"a.q.m": torch.ones(5)}, {"fine_tune_type": "dora"}, AdapterError, "expected 6 magnitudes"),
@@ -387,7 +406,7 @@ BROKEN_MLX: dict[str, tuple[dict, dict, type[Exception], str]] = {
     "integers": ({"a.q.lora_a": torch.ones(5, 3, dtype=torch.int8)}, {}, AdapterError, "floating dtype"),
     "an embedding's DoRA": (
         {"embed_tokens.lora_a": torch.ones(5, 3), "embed_tokens.lora_b": torch.ones(3, 6), "embed_tokens.m": ONE,
-         "a.q.m": torch.ones(6)}, {"fine_tune_type": "dora"}, UnsupportedMethodError, "scales each token",
+         "a.q.m": torch.ones(6)}, {"fine_tune_type": "dora"}, AdapterError, "expected 5 magnitudes",
     ),
     "alpha of an early version": (
         {}, {"lora_parameters": {"alpha": 16}, "fine_tune_type": "no", "num_layers": "no"}, UnsupportedMethodError,
@@ -406,6 +425,25 @@ def test_broken_mlx_adapters(tmp_path, rng, kind):
     assert str(tmp_path / "mlx") in str(caught.value)
 
 
+def test_mlx_writes_null_for_no_metadata(tmp_path, rng):
+    tuned = write_mlx(tmp_path / "mlx", one_mlx(rng))
+    file = tuned / "adapters.safetensors"
+    stored = file.read_bytes()
+    header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    values = stored[8 + int.from_bytes(stored[:8], "little") :]
+    base = write(tmp_path / "base", {"a.q.weight": draw(rng, 6, 5)})
+    for metadata, works in ((None, True), ("null", False), (0, False), ([], False)):
+        for first in (True, False):
+            entries = {"__metadata__": metadata, **header} if first else {**header, "__metadata__": metadata}
+            text = json.dumps(entries).encode()
+            file.write_bytes(len(text).to_bytes(8, "little") + text + values)
+            if works:
+                assert len(spectra.audit(tuned, base).layers) == 1
+            else:
+                with pytest.raises(CorruptFileError, match="__metadata__"):
+                    spectra.audit(tuned, base)
+
+
 def test_mlx_alpha_of_later_configs_is_noted(tmp_path, rng):
     base = write(tmp_path / "base", {"a.q.weight": draw(rng, 6, 5)})
     tuned = write_mlx(tmp_path / "mlx", one_mlx(rng), lora_parameters={"alpha": 16})
@@ -416,10 +454,10 @@ def test_mlx_alpha_of_later_configs_is_noted(tmp_path, rng):
     assert not layer.notes
 
 
-def test_mlx_experts_are_skipped_and_an_adapter_is_no_base(tmp_path, rng, capsys):
-    experts = {"a.experts.lora_a": draw(rng, 2, 3, 5), "a.experts.lora_b": draw(rng, 2, 6, 3)}
+def test_mlx_experts_of_unknown_names_are_skipped_and_an_adapter_is_no_base(tmp_path, rng, capsys):
+    experts = {"a.pool.lora_a": draw(rng, 2, 3, 5), "a.pool.lora_b": draw(rng, 2, 6, 3)}
     tuned = write_mlx(tmp_path / "mlx", one_mlx(rng) | experts)
-    base = write(tmp_path / "base", {"a.q.weight": draw(rng, 6, 5), "a.experts.weight": draw(rng, 2, 6, 5)})
+    base = write(tmp_path / "base", {"a.q.weight": draw(rng, 6, 5), "a.pool.weight": draw(rng, 2, 6, 5)})
     report = spectra.audit(tuned, base)
     assert {item["name"] for item in report.skipped} == set(experts)
     with pytest.raises(WrongBaseError, match="is an adapter"):
@@ -523,10 +561,6 @@ def packed(**values):
 
 
 BROKEN_DIFFUSERS: dict[str, tuple[dict, dict, type[SpectraError], str]] = {
-    "several ranks": (
-        {"transformer.a.k.lora_A.weight": torch.ones(4, 5), "transformer.a.k.lora_B.weight": torch.ones(6, 4)}, {},
-        UnsupportedMethodError, r"could be 1, or \d/\d as diffusers",
-    ),
     "one alpha of two": (
         {"transformer.a.k.lora_A.weight": torch.ones(2, 5), "transformer.a.k.lora_B.weight": torch.ones(6, 2),
          "transformer.a.k.alpha": ONE}, {}, UnsupportedMethodError, "its rank, or theirs",
@@ -535,8 +569,19 @@ BROKEN_DIFFUSERS: dict[str, tuple[dict, dict, type[SpectraError], str]] = {
     "two kinds": ({"transformer.a.q.lora.down.weight": torch.ones(2, 5)}, {}, AdapterError, "several kinds"),
     "ranks differ": ({"transformer.a.q.lora_B.weight": torch.ones(6, 3)}, {}, AdapterError, "has rank 2"),
     "a whole tensor": ({"transformer.norm.weight": torch.ones(5)}, {}, UnsupportedMethodError, "another method"),
-    "DoRA": ({"transformer.a.q.lora_magnitude_vector": torch.ones(6)}, {}, UnsupportedMethodError, "magnitude"),
-    "DoRA in the header": ({}, packed(r=2, use_dora=True), UnsupportedMethodError, "option use_dora"),
+    "magnitudes of another size": (
+        {"transformer.a.q.lora_magnitude_vector": torch.ones(5)}, {}, AdapterError, "expected 6 magnitudes",
+    ),
+    "two kinds of magnitudes": (
+        {f"transformer.a.q.lora_magnitude_vector{end}": torch.ones(6) for end in ("", ".weight")}, {}, AdapterError,
+        "occurs twice",
+    ),
+    "magnitudes, but none in the header": (
+        {"transformer.a.q.lora_magnitude_vector": torch.ones(6)}, packed(r=2), AdapterError,
+        "no use_dora.* there is one",
+    ),
+    "DoRA in the header": ({}, packed(r=2, use_dora=True), AdapterError, "has use_dora.* there is none"),
+    "use_dora is text": ({}, packed(r=2, use_dora="yes"), AdapterError, "expected true or false"),
     "an unknown option": ({}, packed(r=2, kasa_config={"x": 1}), UnsupportedMethodError, "option kasa_config"),
     "initialised otherwise": ({}, packed(r=2, init_lora_weights="pissa"), UnsupportedMethodError, "pissa"),
     "another method": ({}, packed(peft_type="LOHA"), UnsupportedMethodError, "LOHA"),
@@ -558,6 +603,15 @@ def test_broken_diffusers_files(tmp_path, rng, kind):
     with pytest.raises(error, match=words) as caught:
         spectra.audit(tmp_path / "lora", base)
     assert "model.safetensors" in str(caught.value)
+
+
+def test_diffusers_scaling_is_1_without_alphas_whatever_the_ranks(tmp_path, rng):
+    keys = one_diffusers(rng) | one_diffusers(rng, 4, "transformer.a.k")
+    write(tmp_path / "lora", keys)
+    base = write(tmp_path / "base", {"a.q.weight": draw(rng, 6, 5), "a.k.weight": draw(rng, 6, 5)})
+    for layer in spectra.audit(tmp_path / "lora", base).layers:
+        assert layer.update["scaling"] == 1
+        assert "earlier versions took the rank of one module" in layer.notes[0]
 
 
 def test_a_language_model_s_lora_without_its_config_is_no_diffusers(tmp_path, rng, make_base):

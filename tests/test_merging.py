@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectra.carried import Carried
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, UsageError
 from spectra.folders import RECORD, write_record
 from spectra.layers import pair_layers
-from spectra.merging import Carried, EditedCheckpoint, beside, carried_tensors
+from spectra.merging import EditedCheckpoint, beside, carried_tensors
 from spectra.orientation import as_stored
 
 peft = pytest.importorskip("peft")
@@ -41,6 +42,7 @@ MORE: dict[str, dict] = {
     "bias all": {"bias": "all"},
     "bias all, attention": {"bias": "all", "target_modules": ["attn", "query"]},
     "lora bias, rslora": {"lora_bias": True, "use_rslora": True, "target_modules": ["query", "conv3"]},
+    "lora bias, bias lora_only": {"lora_bias": True, "bias": "lora_only", "target_modules": ["query", "conv3"]},
     "modules to save": {"modules_to_save": ["classifier", "conv1", "head"]},
 }
 
@@ -63,7 +65,7 @@ def test_equals_the_merge(tmp_path, name, seed):
         assert found[key].dtype == value.dtype
         assert key in touched or torch.equal(found[key], value)
     assert bool(carried) == ("bias" in name or name == "modules to save")
-    assert {item.scaling is None for item in carried} <= {not name.startswith("lora bias")}
+    assert {not item.added for item in carried} <= {not name.startswith("lora bias")}
     assert edited.checkpoint.tensors.keys() == before.keys()
 
 
@@ -136,7 +138,7 @@ def test_other_shapes_and_types_are_refused(make_base, make_adapter, tmp_path):
     make_adapter(factors | {"layer.0.k": (torch.randn(6, 2), torch.randn(2, 5))})
     assert "quantised bases" in refusal(tmp_path)
     make_adapter(factors, extra={"base_model.model.steps": torch.ones(2, dtype=torch.int64)})
-    assert merge(tmp_path)[1] == (Carried("steps", "base_model.model.steps"),)
+    assert merge(tmp_path)[1] == (Carried("steps", (2,), False, "base_model.model.steps", "steps"),)
     assert load_file(tmp_path / "out" / "model.safetensors")["steps"].tolist() == [1, 1]
 
 

@@ -341,8 +341,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 
 
 POINTS = (
-    "spectra.folders.copy_file", "spectra.adapters.repaired.save_file", "spectra.adapters.repaired._write_config",
-    "spectra.adapters.repaired.write_card", "spectra.forms.write_repaired", "spectra.forms._with_audit",
+    "spectra.folders.copy_file", "spectra.adapters.peft.repaired.save_file", "spectra.adapters.peft.repaired._write_config",
+    "spectra.adapters.peft.repaired.write_card", "spectra.forms.write_repaired", "spectra.forms._with_audit",
     "spectra.forms.files_in", "spectra.mitigating.write_record", "spectra.folders.os.fsync",
     "spectra.merging.copy_file", "spectra.merging.EditedCheckpoint.put", "spectra.merging.EditedCheckpoint.finish",
 )  # fmt: skip
@@ -366,7 +366,7 @@ def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error
         with monkeypatch.context() as patch:
             patch.setattr(point, crash)
             if point == "spectra.folders.copy_file":
-                patch.setattr("spectra.adapters.repaired.copy_file", crash)
+                patch.setattr("spectra.adapters.peft.repaired.copy_file", crash)
             with pytest.raises((SpectraError, KeyboardInterrupt)):
                 spectra.mitigate(member, home / name, BASE, scale=0.3, force=force)
         assert len(reached) == (1 if name == "new" else 2)

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectra.adapters import plan_updates
-from spectra.adapters.naming import ModuleNames
-from spectra.adapters.peft import LoraUpdate
-from spectra.adapters.repaired import alpha_of, stored_ranks, why_not_writable, write_repaired
+from spectra.adapters.peft.lora import LoraUpdate
+from spectra.adapters.peft.naming import ModuleNames
+from spectra.adapters.peft.repaired import alpha_of, stored_ranks, why_not_writable, write_repaired
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, UsageError
 from spectra.folders import RECORD, companions, write_record

@@ -6,31 +6,49 @@ line in ``DIALECTS``.  The tests over the registry then run on it by themselves.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spectra.adapters.diffusers import DiffusersLora
-from spectra.adapters.factors import StoredFactors, against_base
-from spectra.adapters.full import FullCheckpoint
+from spectra.adapters.factors import StoredFactors, found_in
+from spectra.adapters.full import FullCheckpoint, WholeTensor
+from spectra.adapters.gguf import GgufLora, with_heads
 from spectra.adapters.kohya import KohyaLora
-from spectra.adapters.method import MethodUpdate
-from spectra.adapters.methods import PeftMethods
 from spectra.adapters.mlx import MlxAdapter
-from spectra.adapters.peft import PeftAdapter
-from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped
+from spectra.adapters.peft.initialised import InitialisedUpdate, uses_initial, with_initial
+from spectra.adapters.peft.lora import PeftAdapter
+from spectra.adapters.peft.method import MethodUpdate
+from spectra.adapters.peft.methods import PeftMethods
+from spectra.adapters.peft.parameters import against_parameters
+from spectra.adapters.plan import FORMULAS, Dialect, Plan, PlannedUpdate, Skipped
 from spectra.adapters.unsupported import Unsupported
 from spectra.checkpoint import Checkpoint
 
 # The first that recognises a checkpoint reads it; FullCheckpoint takes what nobody else does.
 DIALECTS: tuple[Dialect, ...] = (
-    MlxAdapter(), PeftMethods(), PeftAdapter(), KohyaLora(), DiffusersLora(), Unsupported(), FullCheckpoint(),
+    GgufLora(), MlxAdapter(), PeftMethods(), PeftAdapter(), KohyaLora(), DiffusersLora(), Unsupported(),
+    FullCheckpoint(),
 )  # fmt: skip
 
 __all__ = [
-    "DIALECTS", "Dialect", "MethodUpdate", "Plan", "PlannedUpdate", "Skipped", "StoredFactors", "against_base",
-    "plan_updates",
+    "DIALECTS", "FORMULAS", "Dialect", "InitialisedUpdate", "MethodUpdate", "Plan", "PlannedUpdate", "Skipped",
+    "StoredFactors", "WholeTensor", "against_base", "plan_updates", "uses_initial",
 ]  # fmt: skip
 
 
-def plan_updates(tuned: Checkpoint) -> Plan:
+def against_base(plan: Plan, base: Checkpoint) -> Plan:
+    """The plan with what only the base tells of its updates: which modules they are of, and their order of rows.
+
+    Raises
+    ------
+    WrongBaseError : several weights of the base could be meant, or it does not tell what is needed.
+    """
+    return against_parameters(with_heads(found_in(plan, base), base), base)
+
+
+def plan_updates(tuned: Checkpoint, initial: Checkpoint | None = None) -> Plan:
     """What a fine-tuned checkpoint changes, from its headers and config.
+
+    ``initial`` is the adapter as it was before training, for initialisations that changed the base.
 
     Raises
     ------
@@ -39,5 +57,7 @@ def plan_updates(tuned: Checkpoint) -> Plan:
     """
     for dialect in DIALECTS:
         if dialect.recognises(tuned):
-            return dialect.plan(tuned)
+            plan = dialect.plan(tuned)
+            plan = replace(plan, skipped=(*plan.skipped, *(Skipped(*item) for item in tuned.aside.items())))
+            return with_initial(plan, tuned, initial) if isinstance(dialect, PeftAdapter) else plan
     raise AssertionError("FullCheckpoint recognises everything without an adapter config")

@@ -1,8 +1,9 @@
 """LoRAs of diffusers: ``transformer.<module>.lora_A.weight`` and so on in one file, no config.
 
 The config of each component lies in the header under ``lora_adapter_metadata`` in files of later versions; else alphas
-may be stored beside the factors; else the scaling is 1.  Before PEFT the factors were ``lora.down`` and ``lora.up``, in
-text encoders ``lora_linear_layer.down`` and ``.up``.
+may be stored beside the factors; else the scaling is 1.  A single model's own ``save_lora_adapter`` leaves the
+component out.  Before PEFT the factors were ``lora.down`` and ``lora.up``, in text encoders ``lora_linear_layer.down``
+and ``.up``; before that, those of attention processors, ``<attention>.processor.to_q_lora.down``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from spectra.adapters.factors import StoredFactors, check_factors, common_facts, scalar
-from spectra.adapters.pattern import Pattern
-from spectra.adapters.peft import KNOWN_FIELDS, NEUTRAL_INIT
+from spectra.adapters.peft.lora import KNOWN_FIELDS, NEUTRAL_INIT
+from spectra.adapters.peft.pattern import Pattern
 from spectra.adapters.plan import Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
@@ -26,42 +27,64 @@ from spectra.errors import AdapterError, CorruptFileError, UnsupportedMethodErro
 
 METADATA = "lora_adapter_metadata"
 
-_MODULE = r"(?P<component>unet|transformer(?:_[0-9])?|text_encoder(?:_[0-9])?|diffusion_model)\.(?P<name>.+)"
-_KEY = re.compile(
-    _MODULE + r"\.(?P<tail>lora_[AB]\.weight|lora_B\.bias|lora\.(?:down|up)\.weight"
-    r"|lora_linear_layer\.(?:down|up)\.weight|alpha)"
+_COMPONENT = r"(?P<component>unet|transformer(?:_[0-9])?|text_encoder(?:_[0-9])?|diffusion_model)\."
+_FACTOR = (
+    r"(?P<name>.+)\.(?P<tail>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?"
+    r"|lora\.(?:down|up)\.weight|lora_linear_layer\.(?:down|up)\.weight|alpha)"
 )
+_KEY = re.compile(_COMPONENT + _FACTOR)
+_BARE = re.compile(_FACTOR)
+# Of attention processors, which called all projections the same, whatever the model's own names are.
+_EARLY = re.compile(
+    rf"(?:{_COMPONENT})?(?P<name>.+?)(?P<own>\.processor)?\.to_(?P<to>[qkv]|out)_lora\.(?P<end>down|up)\.weight"
+)
+_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+ALONE = "model"  # the component of a file that holds one model's LoRA under the model's own names
 _DOWN = ("lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 _UP = ("lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 _GPT = re.compile(r"transformer\.h\.[0-9]+\..*")  # a language model's own name, by PEFT without its config
 
 NO_ALPHA = "no alpha is stored: the scaling is 1, as diffusers has it"
+NO_ALPHAS = (
+    "no alpha is stored and ranks differ: the scaling is 1 for each module, as diffusers has it (its earlier versions "
+    "took the rank of one module as the alpha of all)"
+)
 ZERO_ALPHA = "the stored alpha is 0, so the scaling is 0"
 
 
 class DiffusersLora:
-    """What ``save_lora_weights`` of diffusers' pipelines writes."""
+    """What ``save_lora_weights`` of diffusers' pipelines, and ``save_lora_adapter`` of its models, write."""
 
     name = "diffusers"
 
     def recognises(self, tuned: Checkpoint) -> bool:
-        return tuned.adapter_config is None and any(
-            (match := _KEY.fullmatch(name)) is not None and match["tail"] != "alpha" and not _GPT.fullmatch(name)
-            for name in tuned.tensors
-        )
+        if tuned.adapter_config is not None:
+            return False
+        names = [name for name in tuned.tensors if not _GPT.fullmatch(name)]
+        found = ((name, _parse(name, bare=False)) for name in names)
+        if any(parsed is not None and parsed[2] != "alpha" for _, parsed in found):
+            return True
+        return any(name.endswith(".lora_A.weight") for name in names) and _is_bare(tuned)
 
     def plan(self, tuned: Checkpoint) -> Plan:
         components: dict[str, dict[str, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
         skipped: list[Skipped] = []
         rest: dict[str, TensorInfo] = {}
+        bare = _is_bare(tuned)
         for key, info in tuned.tensors.items():
-            match = _KEY.fullmatch(key)
-            if match is None or _GPT.fullmatch(key):
+            parsed = None if _GPT.fullmatch(key) else _parse(key, bare=bare)
+            if parsed is None:
                 rest[key] = info
-            elif match["tail"] == "lora_B.bias":
+                continue
+            component, module, tail = parsed
+            slot = components[component][module]
+            if tail == "lora_B.bias":
                 skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum"))
+            elif tail in slot:
+                raise AdapterError(info.file, f"{tail} occurs twice for {component}.{module}", key)
             else:
-                components[match["component"]][match["name"]][match["tail"]] = info
+                slot[tail] = info
         if rest:
             name, method = foreign_method(rest) or (next(iter(rest)), "another method")
             raise UnsupportedMethodError(
@@ -78,6 +101,24 @@ class DiffusersLora:
         return Plan("diffusers-lora", tuple(updates), tuple(skipped), common_facts(updates))
 
 
+def _parse(key: str, *, bare: bool) -> tuple[str, str, str] | None:
+    """(component, module, factor) of a tensor's name, or None; ``bare`` names have no component."""
+    match = None if bare else _EARLY.fullmatch(key)
+    if match is not None and (match["component"] or match["own"]):
+        component = match["component"] or "unet"  # whose own save_attn_procs wrote no component
+        names = _TEXT_PROJECTIONS if component.startswith("text_encoder") else _PROJECTIONS
+        return component, f"{match['name']}.{names[match['to']]}", f"lora.{match['end']}.weight"
+    match = (_BARE if bare else _KEY).fullmatch(key)
+    if match is None:
+        return None
+    return ALONE if bare else match["component"], match["name"], re.sub(r"_vector(\.weight)?$", "", match["tail"])
+
+
+def _is_bare(tuned: Checkpoint) -> bool:
+    """Whether the header holds one model's config itself, and not one for each component."""
+    return any("r" in _metadata(file) for file in tuned.files)
+
+
 @dataclass(frozen=True)
 class _Factors:
     """The factors of one module as found, before it is known how they are scaled."""
@@ -87,12 +128,14 @@ class _Factors:
     up: TensorInfo
     rank: int
     alpha: TensorInfo | None
+    magnitude: TensorInfo | None
 
 
 def _updates(
     component: str, modules: Mapping[str, Mapping[str, TensorInfo]], config: _Config | None
 ) -> list[StoredFactors]:
     found = [_factors(f"{component}.{name}", name, slot) for name, slot in modules.items()]
+    without = NO_ALPHA if len({item.rank for item in found}) < 2 else NO_ALPHAS
     if config is None:
         _check_alphas(component, found)
     updates = []
@@ -113,7 +156,13 @@ def _updates(
         elif config is not None:
             alpha, scaling = config.scaling_of(item)
         else:
-            alpha, scaling, notes = None, 1.0, (NO_ALPHA,)
+            alpha, scaling, notes = None, 1.0, (without,)
+        if config is not None and config.use_dora != (item.magnitude is not None):
+            wanted = "use_dora" if config.use_dora else "no use_dora"
+            raise AdapterError(
+                item.down.file, f"{METADATA} has {wanted}, but of magnitudes there is "
+                f"{'one' if item.magnitude else 'none'} for this module", item.down.name,
+            )  # fmt: skip
         updates.append(StoredFactors(
             module=f"{component}.{item.name}",
             targets=(f"{item.name}.weight",),
@@ -122,6 +171,7 @@ def _updates(
             alpha=alpha,
             scaling=scaling,
             others=() if item.alpha is None else (item.alpha,),
+            magnitude=item.magnitude,
             component=component,
             name=item.name,
             layout="conv" if len(item.down.shape) > 2 else None,
@@ -140,20 +190,20 @@ def _factors(module: str, name: str, slot: Mapping[str, TensorInfo]) -> _Factors
         missing = "lora_A" if not downs else "lora_B"
         raise AdapterError(present.file, f"its partner {module}.{missing} (or as it was called before) is missing",
                            present.name)  # fmt: skip
-    return _Factors(name, downs[0], ups[0], check_factors(downs[0], ups[0]), slot.get("alpha"))
+    rank, magnitude = check_factors(downs[0], ups[0]), slot.get("lora_magnitude")
+    if magnitude is not None:
+        shape, outputs = magnitude.shape, ups[0].shape[0]
+        if not magnitude.is_float or magnitude.size != outputs or outputs not in shape[:2]:
+            raise AdapterError(
+                magnitude.file, f"expected {outputs} magnitudes, found {magnitude.dtype} of shape {list(shape)}",
+                magnitude.name,
+            )  # fmt: skip
+    return _Factors(name, downs[0], ups[0], rank, slot.get("alpha"), magnitude)
 
 
 def _check_alphas(component: str, found: Sequence[_Factors]) -> None:
     """Raises where no config and not all alphas are there, and what is missing could be several numbers."""
     without = [item for item in found if item.alpha is None]
-    if len(without) == len(found) and len({item.rank for item in found}) > 1:
-        first, other = found[0], next(item for item in found if item.rank != found[0].rank)
-        raise UnsupportedMethodError(
-            other.down.file,
-            f"the modules of {component} have several ranks and no alpha is stored: the scaling could be 1, or "
-            f"{first.rank}/{other.rank} as diffusers loads it (alpha is then the rank of one module for all)",
-            other.down.name,
-        )
     if without and len(without) < len(found):
         raise UnsupportedMethodError(
             without[0].down.file,
@@ -167,7 +217,7 @@ def _configs(tuned: Checkpoint, components: Mapping[str, object]) -> dict[str, _
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for file in tuned.files:
         for key, value in _metadata(file).items():
-            component, _, field = key.partition(".")
+            component, _, field = (ALONE, "", key) if ALONE in components else key.partition(".")
             if component in components:
                 found[component][field] = value
     return {component: _Config(tuned.files[0], values) for component, values in found.items()}
@@ -193,7 +243,7 @@ class _Config:
     def __init__(self, file: Path, values: Mapping[str, Any]):
         self.file, self.values = file, values
         for key, value in values.items():
-            if (key not in KNOWN_FIELDS or key == "use_dora") and value:
+            if key not in KNOWN_FIELDS and value:
                 raise UnsupportedMethodError(
                     file, f"the option {key[:80]} = {str(value)[:80]!r} in {METADATA} cannot be read by this version"
                 )
@@ -207,10 +257,7 @@ class _Config:
             )
         self.rank = self._number("r", values.get("r", 8))
         self.alpha = self._number("lora_alpha", values.get("lora_alpha", 8))
-        rslora = values.get("use_rslora")
-        if rslora is not None and not isinstance(rslora, bool):
-            raise AdapterError(file, f"use_rslora = {str(rslora)[:80]!r} in {METADATA}; expected true or false")
-        self.use_rslora = bool(rslora)
+        self.use_rslora, self.use_dora = self._switch("use_rslora"), self._switch("use_dora")
         self.ranks, self.alphas = self._pattern("rank_pattern"), self._pattern("alpha_pattern")
 
     def scaling_of(self, item: _Factors) -> tuple[float, float]:
@@ -222,6 +269,12 @@ class _Config:
                 item.down.name,
             )  # fmt: skip
         return alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _switch(self, key: str) -> bool:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r} in {METADATA}; expected true or false")
+        return bool(value)
 
     def _number(self, key: str, value: Any) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not -1e15 < value < 1e15:

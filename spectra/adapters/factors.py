@@ -12,7 +12,7 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.checkpoint import Checkpoint, TensorInfo
@@ -23,11 +23,24 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectra.updates import LowRank, RowScaled
+    from spectra.updates import Update
 
 # What some model classes put before the names of one and the same network, and others do not.
 WRAPPERS = ("text_model", "model", "transformer")
+# What writers call the models of a pipeline, and how its folders are called.
+COMPONENTS = {
+    **{name: (name,) for name in ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2",
+                                  "text_encoder_3")},
+    "lora_unet": ("unet", "transformer"), "diffusion_model": ("unet", "transformer"),
+    "lora_transformer": ("transformer",), "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",), "lora_te3": ("text_encoder_3",),
+}  # fmt: skip
 DEEPEST = 32  # parts of a module's name that are looked at; a crafted file could have any number
+NO_ALPHA = "no alpha is stored, so it is taken for the rank, as its tools do: the scaling is 1"
+ZERO_ALPHA = (
+    "the stored alpha is 0, which the trainer takes for the rank (a scaling of 1) and its merging script for no "
+    "change; this report follows the trainer"
+)
 SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}  # of struct; BF16 is half a float32
 
 
@@ -36,8 +49,9 @@ class StoredFactors:
     """The factors of one module: ``down`` (r, in) or (r, in, k…), ``up`` (out, r); ``mid`` (r, r, k…) between them.
 
     Several of each belong to parts of the output that are stacked.  ``transposed`` ones are stored as (in, r) and
-    (r, out).  ``magnitude`` (out,) is DoRA's.  ``others`` were read with the headers: alphas.  ``component`` says which
-    model of several, ``name`` which module of it, its parts joined by ``joint``: the dot, or what a writer made of it.
+    (r, out).  ``magnitude`` (out,) is DoRA's, or (in,) where ``by_columns``.  ``others`` were read with the headers:
+    alphas.  ``component`` says which model of several, ``name`` which module of it, its parts joined by ``joint``: the
+    dot, or what a writer made of it.
     """
 
     module: str
@@ -50,6 +64,7 @@ class StoredFactors:
     magnitude: TensorInfo | None = None
     others: tuple[TensorInfo, ...] = ()
     transposed: bool = False
+    by_columns: bool = False
     component: str = ""
     name: str = ""
     joint: str = "."
@@ -69,7 +84,9 @@ class StoredFactors:
 
     @property
     def kind(self) -> UpdateKind:
-        return "low_rank" if self.magnitude is None else "row_scaled"
+        if self.magnitude is None:
+            return "low_rank"
+        return "column_scaled" if self.by_columns else "row_scaled"
 
     @property
     def rank(self) -> int:
@@ -86,11 +103,26 @@ class StoredFactors:
     def parameters(self) -> int:
         return sum(info.size for info in self.trained)
 
-    def read(
-        self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
-    ) -> LowRank | RowScaled:
+    def fits_stored(self, stored: tuple[int, ...]) -> bool:
+        if len(stored) == 2:
+            return sorted(stored) == sorted(self.shape) and all(size == 1 for size in self.kernel)
+        same = self.kernel == stored[2:] or all(size == 1 for size in (*self.kernel, *stored[2:]))
+        return same and self.shape[0] == stored[0] and math.prod(stored[1:]) == self.shape[1]
+
+    def placed(self, name: str, stored: tuple[int, ...]) -> StoredFactors:
+        module = name.removesuffix(".weight")
+        if len(stored) > 2:  # a convolution where the base has one
+            return replace(self, module=module, targets=(name,), layout="conv", kernel=stored[2:])
+        embedding = role_of(module, 2) == "embedding" and stored == self.shape[::-1]
+        return replace(self, module=module, targets=(name,), layout="embedding" if embedding else None, kernel=())
+
+    def looked_for(self, names: tuple[str, ...]) -> StoredFactors:
+        return replace(self, targets=names)
+
+    def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Update:
         import torch
 
+        from spectra.multiplying import Normed
         from spectra.updates import LowRank, RowScaled
 
         def factor(info: TensorInfo) -> Tensor:
@@ -112,8 +144,10 @@ class StoredFactors:
         A = A if rows is None else A[:, :rows]
         if self.magnitude is None:
             return LowRank(B, A, self.scaling)
-        magnitude = checkpoint.read(self.magnitude.name, digest=True).to(device=device).double()
-        return RowScaled(B, A, self.scaling, magnitude.flatten())
+        magnitude = checkpoint.read(self.magnitude.name, digest=True).to(device=device).double().flatten()
+        if self.by_columns:
+            return Normed(LowRank(B, A, self.scaling), magnitude[:rows], columns=True)
+        return RowScaled(B, A, self.scaling, magnitude)
 
 
 def check_factors(down: TensorInfo, up: TensorInfo, mid: TensorInfo | None = None) -> int:
@@ -165,6 +199,14 @@ def scalar(info: TensorInfo) -> float:
     return float(value)
 
 
+def alpha_of(info: TensorInfo | None, rank: int) -> tuple[float, float, tuple[str, ...]]:
+    """(alpha, alpha / rank, notes) by the rules of kohya's trainer and of LyCORIS."""
+    alpha = None if info is None else scalar(info)
+    if not alpha:
+        return float(rank), 1.0, (NO_ALPHA if alpha is None else ZERO_ALPHA,)
+    return alpha, alpha / rank, ()
+
+
 def common_facts(updates: Iterable[PlannedUpdate]) -> dict[str, Any]:
     """Rank, alpha and scaling of a fine-tune as a whole; null where modules differ."""
     updates = list(updates)
@@ -175,8 +217,30 @@ def common_facts(updates: Iterable[PlannedUpdate]) -> dict[str, Any]:
     return found
 
 
-def against_base(plan: Plan, base: Checkpoint) -> Plan:
-    """The plan with the modules of :class:`StoredFactors` found among the base's names.
+class Placeable(PlannedUpdate, Protocol):
+    """An update whose module is yet to be found among the base's; ``component``, ``name`` and ``joint`` say which.
+
+    ``fits_stored`` says whether a weight stored so can be its base, ``placed`` is the update under the base's own name,
+    ``looked_for`` the one whose base weight has one of the names.
+    """
+
+    @property
+    def component(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def joint(self) -> str: ...
+    def fits_stored(self, stored: tuple[int, ...]) -> bool: ...
+    def placed(self, name: str, stored: tuple[int, ...]) -> PlannedUpdate: ...
+    def looked_for(self, names: tuple[str, ...]) -> PlannedUpdate: ...
+
+
+def _is_placeable(update: PlannedUpdate) -> TypeGuard[Placeable]:
+    return bool(getattr(update, "component", ""))
+
+
+def found_in(plan: Plan, base: Checkpoint) -> Plan:
+    """The plan with the modules of a :class:`Placeable` found among the base's names.
 
     All modules of one component stand under one prefix of the base: the one under which most of them fit.  Components
     of which the base has no module are skipped, unless that is so for all.
@@ -185,15 +249,16 @@ def against_base(plan: Plan, base: Checkpoint) -> Plan:
     ------
     WrongBaseError : several weights of the base could be meant; they are listed.
     """
-    groups: dict[str, list[StoredFactors]] = defaultdict(list)
+    groups: dict[str, list[Placeable]] = defaultdict(list)
     for update in plan.updates:
-        if isinstance(update, StoredFactors) and update.component:
+        if _is_placeable(update):
             groups[update.component].append(update)
     if not groups:
         return plan
     family = base.config.get("model_type")
     for component, group in groups.items():
-        if component.startswith("transformer") and group[0].alpha is None and isinstance(family, str):
+        of_diffusers = isinstance(group[0], StoredFactors) and component.startswith("transformer")
+        if of_diffusers and group[0].alpha is None and isinstance(family, str):
             raise WrongBaseError(
                 base.path,
                 f"{group[0].module!r} is read as a LoRA of diffusers, but this base is a {family[:80]} model of "
@@ -203,7 +268,7 @@ def against_base(plan: Plan, base: Checkpoint) -> Plan:
     found: dict[str, PlannedUpdate] = {}
     absent: list[str] = []
     for component, group in groups.items():
-        resolved = _resolve(base, group, indices[group[0].joint])
+        resolved = _resolve(base, group, _within(base, component, indices[group[0].joint]))
         if resolved is None:
             absent.append(component)
         else:
@@ -219,10 +284,20 @@ def against_base(plan: Plan, base: Checkpoint) -> Plan:
     return replace(plan, updates=updates, skipped=(*plan.skipped, *skipped))
 
 
+def _within(
+    base: Checkpoint, component: str, named: Mapping[str, list[tuple[str, str]]]
+) -> Mapping[str, list[tuple[str, str]]]:
+    """Of a pipeline's weights by the ends of their names, those of the models that a component may be."""
+    models = tuple(f"{name}." for name in COMPONENTS.get(component, ()))
+    if base.layout != "diffusers pipeline" or not models:
+        return named
+    return {end: [item for item in items if item[1].startswith(models)] for end, items in named.items()}
+
+
 def _ends(base: Checkpoint, joint: str) -> dict[str, list[tuple[str, str]]]:
     """End of a module's name, its parts joined → (what stands before it, tensor) of each weight with such a name."""
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name, info in base.tensors.items():
+    for name, info in base.weights.items():
         if name.endswith(".weight") and len(info.shape) >= 2:
             parts = name.split(".")[:-1]
             for length in range(1, min(len(parts), DEEPEST) + 1):
@@ -231,7 +306,7 @@ def _ends(base: Checkpoint, joint: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def _resolve(
-    base: Checkpoint, group: Sequence[StoredFactors], named: Mapping[str, list[tuple[str, str]]]
+    base: Checkpoint, group: Sequence[Placeable], named: Mapping[str, list[tuple[str, str]]]
 ) -> dict[str, PlannedUpdate] | None:
     """module → update with the base's own names; None where nothing of the component fits the base."""
     names = {update.module: update.name for update in group}
@@ -258,41 +333,25 @@ def _resolve(
             listed = ", ".join(map(repr, fitting))
             raise WrongBaseError(base.path, f"{update.module!r} could be any of {listed}; Spectra does not guess")
         if fitting:
-            found[update.module] = _named(update, fitting[0], base.tensors[fitting[0]].shape)
+            found[update.module] = update.placed(fitting[0], base.weights[fitting[0]].shape)
         else:  # there in another shape, or not at all: matching says which
             misfits = [name for prefix, name in named.get(names[update.module], ()) if prefix == prefixes[0]]
-            found[update.module] = replace(update, targets=tuple(misfits) or update.targets)
+            found[update.module] = update.looked_for(tuple(misfits) or update.targets)
     return found
 
 
 def _options(
     base: Checkpoint,
-    group: Sequence[StoredFactors],
+    group: Sequence[Placeable],
     names: Mapping[str, str],
     named: Mapping[str, list[tuple[str, str]]],
 ) -> tuple[dict[str, list[tuple[str, str]]], Counter[str]]:
     """module → (prefix, tensor) of each weight that fits; how many modules each prefix serves."""
     options = {
         update.module: [
-            item for item in named.get(names[update.module], ()) if _fits(update, base.tensors[item[1]].shape)
+            item for item in named.get(names[update.module], ()) if update.fits_stored(base.weights[item[1]].shape)
         ]
         for update in group
     }
     votes = Counter(prefix for items in options.values() for prefix in {prefix for prefix, _ in items})
     return options, votes
-
-
-def _named(update: StoredFactors, name: str, stored: tuple[int, ...]) -> StoredFactors:
-    """The update under the base's own name, as a convolution where the base has one."""
-    module = name.removesuffix(".weight")
-    if len(stored) > 2:
-        return replace(update, module=module, targets=(name,), layout="conv", kernel=stored[2:])
-    embedding = role_of(module, 2) == "embedding" and stored == update.shape[::-1]
-    return replace(update, module=module, targets=(name,), layout="embedding" if embedding else None, kernel=())
-
-
-def _fits(update: StoredFactors, stored: tuple[int, ...]) -> bool:
-    if len(stored) == 2:
-        return sorted(stored) == sorted(update.shape) and all(size == 1 for size in update.kernel)
-    same = update.kernel == stored[2:] or all(size == 1 for size in (*update.kernel, *stored[2:]))
-    return same and update.shape[0] == stored[0] and math.prod(stored[1:]) == update.shape[1]

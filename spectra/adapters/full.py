@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
-from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.checkpoint import Checkpoint
+from spectra.derived import Derived, Unreadable, Weight, sources_of
 from spectra.orientation import Layout, as_matrix
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class WholeTensor:
 
     module: str
     targets: tuple[str, ...]
-    info: TensorInfo
+    info: Weight
     may_be_new: bool = True
     kind: UpdateKind = "dense"
     layout: Layout | None = None
@@ -35,7 +36,7 @@ class WholeTensor:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return (self.info.name,)
+        return sources_of(self.info)
 
     @property
     def parameters(self) -> int:
@@ -44,13 +45,15 @@ class WholeTensor:
     def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Dense:
         from spectra.updates import Dense
 
-        stored = checkpoint.read(self.info.name, digest=True)[:rows]
+        stored = checkpoint.load(self.info, digest=True)[:rows]
         return Dense(as_matrix(stored.to(device=device, dtype=dtype), layout))
 
 
-def whole_tensor(info: TensorInfo, name: str) -> PlannedUpdate | Skipped:
+def whole_tensor(info: Weight, name: str) -> PlannedUpdate | Skipped:
     """How a tensor that is stored whole, under the module name ``name``, is treated."""
     module = name.removesuffix(".weight")
+    if isinstance(info, Unreadable):
+        return Skipped(module, info.reason)
     if len(info.shape) < 2:
         return Skipped(name, "not a matrix: a vector or scalar has no spectrum")
     if not info.is_float:
@@ -59,7 +62,8 @@ def whole_tensor(info: TensorInfo, name: str) -> PlannedUpdate | Skipped:
         return Skipped(name, "empty")
     if len(info.shape) == 3 and "expert" in name:
         return Skipped(name, "stacked experts are not split in this version")
-    return WholeTensor(module, (name,), info)
+    notes = (f"read from {info.how}",) if isinstance(info, Derived) else ()
+    return WholeTensor(module, (name,), info, notes=notes)
 
 
 class FullCheckpoint:
@@ -73,7 +77,7 @@ class FullCheckpoint:
     def plan(self, tuned: Checkpoint) -> Plan:
         updates: list[PlannedUpdate] = []
         skipped: list[Skipped] = []
-        for name, info in tuned.tensors.items():
+        for name, info in tuned.weights.items():
             planned = whole_tensor(info, name)
             if isinstance(planned, Skipped):
                 skipped.append(planned)

@@ -1,75 +1,117 @@
-"""LoRAs of kohya's sd-scripts, and those of LyCORIS that are plain LoRA: one file, no config.
+"""Adapters of kohya's sd-scripts and of LyCORIS: one file, no config.
 
 Keys are ``lora_unet_<module>.lora_down.weight``, the dots of the module's name turned into underscores, with
 ``lora_up``, a scalar ``alpha`` and, for convolutions in Tucker form, ``lora_mid``.  dW = alpha/dim · up · down, where
-dim is the first dimension of ``lora_down``.
+dim is the first dimension of ``lora_down``.  Other factors are those of :mod:`spectra.adapters.lycoris`.  Some tools
+write the same factors under names with dots, ``diffusion_model.<module>.lokr_w1``.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from typing import NamedTuple
 
-from spectra.adapters.factors import StoredFactors, check_factors, common_facts, scalar
+from spectra.adapters.factors import StoredFactors, alpha_of, check_factors, common_facts
+from spectra.adapters.lycoris import is_lycoris, read_module
+from spectra.adapters.lycoris_multiplied import KOHYA_OFT
+from spectra.adapters.lycoris_products import LycorisUpdate
 from spectra.adapters.plan import Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
 
-_MODULE = r"(?P<component>lora_unet|lora_te\d?|lora_transformer|lycoris)_(?P<name>[^.]+)"
-_KEY = re.compile(_MODULE + r"\.(?P<tail>lora_(?:down|up)(?:\.[0-9]{1,3})?\.weight|lora_mid\.weight|alpha)")
-_VECTOR = re.compile(rf"{_MODULE}\.(diff_b|w_norm|b_norm)")
-
-NO_ALPHA = "no alpha is stored, so it is taken for the rank, as its tools do: the scaling is 1"
-ZERO_ALPHA = (
-    "the stored alpha is 0, which the trainer takes for the rank (a scaling of 1) and its merging script for no "
-    "change; this report follows the trainer"
+_PLAIN = r"lora_(?:down|up)(?:\.[0-9]{1,3})?\.weight|lora_mid\.weight|alpha"
+_UNDERSCORED = re.compile(
+    rf"(?P<component>lora_unet|lora_te\d?|lora_transformer|lycoris|{KOHYA_OFT})_(?P<name>[^.]+)\.(?P<tail>.+)"
 )
+_DOTTED = re.compile(
+    r"(?:(?P<component>unet|transformer(?:_[0-9])?|text_encoder(?:_[0-9])?|diffusion_model)\.)?(?P<name>.+?)"
+    rf"\.(?P<tail>{_PLAIN}|hada_\w+|lokr_\w+|oft_blocks|oft_diag|rescale|on_input|weight|dora_scale|diff(?:_b)?)"
+)
+# What tells such a file by itself where names have dots; the others are names that parameters have.
+_TELLING = re.compile(
+    r".*\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_blocks|oft_diag|on_input|lora_(down|up)\.weight)"
+    r"|(unet|transformer(_[0-9])?|text_encoder(_[0-9])?|diffusion_model)\..+\.diff"
+)
+_VECTORS = ("diff_b", "w_norm", "b_norm")
+_PEFT = "base_model.model."
+
+
+class _Module(NamedTuple):
+    component: str
+    name: str
+    joint: str
+
+    @property
+    def called(self) -> str:
+        return self.joint.join(part for part in (self.component, self.name) if part)
+
+
+def _parse(key: str) -> tuple[_Module, str] | None:
+    """(module, factor) of a tensor's name, or None."""
+    match = _UNDERSCORED.fullmatch(key)
+    if match is not None:
+        return _Module(match["component"], match["name"], "_"), match["tail"]
+    match = _DOTTED.fullmatch(key)
+    return None if match is None else (_Module(match["component"] or "", match["name"], "."), match["tail"])
 
 
 class KohyaLora:
-    """What ``networks/lora.py`` of sd-scripts writes, and LyCORIS for ``algo=lora`` and ``locon``."""
+    """What ``networks/lora.py``, ``loha.py``, ``lokr.py`` and ``oft.py`` of sd-scripts write, and LyCORIS."""
 
     name = "kohya"
 
     def recognises(self, tuned: Checkpoint) -> bool:
-        return tuned.adapter_config is None and any(_KEY.fullmatch(name) for name in tuned.tensors)
+        if tuned.adapter_config is not None:
+            return False
+        return any(
+            _TELLING.fullmatch(name) and not name.startswith(_PEFT)
+            if _UNDERSCORED.fullmatch(name) is None
+            else _is_factor(name)
+            for name in tuned.tensors
+        )
 
     def plan(self, tuned: Checkpoint) -> Plan:
-        modules: dict[tuple[str, str], dict[str, TensorInfo]] = defaultdict(dict)
+        modules: dict[_Module, dict[str, TensorInfo]] = defaultdict(dict)
         skipped: list[Skipped] = []
         rest: dict[str, TensorInfo] = {}
         for key, info in tuned.tensors.items():
-            match = _KEY.fullmatch(key)
-            if match is not None:
-                modules[match["component"], match["name"]][match["tail"]] = info
-            elif key.startswith("bundle_emb."):
+            parsed = _parse(key)
+            if key.startswith("bundle_emb."):
                 skipped.append(Skipped(key, "an embedding that was learnt for the prompt: no weight of the model"))
-            elif _VECTOR.fullmatch(key) and len(info.shape) < 2:
+            elif parsed is None:
+                rest[key] = info
+            elif len(info.shape) < 2 and parsed[1] in (*_VECTORS, "diff"):
                 skipped.append(Skipped(key, "not a matrix: a vector or scalar has no spectrum"))
             else:
-                rest[key] = info
-        _refuse(rest)
-        updates = tuple(_update(*module, slot) for module, slot in modules.items())
-        return Plan("kohya-lora", updates, tuple(skipped), common_facts(updates))
+                modules[parsed[0]][parsed[1]] = info
+        updates: list[StoredFactors | LycorisUpdate] = []
+        for module, slot in modules.items():
+            if all(re.fullmatch(_PLAIN, factor) for factor in slot):
+                updates.append(_update(module, slot))
+            elif module.joint == "_" or is_lycoris(slot.keys() - {"weight"}) or "dora_scale" in slot:
+                component = module.component or "model"
+                updates.append(read_module(module.called, component, module.name, module.joint, slot))
+            else:
+                rest |= {info.name: info for info in slot.values()}
+        if rest:
+            name, method = foreign_method(rest) or (next(iter(rest)), "another method")
+            raise UnsupportedMethodError(
+                rest[name].file, f"beside an adapter of kohya's or of LyCORIS, this belongs to {method}: this version "
+                "cannot read it", name,
+            )  # fmt: skip
+        plain = all(isinstance(update, StoredFactors) for update in updates)
+        return Plan("kohya-lora" if plain else "lycoris", tuple(updates), tuple(skipped), common_facts(updates))
 
 
-def _refuse(rest: dict[str, TensorInfo]) -> None:
-    """Raises UnsupportedMethodError for what is no plain LoRA."""
-    if not rest:
-        return
-    name, method = foreign_method(rest) or (next(iter(rest)), "another method")
-    why = (
-        "dora_scale holds the norms of W0 + dW by some versions of its tools and of W0 alone by others, which the file "
-        "does not tell apart"
-        if name.endswith(".dora_scale")
-        else f"this belongs to {method}"
-    )
-    raise UnsupportedMethodError(rest[name].file, f"{why}; this version cannot read it (plain LoRA it can)", name)
+def _is_factor(name: str) -> bool:
+    """Whether a name with underscores ends in a factor that is read."""
+    tail = name.partition(".")[2]
+    return re.fullmatch(_PLAIN, tail) is not None or is_lycoris((tail,)) or tail == "dora_scale"
 
 
-def _update(component: str, name: str, slot: dict[str, TensorInfo]) -> StoredFactors:
-    module = f"{component}_{name}"
+def _update(module: _Module, slot: dict[str, TensorInfo]) -> StoredFactors:
     downs, ups = _numbered(slot, "lora_down"), _numbered(slot, "lora_up")
     present = next(iter(slot.values()))
     for number in sorted(downs.keys() ^ ups.keys()):
@@ -88,25 +130,22 @@ def _update(component: str, name: str, slot: dict[str, TensorInfo]) -> StoredFac
     rank = ranks.pop()
     notes = [] if len(down) == 1 else [f"the updates of {len(down)} parts of the output, of rank {rank} each"]
     info = slot.get("alpha")
-    alpha = None if info is None else scalar(info)
-    if not alpha:
-        notes.append(NO_ALPHA if alpha is None else ZERO_ALPHA)
-        alpha = float(rank)
+    alpha, scaling, about = alpha_of(info, rank)
     return StoredFactors(
-        module=module,
-        targets=(f"{name}.weight",),
+        module=module.called,
+        targets=(f"{module.name}.weight",),
         down=down,
         up=up,
         alpha=alpha,
-        scaling=alpha / rank,
+        scaling=scaling,
         mid=mid,
         others=() if info is None else (info,),
-        component=component,
-        name=name,
-        joint="_",
+        component=module.component or "model",
+        name=module.name,
+        joint=module.joint,
         layout="conv" if len(down[0].shape) > 2 else None,
         kernel=down[0].shape[2:] if mid is None else mid.shape[2:],
-        notes=tuple(notes),
+        notes=(*notes, *about),
     )
 
 

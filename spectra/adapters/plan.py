@@ -14,9 +14,37 @@ if TYPE_CHECKING:
 
     from spectra.updates import Update
 
-# low_rank: B·A; row_scaled: DoRA; hadamard: LoHa; kronecker: LoKr; scaled: IA3's rows or columns; rotated: OFT;
-# dense: a tensor stored whole
-UpdateKind = Literal["low_rank", "row_scaled", "hadamard", "kronecker", "scaled", "rotated", "dense"]
+# low_rank: B·A; row_scaled and column_scaled: DoRA by either side; hadamard: LoHa; kronecker: LoKr; scaled: IA3's rows
+# or columns; rotated: OFT, BOFT; mixed: GLoRA; replaced_rows: trainable tokens; added: dW stored whole; dense: a tensor
+# stored whole
+UpdateKind = Literal[
+    "low_rank",
+    "row_scaled",
+    "column_scaled",
+    "hadamard",
+    "kronecker",
+    "scaled",
+    "rotated",
+    "mixed",
+    "replaced_rows",
+    "added",
+    "dense",
+]
+
+# How dW = W1 - W0 follows from what is stored; s is the update's scaling.
+FORMULAS: dict[UpdateKind, str] = {
+    "low_rank": "dW = s·B·A",
+    "row_scaled": "W1 = m/‖W0 + s·B·A‖ ⊙ (W0 + s·B·A), norms by row",
+    "column_scaled": "W1 = (W0 + s·B·A) ⊙ m/‖W0 + s·B·A‖, norms by column",
+    "hadamard": "dW = s·(B₁·A₁) ⊙ (B₂·A₂)",
+    "kronecker": "dW = s·(C ⊗ D)",
+    "scaled": "W1 = l ⊙ W0, by row or column",
+    "rotated": "W1 = W0 with its input or output rotated by R",
+    "replaced_rows": "W1 = W0 with the rows of some tokens replaced",
+    "mixed": "dW = s·(W0·A₁·A₂ + B₁·B₂)",
+    "added": "dW, stored whole",
+    "dense": "dW = W1 - W0, both stored whole",
+}
 
 
 class PlannedUpdate(Protocol):
@@ -77,7 +105,8 @@ class Plan:
     """Everything a fine-tuned checkpoint holds: each tensor is in an update or skipped.
 
     ``facts`` describes the fine-tune for the report (rank, alpha and so on); ``complete`` says
-    that the checkpoint is a whole model, so that what only the base has is worth naming.
+    that the checkpoint is a whole model, so that what only the base has is worth naming.  Modules named in ``sharing``
+    may have one weight of the base in common.
     """
 
     format: str
@@ -85,6 +114,7 @@ class Plan:
     skipped: tuple[Skipped, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
+    sharing: frozenset[str] = frozenset()
 
 
 class Dialect(Protocol):

@@ -14,10 +14,12 @@ from spectra.errors import UnsupportedMethodError
 
 # (pattern of a tensor's name, what its presence means); the first that matches decides
 SIGNATURES: tuple[tuple[str, str], ...] = (
-    (r"\.hada_w[12]", "LyCORIS LoHa"),
-    (r"\.lokr_[wt]", "LyCORIS LoKr"),
-    (r"\.dora_scale$", "LyCORIS DoRA"),
-    (r"\.oft_blocks|\.oft_diag|\.oft_R", "OFT"),
+    (r"\.hada_w[12]", "a LoHa without its adapter_config.json (alpha is not known)"),
+    (r"\.lokr_[wt]", "a LoKr without its adapter_config.json (alpha is not known)"),
+    (r"\.dora_scale$", "a DoRA of LyCORIS without the factors it belongs to"),
+    (r"\.(q_layer|p_layer)\.weight$|\.lambda_layer$", "T-LoRA, whose first factors, taken off again, it does not hold"),
+    (r"\.boft_[Rs]", "BOFT without its adapter_config.json"),
+    (r"\.oft_blocks|\.oft_diag|\.oft_R", "OFT without its adapter_config.json (how it was constrained is not known)"),
     (r"\.lora_(down|up)\.", "a LoRA with lora_down and lora_up under other names than kohya's sd-scripts give"),
     (r"_lora\.(down|up)\.", "a LoRA of an early diffusers"),
     (r"token_adapter|trainable_tokens_delta", "trainable tokens"),

@@ -14,13 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectra.adapters.naming import ModuleNames
-from spectra.adapters.peft import LoraUpdate
+from spectra.adapters.peft.initialised import InitialisedUpdate
+from spectra.adapters.peft.lora import LoraUpdate
+from spectra.adapters.peft.naming import ModuleNames
+from spectra.adapters.peft.writing import CONFIG, WEIGHTS
 from spectra.adapters.plan import Plan, PlannedUpdate
-from spectra.adapters.writing import CONFIG, WEIGHTS
 from spectra.checkpoint import Checkpoint
 from spectra.errors import UsageError
 from spectra.folders import CARD, RECORD, companions, copy_file, recorded_files, write_card
+from spectra.headers import ForeignTensor
 from spectra.orientation import role_of
 from spectra.updates import LowRank, RowScaled
 
@@ -49,6 +51,11 @@ def why_not_writable(source: Checkpoint, update: PlannedUpdate, rows: int | None
     config = source.adapter_config or {}
     if config.get("ensure_weight_tying") and role_of(update.module, 2) != "linear":
         return "ensure_weight_tying makes PEFT derive the head's factors from the embedding's, so none can change alone"
+    if isinstance(update, InitialisedUpdate):
+        return (
+            f"its initialisation ({update.how}) changed the base, so that other factors would have PEFT take out "
+            "something else; use --merged"
+        )
     if isinstance(update, LoraUpdate):
         columns = math.prod(update.A.shape[1:])
         if update.magnitude is not None and rows is not None and rows < columns:
@@ -100,7 +107,7 @@ def write_repaired(
         its leading rows; stored in the source's dtype.
     remarks : paragraphs that are added to the model card.
 
-    With nothing changed every file is copied byte for byte.
+    With nothing changed every file is copied byte for byte, but what was pickled is not pickled again.
 
     Raises
     ------
@@ -113,7 +120,8 @@ def write_repaired(
     for path in companions(source).files:
         copy_file(path, home / path.name)
     (weights,) = source.files
-    if changed or whole:
+    pickled = any(isinstance(info, ForeignTensor) for info in source.tensors.values())
+    if changed or whole or pickled:
         tensors: dict[str, Tensor] = {}
         for module, rank in ranks.items():
             tensors |= _tensors(source, factors[module], changed.get(module), rank)
@@ -182,9 +190,11 @@ def _with_leading_rows(source: Checkpoint, name: str, value: Tensor) -> Tensor:
 
 def _write_tensors(file: Path, source: Checkpoint, changed: Mapping[str, Tensor]) -> None:
     """The source's tensors and metadata, with other values, shapes and dtypes for some."""
-    with safe_open(source.files[0], framework="pt") as opened:
-        metadata = opened.metadata()
-    values = {name: changed[name].contiguous() if name in changed else source.read(name) for name in source.tensors}
+    metadata: dict[str, str] | None = {"format": "pt"}
+    if not any(isinstance(info, ForeignTensor) for info in source.tensors.values()):
+        with safe_open(source.files[0], framework="pt") as opened:
+            metadata = opened.metadata()
+    values = {name: (changed[name] if name in changed else source.read(name)).contiguous() for name in source.tensors}
     save_file(values, file, metadata=metadata)
 
 

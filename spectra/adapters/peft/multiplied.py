@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.adapters.method import MethodUpdate, Slot, all_of, dimensions, named
-from spectra.adapters.peft import ConfigFields
+from spectra.adapters.peft.fields import ConfigFields
+from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, named
 from spectra.adapters.plan import UpdateKind
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.orientation import Layout

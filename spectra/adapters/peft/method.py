@@ -83,9 +83,27 @@ class MethodUpdate:
             return "conv1d"
         return fitting[0] if fitting else None
 
+    def groups_in(self, stored: tuple[int, ...], orientation: Orientation) -> int:
+        """How many groups a convolution has that the factors fit only ungrouped; else 1."""
+        if len(stored) < 3 or self.layout_in(stored, orientation) is not None:
+            return 1
+        for groups in range(2, stored[0] + 1):
+            whole = (stored[0], stored[1] * groups, *stored[2:])
+            if stored[0] % groups == 0 and self.layout_in(whole, orientation) is not None:
+                return groups
+        return 1
+
     def fits(self, shape: tuple[int, int], stored: tuple[int, ...]) -> bool:
         """Whether a weight stored as ``stored``, a matrix of ``shape`` (out, in), can be the base."""
         return shape == self.shape
+
+    def notes_in(self, stored: tuple[int, ...]) -> tuple[str, ...]:
+        """What a reader of the report should know, once the base is."""
+        return ()
+
+    def why_not_merged(self, stored: tuple[int, ...]) -> str | None:
+        """Why a base weight stored with this shape has no place for the update, if it has none."""
+        return None
 
     def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Update:
         values = {

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectra import __version__, folders
-from spectra.adapters.peft import PREFIX
+from spectra.adapters.peft.keys import PREFIX
 from spectra.errors import UsageError
 from spectra.folders import CARD, whole_folder
 from spectra.orientation import TIED

@@ -8,14 +8,16 @@ projections, DoRA.  Names, formulas and defaults are those of peft 0.21.
 from __future__ import annotations
 
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spectra.adapters.full import whole_tensor
-from spectra.adapters.pattern import Pattern
+from spectra.adapters.peft.fields import COMMON_FIELDS, ConfigFields, common
+from spectra.adapters.peft.keys import BASE_COPY, FACTORS, TOKENS, VELORA, StoredKeys, unwrapped
+from spectra.adapters.peft.method import Slot
+from spectra.adapters.peft.parameters import parameter_updates
+from spectra.adapters.peft.refused import refuse_method, refuse_option
+from spectra.adapters.peft.replication import replicated, replication
+from spectra.adapters.peft.tokens import replaced_tokens
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
@@ -28,27 +30,6 @@ if TYPE_CHECKING:
 
     from spectra.updates import LowRank, RowScaled
 
-PREFIX = "base_model.model."
-
-# Config fields of any method that do not change what the stored tensors mean, or are read for all.
-COMMON_FIELDS = frozenset(
-    [
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "bias",
-        "fan_in_fan_out",
-    ]
-)
 # Config fields of LoRA that are read here, or that do not change what the stored tensors mean.
 KNOWN_FIELDS = COMMON_FIELDS | frozenset(
     [
@@ -71,17 +52,11 @@ KNOWN_FIELDS = COMMON_FIELDS | frozenset(
         "ensure_weight_tying",
     ]
 )
+# Fields that only PEFT's own folders have a meaning for.
+OWN_FIELDS = frozenset(["trainable_token_indices", "layer_replication", "velora_config", "target_parameters"])
+CONDITIONAL = "conditional: this update is active only after the adapter's invocation tokens (aLoRA)"
 # Initialisations that leave the base as it was; all others move part of it into the adapter.
-NEUTRAL_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
-# Methods that train no weight of the model.
-PROMPT_METHODS = frozenset(
-    ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"]
-)
-
-_KEY = re.compile(
-    r"^(?P<module>.+?)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector)(?P<tail>(\.[^.]+)*)$"
-)
+NEUTRAL_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -154,86 +129,47 @@ class PeftAdapter:
     def plan(self, tuned: Checkpoint) -> Plan:
         assert tuned.adapter_config is not None
         config = _Config(tuned)
-        factors: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-        plain: dict[str, TensorInfo] = {}
-        skipped: list[Skipped] = []
-        for key, info in tuned.tensors.items():
-            name = key.removeprefix(PREFIX)
-            match = _KEY.match(name)
-            if match is None:
-                plain[name] = info
-                continue
-            tail = [part for part in match["tail"].split(".") if part]
-            if tail and tail[-1] == "bias":
-                skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum"))
-                continue
-            adapter = [part for part in tail if part != "weight"]
-            slot = factors[match["module"]]
-            if match["factor"] in slot:
-                raise AdapterError(
-                    info.file, f"{match['factor']} occurs twice for one module (a second adapter {adapter}?)", key
-                )
-            slot[match["factor"]] = info
-        updates: list[PlannedUpdate] = []
-        for module, slot in factors.items():
-            copy = plain.pop(f"{module}.base_layer.weight", None)
-            updates.append(_lora_update(config, module, slot, copy))
-            if copy is not None:
-                skipped.append(Skipped(copy.name, "a copy of the base weight that peft stores beside the adapter"))
-        foreign = foreign_method(plain)
+        stored = StoredKeys(tuned, FACTORS["LORA"])
+        copies = stored.copies()
+        updates: list[PlannedUpdate] = [*parameter_updates(config, config, stored.modules)]
+        skipped = [
+            Skipped(info.name, "the bias of lora_B: a vector has no spectrum") for info in stored.biases.values()
+        ]
+        for module, slot in stored.modules.items():
+            if VELORA in slot:
+                skipped.append(Skipped(slot.pop(VELORA).name, "what VeLoRA compresses activations with, for training"))
+            copy = copies.get(f"{unwrapped(module)}.weight") or copies.get(f"{unwrapped(module)}.in_proj_weight")
+            if copy is not None and stored.plain.pop(copy[0], None) is not None:
+                skipped.append(Skipped(copy[1].name, BASE_COPY))
+            copied = copy[1].name if copy is not None else None
+            if TOKENS in slot:
+                updates.append(replaced_tokens(config, module, slot, copied))
+            else:
+                updates.append(_lora_update(config, module, slot, copied))
+        foreign = foreign_method(stored.plain)
         if foreign is not None:
             name, method = foreign
             raise UnsupportedMethodError(
-                plain[name].file, f"a LoRA does not hold this: it belongs to {method}, which this version cannot read",
-                plain[name].name,
-            )  # fmt: skip
-        for name, info in plain.items():
-            planned = saved_module(name, info)
+                stored.plain[name].file,
+                f"a LoRA does not hold this: it belongs to {method}, which this version cannot read",
+                stored.plain[name].name,
+            )
+        for name, info in stored.plain.items():
+            planned = stored.saved(name, info)
             if isinstance(planned, Skipped):
-                skipped.append(Skipped(info.name, planned.reason))
+                skipped.append(planned)
             else:
                 updates.append(planned)
-        return Plan(config.format, tuple(updates), tuple(skipped), config.facts(updates))
+        facts = config.facts(updates)
+        layers = replication(config)
+        if layers is None:
+            return Plan(config.format, tuple(updates), tuple(skipped), facts)
+        updates = [replicated(config.file, update, layers) for update in updates]
+        sharing = frozenset(update.module for update in updates)
+        return Plan(config.format, tuple(updates), tuple(skipped), facts, sharing=sharing)
 
 
-def saved_module(name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
-    """A tensor stored whole: a module to save, a bias, or something peft keeps beside them."""
-    plain = _plain_name(name)
-    if plain is None:
-        return Skipped(info.name, "the untrained original that peft keeps beside a saved module")
-    return whole_tensor(info, plain)
-
-
-def _plain_name(name: str) -> str | None:
-    """The model's own name of a tensor stored whole; None for the original that peft keeps beside one."""
-    if ".original_module." in name:
-        return None
-    return re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name).replace(".base_layer.", ".")
-
-
-def beside_factors(tuned: Checkpoint, plan: Plan) -> Iterator[tuple[str, str, float | None]]:
-    """(tensor, the model's own name of what it changes, scaling) of all that an adapter holds besides factors.
-
-    Without a scaling it takes the model's place; a bias of lora_B is multiplied by it and added.
-    """
-    factors = {update.module: update for update in plan.updates if isinstance(update, LoraUpdate)}
-    copies = {update.base_copy for update in plan.updates}
-    # What other methods than LoRA store is in their updates as a whole.
-    copies |= {name for update in plan.updates if update.kind != "dense" for name in update.tensors}
-    for key in tuned.tensors:
-        name = key.removeprefix(PREFIX)
-        match = _KEY.match(name)
-        if match is not None:
-            module = match["module"].replace(".base_layer", "")
-            if match["tail"].endswith(".bias"):
-                yield key, f"{module}.bias", factors[module].scaling
-        elif key not in copies:
-            plain = _plain_name(name)
-            if plain is not None:
-                yield key, plain, None
-
-
-def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy: TensorInfo | None) -> LoraUpdate:
+def _lora_update(config: _Config, module: str, slot: Slot, copy: str | None) -> LoraUpdate:
     embedding = "lora_embedding_A" in slot or "lora_embedding_B" in slot
     kind = "lora_embedding_" if embedding else "lora_"
     present = next(iter(slot.values()))
@@ -276,13 +212,15 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
             magnitude.file, f"expected {B.shape[0]} magnitudes, found shape {list(magnitude.shape)}", magnitude.name
         )
     layout: Layout | None = "embedding" if embedding else "conv" if len(A.shape) > 2 else None
-    plain_name = module.replace(".base_layer", "")
+    plain_name = unwrapped(module)
     notes: tuple[str, ...] = ()
     if module.endswith(".base_layer.out_proj"):
         # peft's MultiheadAttention adds this update itself and then has out_proj add it again, in its
         # forward pass and its merge alike (0.21.2, measured), so that is what the model was trained with.
         scaling *= 2
         notes = ("peft applies the update of a MultiheadAttention's out_proj twice; so does this report",)
+    if config.conditional:
+        notes += (CONDITIONAL,)
     return LoraUpdate(
         module=plain_name,
         targets=(f"{plain_name}.weight", f"{plain_name}.in_proj_weight"),
@@ -295,49 +233,8 @@ def _lora_update(config: _Config, module: str, slot: dict[str, TensorInfo], copy
         options=options,
         magnitude=magnitude,
         notes=notes,
-        base_copy=copy.name if copy else None,
+        base_copy=copy,
     )
-
-
-class ConfigFields:
-    """The values of ``adapter_config.json``, each checked as it is asked for."""
-
-    def __init__(self, tuned: Checkpoint):
-        assert tuned.adapter_config is not None
-        self.file = (
-            tuned.path / "adapter_config.json" if tuned.path.is_dir() else tuned.path.parent / "adapter_config.json"
-        )
-        self.values = tuned.adapter_config
-
-    def whole(self, key: str, default: int) -> int:
-        """A whole number, at least 0."""
-        value = self.number(key, self.values.get(key, default))
-        if value < 0 or value != int(value):
-            raise AdapterError(self.file, f"{key} = {value:g}; expected a whole number")
-        return int(value)
-
-    def number(self, key: str, value: Any) -> float:
-        """A number that is no boolean, of sane size."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -1e15 < value < 1e15:
-            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected a number")
-        return float(value) if isinstance(value, float) else value
-
-    def switch(self, key: str) -> bool:
-        """True or false; absent is false."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise AdapterError(self.file, f"{key} = {str(value)[:80]!r}; expected true or false")
-        return bool(value)
-
-    def pattern(self, key: str) -> Pattern:
-        """Numbers by patterns of module names."""
-        pattern = self.values.get(key) or {}
-        if not isinstance(pattern, Mapping):
-            raise AdapterError(self.file, f"{key} is not an object")
-        return Pattern(
-            self.file, {name: self.number(f"{key} for {name[:80]!r}", value) for name, value in pattern.items()}
-        )
 
 
 class _Config(ConfigFields):
@@ -348,32 +245,22 @@ class _Config(ConfigFields):
         method = self.values.get("peft_type")
         if method is not None and not isinstance(method, str):
             raise AdapterError(self.file, f"peft_type = {method!r}; expected a name")
-        if method in PROMPT_METHODS:
-            raise UnsupportedMethodError(
-                self.file, f"{method} changes no weight of the model, so there is no spectrum to compare"
-            )
         if method != "LORA":
-            raise UnsupportedMethodError(
-                self.file,
-                f"the method {method or 'of this adapter (no peft_type)'} cannot be read by this version "
-                "(LoRA, rsLoRA, DoRA, AdaLoRA, VeRA, IA3, LoHa, LoKr and OFT can)",
-            )
-        init = self.values.get("init_lora_weights", True)
-        if not any(init is value or init == value for value in NEUTRAL_INIT):
-            raise UnsupportedMethodError(
-                self.file,
-                f"init_lora_weights = {init!r} changed the base weights when training began; convert the adapter "
-                "to plain LoRA with peft (save_pretrained(path_initial_model_for_weight_conversion=…)) first",
-            )
+            raise refuse_method(self.file, method or None)
         for key, value in self.values.items():
-            if key not in KNOWN_FIELDS and value:
-                raise UnsupportedMethodError(self.file, f"the option {key} = {value!r} cannot be read by this version")
+            if key not in KNOWN_FIELDS | OWN_FIELDS and value:
+                raise refuse_option(self.file, key, value)
         self.rank = self.number("r", self.values.get("r", 8))
         self.alpha = self.number("lora_alpha", self.values.get("lora_alpha", 8))
         self.use_rslora = self.switch("use_rslora")
         self.use_dora = self.switch("use_dora")
         self.rank_pattern = self.pattern("rank_pattern")
         self.alpha_pattern = self.pattern("alpha_pattern")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is active on some tokens only (aLoRA, arXiv 2504.12397)."""
+        return bool(self.values.get("alora_invocation_tokens"))
 
     @property
     def format(self) -> str:
@@ -396,12 +283,6 @@ class _Config(ConfigFields):
             "scaling": common(update.scaling for update in lora),
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
-            "conditional": bool(self.values.get("alora_invocation_tokens")),
+            "conditional": self.conditional,
             "base_model_name_or_path": self.values.get("base_model_name_or_path"),
         }
-
-
-def common(values: Any) -> Any:
-    """The value that all share, or None."""
-    distinct = set(values)
-    return distinct.pop() if len(distinct) == 1 else None

@@ -1,4 +1,4 @@
-"""AdaLoRA, VeRA, LoHa and LoKr: what is added to a weight is a product of small factors."""
+"""AdaLoRA, LoHa and LoKr: what is added to a weight is a product of small factors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.adapters.method import MethodUpdate, Slot, all_of, dimensions, equal, named
-from spectra.adapters.peft import NEUTRAL_INIT, ConfigFields
+from spectra.adapters.peft.fields import ConfigFields
+from spectra.adapters.peft.lora import NEUTRAL_INIT
+from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal, named
 from spectra.adapters.plan import UpdateKind
 from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
@@ -75,55 +76,6 @@ def check_adalora(config: ConfigFields) -> None:
     init = config.values.get("init_lora_weights", True)
     if not any(init is value or init == value for value in NEUTRAL_INIT):
         raise UnsupportedMethodError(config.file, f"init_lora_weights = {init!r} cannot be read with AdaLoRA")
-
-
-@dataclass(frozen=True)
-class VeraUpdate(MethodUpdate):
-    """vera_lambda_b (out,) and vera_lambda_d (r,) of the module, vera_A (r, …) and vera_B (…, r) of all modules."""
-
-    @property
-    def kind(self) -> UpdateKind:
-        return "low_rank"
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        return "linear", "conv1d"
-
-    @property
-    def parameters(self) -> int:
-        return self._info("vera_lambda_b").size + self._info("vera_lambda_d").size
-
-    def fits(self, shape: tuple[int, int], stored: tuple[int, ...]) -> bool:
-        return shape[0] == self._info("vera_lambda_b").size and shape[1] <= self._info("vera_A").shape[1]
-
-    def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.updates import SharedLowRank
-
-        b, d = values["vera_lambda_b"], values["vera_lambda_d"]
-        return SharedLowRank(b[:, None] * values["vera_B"][: b.numel()], d[:, None] * values["vera_A"])
-
-
-def vera(config: ConfigFields, module: str, slot: Slot) -> MethodUpdate:
-    """The update of one module, checked against the config."""
-    names = ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B")
-    b, d, A, B = all_of(module, slot, *names)
-    dimensions((1,), b, d)
-    dimensions((2,), A, B)
-    rank = config.whole("r", 256)
-    for info, dimension in ((d, 0), (A, 0), (B, 1)):
-        equal(info, dimension, rank, f"the config gives r = {rank}")
-    if B.shape[0] < b.size:
-        raise AdapterError(B.file, f"it has {B.shape[0]} rows, but {b.name!r} has {b.size}", B.name)
-    return VeraUpdate(module, named(slot, *names), rank, None, 1.0)
-
-
-def check_vera(config: ConfigFields) -> None:
-    """Refuses adapters whose shared projections are not stored."""
-    if config.values.get("save_projection", True) is not True:
-        raise UnsupportedMethodError(
-            config.file, "save_projection is false: the projections that VeRA shares were not stored, and come from a "
-            "random generator; load the adapter with peft and save it with save_projection = True"
-        )  # fmt: skip
 
 
 def _scaling(config: ConfigFields, module: str) -> tuple[int, float, float]:

@@ -1,32 +1,34 @@
-"""PEFT's methods besides LoRA: AdaLoRA, VeRA, IA3, LoHa, LoKr and OFT, as peft 0.21 writes them."""
+"""PEFT's methods besides LoRA: AdaLoRA, VeRA, IA3, LoHa, LoKr, OFT, BOFT and trainable tokens, as of peft 0.21."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
-from spectra.adapters.method import MethodUpdate, Slot
-from spectra.adapters.multiplied import check_oft, ia3, oft
-from spectra.adapters.peft import COMMON_FIELDS, PREFIX, ConfigFields, common, saved_module
+from spectra.adapters.peft.butterfly import boft
+from spectra.adapters.peft.fields import COMMON_FIELDS, ConfigFields, common
+from spectra.adapters.peft.keys import BASE_COPY, FACTORS, StoredKeys, unwrapped
+from spectra.adapters.peft.method import MethodUpdate, Slot
+from spectra.adapters.peft.multiplied import check_oft, ia3, oft
+from spectra.adapters.peft.products import adalora, check_adalora, loha, lokr
+from spectra.adapters.peft.tokens import replaced_tokens
+from spectra.adapters.peft.vera import vera
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
-from spectra.adapters.products import adalora, check_adalora, check_vera, loha, lokr, vera
 from spectra.adapters.unsupported import foreign_method
-from spectra.checkpoint import Checkpoint, TensorInfo
+from spectra.checkpoint import Checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError
 
 
 @dataclass(frozen=True)
 class _Method:
-    """How one method is read: its factors' names, its config fields, its planned updates."""
+    """How one method is read: its config fields, its planned updates; its factors' names are in ``FACTORS``."""
 
     label: str
-    factors: tuple[str, ...]
     fields: frozenset[str]
     build: Callable[[ConfigFields, str, Slot], MethodUpdate]
     check: Callable[[ConfigFields], None] = lambda config: None
     shared: tuple[str, ...] = ()  # tensors beside the modules that every update reads
+    idle: Mapping[str, str] = field(default_factory=dict)  # what a raw state dict holds besides: name → why not read
 
 
 # AdaLoRA's config is LoRA's, whose rank, patterns and rsLoRA it ignores.
@@ -43,40 +45,41 @@ LYCORIS_FIELDS = frozenset(
 METHODS: dict[str, _Method] = {
     "ADALORA": _Method(
         "AdaLoRA",
-        ("lora_A", "lora_B", "lora_E"),
         LORA_FIELDS | ADALORA_FIELDS | {"qalora_group_size", "megatron_core", "use_dora", "lora_bias"},
         adalora,
         check_adalora,
+        idle={"ranknum": "the rank that AdaLoRA started with"},
     ),
     "VERA": _Method(
         "VeRA",
-        ("vera_lambda_b", "vera_lambda_d"),
         frozenset(["r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"]),
         vera,
-        check_vera,
         shared=("vera_A", "vera_B"),
     ),
-    "IA3": _Method("IA3", ("ia3_l",), frozenset(["feedforward_modules", "init_ia3_weights"]), ia3),
+    "IA3": _Method("IA3", frozenset(["feedforward_modules", "init_ia3_weights"]), ia3),
     "LOHA": _Method(
         "LoHa",
-        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
         LYCORIS_FIELDS,
         loha,
     ),
     "LOKR": _Method(
         "LoKr",
-        ("lokr_w1_a", "lokr_w1_b", "lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_w2", "lokr_t2"),
         LYCORIS_FIELDS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
         lokr,
     ),
     "OFT": _Method(
         "OFT",
-        ("oft_R", "oft_embedding_R"),
         frozenset(["r", "oft_block_size", "module_dropout", "coft", "eps", "block_share"])
         | {"use_cayley_neumann", "num_cayley_neumann_terms"},
         oft,
         check_oft,
     ),
+    "BOFT": _Method(
+        "BOFT",
+        frozenset(["boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"]),
+        boft,
+    ),
+    "TRAINABLE_TOKENS": _Method("trainable-tokens", frozenset(["token_indices"]), replaced_tokens),
 }
 
 
@@ -99,26 +102,36 @@ class PeftMethods:
                     config.file, f"the option {key} = {str(value)[:80]!r} cannot be read with {method.label}"
                 )
         method.check(config)
-        modules, shared, plain = _sorted(tuned, method)
+        stored = StoredKeys(tuned, FACTORS[config.values["peft_type"]], method.shared)
+        copies = stored.copies()
         updates: list[PlannedUpdate] = []
         skipped: list[Skipped] = []
-        for module, slot in modules.items():
-            update = method.build(config, module.replace(".base_layer", ""), slot | shared)
-            copy = plain.pop(f"{module}.base_layer.weight", None)
-            if copy is not None:
-                update = replace(update, base_copy=copy.name)
-                skipped.append(Skipped(copy.name, "a copy of the base weight that peft stores beside the adapter"))
+        used: set[str] = set()
+        for module, slot in stored.modules.items():
+            for name in method.idle.keys() & slot.keys():
+                skipped.append(Skipped(slot.pop(name).name, method.idle[name]))
+            update = method.build(config, unwrapped(module), _floats(stored.shared | slot))
+            copy = copies.get(f"{unwrapped(module)}.weight")
+            if copy is not None and stored.plain.pop(copy[0], None) is not None:
+                update = replace(update, base_copy=copy[1].name)
+                skipped.append(Skipped(copy[1].name, BASE_COPY))
             updates.append(update)
-        foreign = foreign_method(plain)
-        if foreign is not None:
-            name, other = foreign
+            used.update(update.tensors)
+        skipped += [
+            Skipped(info.name, "every module has its own copy of it")
+            for info in stored.shared.values() if info.name not in used
+        ]  # fmt: skip
+        foreign = foreign_method(stored.plain)
+        if foreign is not None or stored.biases:
+            name, other = foreign or next((name, "LoRA") for name in stored.biases)
+            info = stored.plain[name] if foreign else stored.biases[name]
             raise UnsupportedMethodError(
-                plain[name].file, f"{method.label} does not hold this: it belongs to {other}", plain[name].name
+                info.file, f"{method.label} does not hold this: it belongs to {other}", info.name
             )
-        for name, info in plain.items():
-            planned = saved_module(name, info)
+        for name, info in stored.plain.items():
+            planned = stored.saved(name, info)
             if isinstance(planned, Skipped):
-                skipped.append(Skipped(info.name, planned.reason))
+                skipped.append(planned)
             else:
                 updates.append(planned)
         own = [update for update in updates if isinstance(update, MethodUpdate)]
@@ -134,27 +147,9 @@ class PeftMethods:
         return Plan(f"peft-{method.label.lower()}", tuple(updates), tuple(skipped), facts)
 
 
-def _sorted(
-    tuned: Checkpoint, method: _Method
-) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """({module: its factors by name}, what all modules share, the rest by the model's own names)."""
-    key_of = re.compile(rf"^(?P<module>.+?)\.(?P<factor>{'|'.join(method.factors)})(?P<tail>(\.[^.]+)*)$")
-    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    shared: dict[str, TensorInfo] = {}
-    plain: dict[str, TensorInfo] = {}
-    for key, info in tuned.tensors.items():
-        name = key.removeprefix(PREFIX)
-        match = key_of.match(name)
-        common_name = next((one for one in method.shared if re.fullmatch(rf"base_model\.{one}(\.[^.]+)?", key)), None)
-        if match is None and common_name is None:
-            plain[name] = info
-            continue
-        slot = shared if match is None else modules[match["module"]]
-        factor = common_name if match is None else match["factor"]
-        assert factor is not None
-        if factor in slot:
-            raise AdapterError(info.file, f"{factor} occurs twice (a second adapter?)", key)
+def _floats(slot: Slot) -> Slot:
+    """The factors as they are; an AdapterError names one that holds no floats."""
+    for info in slot.values():
         if not info.is_float:
-            raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", key)
-        slot[factor] = info
-    return modules, shared, plain
+            raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
+    return slot
