@@ -1,38 +1,57 @@
 """Headers, indices and configurations, mutated without end: nothing but errors of our own may come out.
 
     python -m benchmarks.fuzz [--headers 1000000] [--workers 2] [--seed 0] [--scratch DIR]
+    python -m benchmarks.fuzz --guided --seconds 300     # atheris (libFuzzer) in place of the engine here
+    python -m benchmarks.fuzz --self-test                # are bugs that were planted in a copy found?
 
-Guided by coverage: an input that reaches a line of the readers, or makes an error, that none before it did, is kept and
-mutated further.  Besides crashes, what counts as one: a header that we accept and the safetensors library reads
-otherwise, a message without the file's path or of more than one line, more than two seconds.  A run is repeated exactly
-by its seed and number of workers.  ``--scratch`` is best a folder in memory.  Exits with 1 on any finding.
+Guided by coverage: an input that reaches a line of the package, or makes an error, that none before it did, is kept and
+mutated further.  Besides crashes, what counts as one: a header that we accept and plain JSON or the safetensors library
+reads otherwise, a message without the file's path or of more than one line, more than two seconds.  A run is repeated
+exactly by its seed and number of workers.  The first inputs are the fixtures' own.  ``--scratch`` is best a folder in
+memory.  Exits with 1 on any finding.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
+import os
 import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import spectra
+from benchmarks.options import Options, Row
 from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import SpectraError
+from spectra.headers import BITS, TensorInfo
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+T = TypeVar("T")
+
+TITLE = "Inputs made to break the readers, and bugs planted for them to find"
 SECONDS = 2.0
-READERS = ("headers.py", "checkpoint.py", "pattern.py", "peft.py", "errors.py")
-SHARE = {"header": 0.8, "index": 0.1, "config": 0.1}
+PACKAGE = str(Path(spectra.__file__).parent)
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+SHARE = {"header": 0.6, "index": 0.08, "config": 0.12, "mlx": 0.05, "model": 0.1, "state": 0.05}
 TRACED = 0.1  # of the inputs; tracing costs ten times the reading, and what is new shows up soon enough
+LONGEST = 6000  # bytes of an input
+SLOW = 0.2  # seconds, from which on an input is not mutated further: patterns that take their half a second
 
 A, B = (f"base_model.model.model.layers.0.q_proj.lora_{factor}.weight" for factor in "AB")
 
@@ -54,15 +73,71 @@ SEEDS: dict[str, list[Any]] = {
         {"peft_type": "LORA", "r": 1, "use_rslora": True, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q.*": 4}},
         {"peft_type": "VERA", "r": 4},
         {"peft_type": "IA3"},
+        {"peft_type": "LORA", "r": 1, "layer_replication": [[0, 2], [1, 3]], "trainable_token_indices": [1, 2]},
+        {"peft_type": "LORA", "r": 1, "target_parameters": ["mlp.experts.down_proj"], "init_lora_weights": "pissa"},
     ],
+    "mlx": [
+        {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 1, "scale": 20.0, "dropout": 0.0}},
+        {"lora_parameters": {"rank": 1, "alpha": 16, "scale": 10.0}, "model": "b"},
+        {"fine_tune_type": "dora", "lora_parameters": {"rank": 1, "scale": 1.0, "keys": ["q_proj"]}},
+    ],
+    "model": [
+        {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 4},
+        {"model_type": "mixtral", "quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": True}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "model_type": "gpt2"},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
+            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}}}}},
+    ],
+    "state": [
+        {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [4, 4]},
+        {"quant_type": "fp4", "blocksize": 64, "dtype": "float32", "shape": [4, 4], "nested_blocksize": 256,
+         "nested_dtype": "float32", "nested_offset": 0.1},
+    ],
+}  # fmt: skip
+# A weight in fp8 with its scales, one in four bits of GPTQ, one fused, one of experts; and one of bitsandbytes.
+QUANTISED: tuple[dict[str, Any], int] = (
+    {
+        "model.layers.0.self_attn.q_proj.weight": entry([4, 4], 0, 16, "F8_E4M3"),
+        "model.layers.0.self_attn.q_proj.weight_scale_inv": entry([2, 2], 16, 32),
+        "model.layers.0.mlp.up_proj.qweight": entry([1, 8], 32, 64, "I32"),
+        "model.layers.0.mlp.up_proj.qzeros": entry([1, 1], 64, 68, "I32"),
+        "model.layers.0.mlp.up_proj.scales": entry([1, 8], 68, 84, "F16"),
+        "model.layers.0.self_attn.qkv_proj.weight": entry([8, 4], 84, 212),
+        "model.layers.0.mlp.experts.gate_up_proj": entry([2, 4, 2], 212, 276),
+    },
+    276,
+)
+STATE = {
+    "a.weight": entry([8, 1], 0, 8, "U8"),
+    "a.weight.absmax": entry([1], 8, 12),
+    "a.weight.quant_map": entry([16], 12, 76),
+    "a.weight.nested_absmax": entry([1], 76, 80),
+    "b.weight": entry([2, 2], 80, 96),
 }
-DATA = bytes(16)
+_ENDS = re.compile(rb"\[\s*\d+\s*,\s*(\d{1,9})\s*\]")
 TOKENS = [
     b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u0000", b"\\ud800", b"null", b"true", b"NaN", b"-1", b"0",
     b"1e9", b"18446744073709551616", b"9223372036854775807", b'"w"', b'"dtype"', b'"shape"', b'"data_offsets"',
     b'"F4"', b'"F64"', b'"BOOL"', b"__metadata__", b"[0,16]", b"[2,2]", b"\xff", b"\xf0\x9f\x98\x80", b"\n",
     b" " * 40, b"../", b"..\\", b"C:", b".safetensors", b"a.safetensors", b'"rank_pattern"', b'"(a|b)*"', b'"r"',
+    b'"pissa"', b'"layer_replication"', b"[[0,1000000000]]", b'"target_parameters"', b'"trainable_token_indices"',
+    b'"lora_parameters"', b'"F6_E3M2"', b'"quantization_config"', b'"gptq"', b'"shape"', b'"blocksize"', b"1e308", b"[",
     b'"use_dora"', b'"LORA"', b'"ADALORA"', b'"LOHA"', b'"OFT"', b"(.*)+", b"^", b"$", b"{1,9}",
+    b"(.|..)+(.|..)+(.|..)+(.|..)+(.)\\\\7", b"[" * 1500, b'{"a":' * 1200,
+]  # fmt: skip
+
+
+NAMES = [
+    "dtype", "shape", "data_offsets", "__metadata__", "w", "r", "rank_pattern", "alpha_pattern", "lora_alpha",
+    "peft_type", "use_dora", "layer_replication", "target_parameters", "quant_type", "blocksize", "weight_map", "a\nb",
+    "\ud800", "", "quant_method", "bits", "group_size", "weight_block_size", "config_groups", "lora_parameters",
+    "scale", "[a-z]+", "(",
+]  # fmt: skip
+VALUES: list[Any] = [
+    None, True, False, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**400, 0.5, 1e308, float("nan"), float("-inf"), "", "x",
+    "a\nb\x1b[2J", "\ud800", "../a.safetensors", [], [0], [0, 16], [-1, -4], [[0, 10**9]], ["x"] * 300, {}, {"a": {}},
+    {"(": 2}, {"(.|..)+(.|..)+(.|..)+(.|..)+(.)\\7": 2}, "F64", "LORA", "LOKR", "ADALORA", "nf4", "gptq", "awq", "fp8",
 ]  # fmt: skip
 
 
@@ -79,8 +154,53 @@ class Found:
     crashes: tuple[str, ...]
 
 
+def restructure(rng: random.Random, text: bytes) -> bytes | None:
+    """One value in a JSON object replaced, taken out or renamed, or a tensor given another type; None where none is."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    places: list[tuple[Any, Any]] = []
+    left = [whole]
+    while left and len(places) < 500:
+        one = left.pop()
+        keys = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        places += [(one, key) for key in keys]
+        left += [one[key] for key in keys]
+    if not places:
+        return None
+    entries = [inside[key] for inside, key in places if isinstance(inside[key], dict) and "data_offsets" in inside[key]]
+    inside, key = rng.choice(places)
+    how = rng.randrange(6)
+    if how == 0:
+        del inside[key]
+    elif how == 1 and isinstance(inside, dict):
+        inside[rng.choice(NAMES)] = inside.pop(key)
+    elif how == 2 and entries:
+        _retype(rng, rng.choice(entries))
+    elif how == 3:
+        other, name = rng.choice(places)
+        inside[key] = copy.deepcopy(other[name])
+    else:  # every other time something of the same type
+        alike = [value for value in VALUES if type(value) is type(inside[key])] if how == 4 else []
+        inside[key] = copy.deepcopy(rng.choice(alike or VALUES))
+    return json.dumps(whole).encode()
+
+
+def _retype(rng: random.Random, said: dict[str, Any]) -> None:
+    """Another dtype for the bytes that an entry has, in a shape that fits where one does."""
+    said["dtype"] = rng.choice(list(BITS))
+    with contextlib.suppress(TypeError, ValueError):
+        begin, end = said["data_offsets"]
+        said["shape"] = [(end - begin) * 8 // BITS[said["dtype"]], *rng.choice(([], [1], [1, 1]))]
+
+
 def mutate(rng: random.Random, text: bytes, corpus: list[bytes]) -> bytes:
-    """A few small changes: bits, bytes, tokens, pieces taken out, doubled, or from another input."""
+    """A few small changes: values, bits, bytes, tokens, pieces taken out, doubled, or from another input."""
+    if rng.random() < 0.4:
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            text = restructure(rng, text) or text
+        return text[:LONGEST]
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         at = rng.randrange(len(text) + 1)
         to = min(len(text), at + rng.choice((0, 1, 1, 2, 4, 16, 64)))
@@ -104,7 +224,27 @@ def mutate(rng: random.Random, text: bytes, corpus: list[bytes]) -> bytes:
                 text = text[: one.start()] + str(value).encode() + text[one.end() :]
         else:
             text = text[:at] + rng.choice(TOKENS) + text[to:]
-    return text[:4000]
+    return text[:LONGEST]
+
+
+def seeds(kind: str) -> list[bytes]:
+    """Inputs to begin with: those above, and what the fixtures hold (of a header the first entries)."""
+    found = [json.dumps(value).encode() for value in SEEDS[kind]]
+    name = {"header": "*.safetensors", "config": "adapter_config.json", "model": "config.json"}.get(kind)
+    for file in sorted(FIXTURES.glob(f"*/{name}")) if name else []:
+        text = file.read_bytes()
+        if kind == "header":
+            header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
+            first = sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])[0])[:4]
+            text = json.dumps(dict(first)).encode()
+        if len(text) <= LONGEST and text not in found:
+            found.append(text)
+    return found
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs), "accepted with a name that occurs twice"
+    return dict(pairs)
 
 
 class Target:
@@ -114,118 +254,235 @@ class Target:
         self.kind = kind
         self.folder = folder / kind
         self.folder.mkdir(parents=True)
-        if kind == "header":
+        if kind in ("header", "state"):
             self.file = self.folder / "model.safetensors"
         elif kind == "index":
             self.file = self.folder / "model.safetensors.index.json"
             self._weights("a.safetensors", {"w": entry([2, 2], 0, 16)}, 16)
-        else:
+        elif kind == "config":
             self.file = self.folder / "adapter_config.json"
             self._weights("adapter_model.safetensors", {A: entry([1, 2], 0, 8), B: entry([2, 1], 8, 16)}, 16)
+        elif kind == "mlx":
+            self.file = self.folder / "adapter_config.json"
+            names = [f"model.layers.0.self_attn.q_proj.lora_{factor}" for factor in "ab"]
+            self._weights("adapters.safetensors", {names[0]: entry([2, 1], 0, 8), names[1]: entry([1, 2], 8, 16)}, 16)
+        else:
+            self.file = self.folder / "config.json"
+            self._weights("model.safetensors", *QUANTISED)
 
     def _weights(self, name: str, header: dict[str, Any], size: int) -> None:
         text = json.dumps(header).encode()
         (self.folder / name).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
 
     def write(self, text: bytes, rng: random.Random) -> None:
+        """The input as a file; of a header also its length, and as much data as it seems to describe."""
+        if self.kind == "state":
+            header = STATE | {"a.weight.quant_state.bitsandbytes__nf4": entry([len(text)], 96, 96 + len(text), "U8")}
+            stored = json.dumps(header).encode()
+            text = len(stored).to_bytes(8, "little") + stored + bytes(96) + text
+        size = 0
         if self.kind == "header":
-            length = (
-                len(text) if rng.random() < 0.98 else rng.choice((0, 7, len(text) - 1, len(text) + 1, 10**8, 2**63))
-            )
-            data = DATA if rng.random() < 0.9 else DATA[: rng.randrange(16)]
-            text = (length & (2**64 - 1)).to_bytes(8, "little") + text + data
+            length = len(text)
+            if rng.random() < 0.02:
+                length = rng.choice((0, 7, len(text) - 1, len(text) + 1, 10**8, 2**63)) & (2**64 - 1)
+            size = max((int(end) for end in _ENDS.findall(text)), default=0)
+            size = min(size, 1 << 20) if rng.random() < 0.9 else rng.randrange(17)
+            text = length.to_bytes(8, "little") + text
         self.file.write_bytes(text)
+        if size:
+            os.truncate(self.file, len(text) + size)
 
     def read(self) -> None:
+        """Reads it as an audit would, from headers; raises AssertionError where others read it otherwise."""
         found = open_checkpoint(self.folder)
-        if self.kind == "config":
+        if self.kind in ("config", "mlx"):
             plan_updates(found)
+        elif self.kind in ("model", "state"):
+            assert found.weights, "no weight is left, nor a reason"
         elif self.kind == "header":
-            from safetensors import safe_open
+            self._compare(found.tensors)
 
-            with safe_open(self.file, framework="np") as file:
-                assert sorted(file.keys()) == sorted(found.tensors), "other names than the library's"
-                for name, info in found.tensors.items():
-                    part = file.get_slice(name)
-                    assert (part.get_dtype(), tuple(part.get_shape())) == (info.dtype, info.shape), "another tensor"
+    def _compare(self, tensors: Mapping[str, TensorInfo]) -> None:
+        from safetensors import safe_open
+
+        with self.file.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        found = {
+            name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.span[0], sum(info.span)]}
+            for name, info in tensors.items()
+        }
+        for name, said in header.items():
+            said["data_offsets"] = [8 + length + offset for offset in said["data_offsets"]]
+            assert {key: said[key] for key in ("dtype", "shape", "data_offsets")} == found.get(name), "another tensor"
+        assert set(header) == set(found), "other names than plain JSON's"
+        with safe_open(self.file, framework="np") as opened:
+            assert sorted(opened.keys()) == sorted(found), "other names than the library's"
+            for name, info in tensors.items():
+                part = opened.get_slice(name)
+                assert (part.get_dtype(), tuple(part.get_shape())) == (info.dtype, info.shape), "another tensor"
+
+    def problem(self) -> tuple[str, str | None]:
+        """What reading it says, "" where it is accepted, and what is wrong with that, if anything."""
+        started = time.perf_counter()
+        said, wrong = "", None
+        try:
+            self.read()
+        except SpectraError as error:
+            said = str(error)
+            if str(self.folder) not in said or not said.isprintable():
+                wrong = f"says {said!r}"
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            wrong = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        seconds = time.perf_counter() - started
+        return said, f"{seconds:.1f} s" if wrong is None and seconds > SECONDS else wrong
 
 
 class Lines:
-    """The lines of the readers that were reached so far."""
+    """The lines of the package that were reached so far."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, int]] = set()
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
-        if "spectra" not in name or not name.endswith(READERS):
+        if not name.startswith(PACKAGE):
             return None
         self.seen.add((name, frame.f_lineno))
         return self._trace
 
-    def during(self, action: Callable[[], None]) -> None:
+    def during(self, action: Callable[[], T]) -> T:
         sys.settrace(self._trace)
         try:
-            action()
+            return action()
         finally:
             sys.settrace(None)
 
 
-def run_fuzz(seed: int, headers: int, scratch: Path) -> Found:
-    """Fuzzes in this process: ``headers`` inputs in all, written below ``scratch``."""
+def run_fuzz(seed: int, headers: int, scratch: Path, until_found: bool = False, kinds: Sequence[str] = ()) -> Found:
+    """Fuzzes in this process: ``headers`` inputs in all, written below ``scratch``.
+
+    ``until_found`` ends with the first finding; ``kinds`` are all where none is named.
+    """
     rng, lines = random.Random(seed), Lines()
     accepted, slowest, messages, crashes = 0, 0.0, set[str](), list[str]()
-    targets = {kind: Target(kind, scratch) for kind in SHARE}
-    corpus = {kind: [json.dumps(value).encode() for value in SEEDS[kind]] for kind in SHARE}
+    share = {kind: SHARE[kind] for kind in kinds or SHARE}
+    targets = {kind: Target(kind, scratch) for kind in share}
+    corpus = {kind: seeds(kind) for kind in share}
+    first = {kind: list(texts) for kind, texts in corpus.items()}
     sound = {kind: list(texts) for kind, texts in corpus.items()}
-    started_with = sum(map(len, corpus.values()))
-    for number in range(headers):
-        kind = rng.choices(list(SHARE), list(SHARE.values()))[0]
+    started_with, number = sum(map(len, corpus.values())), 0
+    for number in range(1, headers + 1):
+        kind = rng.choices(list(share), list(share.values()))[0]
         own, target = corpus[kind], targets[kind]
         # Half of the time from what was sound: most changes break an input, and what is broken stays so.
         parents = sound[kind][-50:] if rng.random() < 0.5 else own[-200:]
         text = rng.choice(own) if number < 30 else mutate(rng, rng.choice(parents), own)
         target.write(text, rng)
-        known, said, started = len(lines.seen), "", time.perf_counter()
-        try:
-            if number < 1000 or rng.random() < TRACED:
-                lines.during(target.read)
-            else:
-                target.read()
+        known, started = len(lines.seen), time.perf_counter()
+        if number < 1000 or rng.random() < TRACED:
+            said, wrong = lines.during(target.problem)
+        else:
+            said, wrong = target.problem()
+            slowest = max(slowest, time.perf_counter() - started)
+        if wrong is not None:
+            crashes.append(f"{kind} {text!r}: {wrong}")
+            if until_found:
+                break
+        elif not said:
             accepted += 1
             if rng.random() < 0.1:
-                sound[kind] = [*sound[kind][-50:], rng.choice(corpus[kind][: len(SEEDS[kind])]), text]
-        except SpectraError as error:
-            said = str(error)
-            if str(target.folder) not in said or not said.isprintable():
-                crashes.append(f"{kind} {text!r}: says {said!r}")
-        except Exception as error:
-            crashes.append(f"{kind} {text!r}: {type(error).__name__}: {error}")
-        seconds = time.perf_counter() - started
-        slowest = max(slowest, seconds)
-        if seconds > SECONDS:
-            crashes.append(f"{kind} {text!r}: {seconds:.1f} s")
+                sound[kind] = [*sound[kind][-50:], rng.choice(first[kind]), text]
         shape = kind + re.sub(r"['\"].*['\"]|= .*;|\d+", "", said)[:120]  # what differs by more than names and numbers
-        if len(lines.seen) > known or (shape not in messages and len(messages) < 2000):
+        quick = time.perf_counter() - started < SLOW
+        if quick and (len(lines.seen) > known or (shape not in messages and len(messages) < 2000)):
             own.append(text)
         messages.add(shape)
     kept = sum(map(len, corpus.values())) - started_with
-    return Found(headers, accepted, kept, len(lines.seen), len(messages), slowest, tuple(crashes[:20]))
+    return Found(number, accepted, kept, len(lines.seen), len(messages), slowest, tuple(crashes[:20]))
+
+
+def run(options: Options) -> Iterator[Row]:
+    """A row for each kind of input, and one for each planted bug."""
+    from benchmarks.planted import LIMIT, PLANTED, inputs_until_found
+
+    count = options.trials or options.scale(quick=3000, default=100_000, full=1_000_000)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        for kind, share in SHARE.items():
+            found = run_fuzz(options.seed, int(count * share), Path(folder), False, (kind,))
+            print(*found.crashes, sep="\n", end="", file=sys.stderr)
+            yield {
+                "what": f"any {kind}", "inputs": found.headers, "accepted": found.accepted, "kept": found.kept,
+                "lines": found.lines, "kinds of error": found.messages, "slowest (s)": round(found.slowest, 2),
+                "findings": len(found.crashes), "agrees": not found.crashes,
+            }  # fmt: skip
+        for number, bug in enumerate(bug for bug in PLANTED if bug.quick or not options.quick):
+            taken = inputs_until_found(bug, Path(folder) / f"planted{number}", LIMIT, options.seed)
+            yield {
+                "what": f"planted: {bug.name}", "inputs": taken or LIMIT, "accepted": None, "kept": None,
+                "lines": None, "kinds of error": None, "slowest (s)": None,
+                "findings": int(taken is not None), "agrees": taken is not None,
+            }  # fmt: skip
+
+
+def notes(rows: list[Row]) -> list[str]:
+    own = [row for row in rows if row["what"].startswith("any ")]
+    planted = [row for row in rows if row not in own]
+    return [
+        f"{sum(row['inputs'] for row in own):,} inputs, {sum(row['findings'] for row in own)} findings; "
+        f"of {len(planted)} planted bugs {sum(row['findings'] for row in planted)} were found.",
+        "For a planted bug, inputs are those that it took.",
+    ]
+
+
+def draw(rows: list[Row], axes: Axes) -> None:
+    planted = [row for row in rows if row["what"].startswith("planted")]
+    axes.barh(range(len(planted)), [row["inputs"] for row in planted], color="#0072B2")
+    axes.set_yticks(range(len(planted)), [row["what"].removeprefix("planted: ") for row in planted])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("inputs until a planted bug was found")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--headers", type=int, default=1_000_000, metavar="N", help="inputs in all (default: 10^6)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the inputs are written")
+    parser.add_argument("--guided", action="store_true", help="with atheris, which must be installed")
+    parser.add_argument("--seconds", type=int, default=60, metavar="S", help="of --guided, in all (default: 60)")
+    parser.add_argument("--self-test", action="store_true", help="look for planted bugs, with at most --headers inputs")
+    parser.add_argument("--kinds", nargs="+", choices=SHARE, default=list(SHARE), help="of inputs (default: all)")
     options = parser.parse_args()
     started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        if options.self_test:
+            from benchmarks.planted import find_all
+
+            crashes = find_all(Path(folder), options.headers)
+        elif options.guided:
+            from benchmarks.guided import run_guided
+
+            crashes = run_guided(options.kinds, options.seconds, options.seed, Path(folder))
+        else:
+            crashes = _run(options, Path(folder))
+    print(f"{time.perf_counter() - started:.0f} s, {len(crashes)} findings")
+    print(*crashes, sep="\n", file=sys.stderr)
+    return int(bool(crashes))
+
+
+def _run(options: argparse.Namespace, folder: Path) -> list[str]:
     crashes: list[str] = []
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder, ProcessPoolExecutor(options.workers) as pool:
-        seeds = [options.seed * 1000 + worker for worker in range(options.workers)]
-        places = [Path(folder) / str(seed) for seed in seeds]
-        for found in pool.map(run_fuzz, seeds, repeat(options.headers // options.workers), places):
+    with ProcessPoolExecutor(options.workers) as pool:
+        of_each = [options.seed * 1000 + worker for worker in range(options.workers)]
+        places = [folder / str(seed) for seed in of_each]
+        count, kinds = options.headers // options.workers, options.kinds
+        for found in pool.map(run_fuzz, of_each, repeat(count), places, repeat(False), repeat(kinds)):
             print(
                 f"{found.headers:,} inputs: {found.accepted:,} accepted, {found.kept:,} kept as new, "
                 f"{found.lines} lines, {found.messages} kinds of error, slowest {found.slowest:.2f} s, "
@@ -233,9 +490,7 @@ def main() -> int:
                 flush=True,
             )
             crashes += found.crashes
-    print(f"{time.perf_counter() - started:.0f} s")
-    print(*crashes, sep="\n", file=sys.stderr)
-    return int(bool(crashes))
+    return crashes
 
 
 if __name__ == "__main__":

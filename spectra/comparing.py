@@ -60,6 +60,9 @@ def compare(
     workers: int = 1,
     threads: int | None = None,
     verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    initial_adapter: str | Path | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
@@ -92,7 +95,8 @@ def compare(
         raise UsageError(f"draws = {draws}; expected a whole number, at least 0")
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
-        device=device, workers=workers, threads=threads, verify=verify,
+        device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
+        initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
@@ -125,6 +129,9 @@ def layer_spectra(
     dtype: str = "float32",
     device: str = "cpu",
     threads: int | None = None,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    initial_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[LayerSpectra]:
     """All singular values of W0, W1 and dW of each chosen layer, and how W1's singular vectors relate to W0's.
@@ -148,7 +155,8 @@ def layer_spectra(
         raise UsageError(f"size = {size}; expected a whole number, at least 1")
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, dtype=dtype, device=device,
-        threads=threads,
+        threads=threads, allow_pickle=allow_pickle,
+        initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     runs = _open_all(tuned, base, (), settings, None)
     labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))
@@ -189,7 +197,8 @@ def _open_all(
     paths = [tuned] if isinstance(tuned, str | Path) else tuned
     singles = [partial(SingleRun, path, base, settings) for item in paths for path in checkpoints_of(item)]
     merges = [partial(_merge, parts, base, settings) for parts in merge]
-    runs = opened([*singles, *merges], on_unreadable)
+    openings: list[Callable[[], Run]] = [*singles, *merges]
+    runs = opened(openings, on_unreadable if len(openings) > 1 else None)  # the error of a single one says it all
     if not runs:
         raise UsageError("nothing to compare: none of the fine-tunes could be read")
     check_one_base(runs)
@@ -208,6 +217,8 @@ def _overlaps(runs: Sequence[Run], results: Sequence[Result]) -> Iterable[tuple[
         if result.findings is not None
     ]
     for (a, report, X), (b, _, Y) in combinations(known, 2):
+        if a == b:  # copies of a layer in one fine-tune (layer_replication)
+            continue
         if X is None or Y is None or not X.shape[1] or not Y.shape[1]:
             continue
         yield (

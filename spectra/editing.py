@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectra.adapters import PlannedUpdate
-from spectra.adapters.writing import STORED
+from spectra.adapters.peft.writing import STORED
 from spectra.analysis import Findings, LayerAnalysis
 from spectra.errors import NonFiniteError, UsageError
 from spectra.layers import LayerPair, name_matches

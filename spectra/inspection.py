@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spectra.adapters import plan_updates
-from spectra.checkpoint import BYTES_PER_ELEMENT
-from spectra.errors import SpectraError, UsageError
+from spectra.adapters import FORMULAS, against_base, plan_updates, uses_initial
+from spectra.errors import CorruptFileError, SpectraError, UnsafeFileError, UsageError
 from spectra.layers import pair_layers
+from spectra.precision import quantised_as
 from spectra.resolve import open_base, open_base_of, open_tuned
+from spectra.splitting import split_apart
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Inspection:
     files: tuple[str, ...]
     tensors: tuple[dict[str, Any], ...]
     dtypes: dict[str, int]
+    not_read: tuple[str, ...]
+    quantised: str | None
     parameters: int
     facts: dict[str, Any]
     updates: tuple[dict[str, Any], ...]
@@ -44,6 +47,9 @@ def inspect(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    initial_adapter: str | Path | None = None,
 ) -> Inspection:
     """Reads headers and configs of a path and, where there is one, of its base.
 
@@ -51,32 +57,47 @@ def inspect(
     ------
     SpectraError : the path itself cannot be read, or holds a method that cannot be.
     """
-    checkpoint = open_tuned(path)
-    plan = plan_updates(checkpoint)
-    found_base, problem, pairs, skipped = None, None, {}, plan.skipped
+    checkpoint = open_tuned(path, allow_pickle=allow_pickle)
+    initial = open_tuned(initial_adapter, allow_pickle=allow_pickle) if initial_adapter is not None else None
+    if split_fused:
+        checkpoint = split_apart(checkpoint, checkpoint)[1]
+    plan = plan_updates(checkpoint, initial)
+    if initial_adapter is not None and not uses_initial(plan):
+        raise UsageError(f"{initial_adapter}: {path} has no initialisation that needs an initial adapter")
+    found_base, problem, pairs, skipped, listed = None, None, {}, plan.skipped, plan.updates
     if base is not None or checkpoint.adapter_config is not None:
         try:
-            opened = open_base_of(checkpoint) if base is None else open_base(base)
+            opened = (
+                open_base_of(checkpoint, allow_pickle=allow_pickle)
+                if base is None
+                else open_base(base, allow_pickle=allow_pickle)
+            )
             found_base = str(opened.path)
+            if split_fused:
+                opened = split_apart(opened, checkpoint)[0]
             pairing = pair_layers(opened, checkpoint, plan, include=include, exclude=exclude)
-            pairs = {pair.update.tensors: pair for pair in pairing.pairs}
+            # Tensors may serve several modules; those whose names the base alone tells are found by their tensors.
+            pairs = {(name, pair.update.tensors): pair for pair in pairing.pairs for name in (None, pair.name)}
             skipped = pairing.skipped
+            listed = against_base(plan, opened).updates  # with one for each expert of a stack
         except SpectraError as error:
-            if base is not None and not isinstance(error, UsageError) and found_base is None:
+            broken = found_base is None or isinstance(error, CorruptFileError | UnsafeFileError)
+            if base is not None and not isinstance(error, UsageError) and broken:
                 raise
             problem = str(error)
     updates = []
-    for update in plan.updates:
-        pair = pairs.get(update.tensors)
+    for update in listed:
+        pair = pairs.get((None if getattr(update, "component", "") else update.module, update.tensors))
         shape = pair.shape if pair else update.shape
         updates.append({
-            "module": update.module, "kind": update.kind, "rank": update.rank, "alpha": update.alpha,
-            "scaling": update.scaling, "parameters": update.parameters,
+            "module": update.module, "kind": update.kind, "formula": FORMULAS[update.kind],
+            "rank": update.rank, "alpha": update.alpha, "scaling": update.scaling, "parameters": update.parameters,
             "shape": list(shape) if shape else None, "role": pair.role if pair else None,
             "base_tensor": pair.base.name if pair else None,
             "layout": pair.layout if pair else update.layout, "notes": list(pair.notes) if pair else [],
         })  # fmt: skip
     infos = checkpoint.tensors.values()
+    used = {name for update in plan.updates for name in update.tensors}
     return Inspection(
         path=str(checkpoint.path),
         layout=checkpoint.layout,
@@ -84,6 +105,8 @@ def inspect(
         files=tuple(file.name for file in checkpoint.files),
         tensors=tuple({"name": i.name, "dtype": i.dtype, "shape": list(i.shape)} for i in infos),
         dtypes=dict(Counter(info.dtype for info in infos)),
+        not_read=tuple(sorted({info.dtype for info in infos if not info.is_float and info.name not in used})),
+        quantised=quantised_as(checkpoint),
         parameters=sum(info.size for info in infos),
         facts=dict(plan.facts),
         updates=tuple(updates),
@@ -111,13 +134,17 @@ def _render(item: Inspection, verbose: bool) -> str:
         f"  tensors    {len(item.tensors)} ({size}), {item.parameters:,} values",
         f"  read as    {item.format}",
     ]
+    if item.quantised:
+        lines.append(f"  stored as  {item.quantised}: read as the weights that it stands for")
     facts = [
-        f"{key} {value}"
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in item.facts.items()
-        if value not in (None, False) and key != "base_model_name_or_path"
+        if value not in (None, False) and key not in ("base_model_name_or_path", "conditional")
     ]
     if facts:
         lines.append(f"  with       {', '.join(facts)}")
+    if item.facts.get("conditional"):
+        lines.append("  active     on some tokens only: those after its invocation tokens (aLoRA)")
     named = item.facts.get("base_model_name_or_path")
     if item.base:
         lines.append(f"  base       {item.base}" + (f"  (named {named!r})" if named else ""))
@@ -127,12 +154,15 @@ def _render(item: Inspection, verbose: bool) -> str:
         lines.append(f"  problem    {item.problem}")
     matched = sum(update["base_tensor"] is not None for update in item.updates)
     kinds = Counter(update["kind"].replace("_", " ") for update in item.updates)
+    formulas = Counter((update["formula"], update["scaling"]) for update in item.updates)
     what = "matrices" if item.format == "full" else "updates "
     line = f"  {what}   {len(item.updates)} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
     lines.append(line + (f", {matched} matched with the base" if item.base else ""))
-    unreadable = sorted(dtype for dtype in item.dtypes if dtype not in BYTES_PER_ELEMENT)
-    if unreadable:
-        lines.append(f"  not read   tensors of dtype {', '.join(unreadable)}")
+    for (formula, scaling), count in formulas.most_common():
+        s = f", s = {scaling:g}" if scaling is not None else ""
+        lines.append(f"  formula    {f'{count} × ' if len(formulas) > 1 else ''}{formula}{s}")
+    if item.not_read:
+        lines.append(f"  not read   tensors of dtype {', '.join(item.not_read)}")
     for reason, count in Counter(entry["reason"] for entry in item.skipped).most_common():
         lines.append(f"  skipped    {count} × {reason}")
     if verbose:

@@ -60,6 +60,9 @@ def audit(
     workers: int = 1,
     threads: int | None = None,
     verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    initial_adapter: str | Path | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -70,7 +73,8 @@ def audit(
     """
     return audit_many(
         [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
-        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, cache=cache, progress=progress,
+        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
+        initial_adapter=initial_adapter, split_fused=split_fused, cache=cache, progress=progress,
     )[0]  # fmt: skip
 
 
@@ -89,6 +93,9 @@ def audit_many(
     workers: int = 1,
     threads: int | None = None,
     verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    initial_adapter: str | Path | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
@@ -111,6 +118,12 @@ def audit_many(
     threads : threads for one weight; part of the settings, since it may change last digits.
         By default torch's own number (which heeds OMP_NUM_THREADS), shared out among the workers.
     verify : hash every byte of all files into the fingerprints.
+    split_fused : split matrices that hold several projections (qkv_proj, gate_up_proj, c_attn and others) into these,
+        as config.json says; on both sides, since a split weight is never compared with a fused one.
+    allow_pickle : also read weights that are pickled, where a folder has no others; nothing that a pickle would run
+        is run, and one that is more than a dictionary of tensors is refused.
+    initial_adapter : the adapter as it was saved before training, for one whose initialisation changed the base in a
+        way that cannot be computed from it (``pissa_niter_*``, ``corda``, ``lora_ga``).
     cache : the folder where :func:`spectra.cache_base` kept the bases' spectra; None for the usual one,
         False to use none.
     progress : called after each layer.
@@ -128,7 +141,8 @@ def audit_many(
     """
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
-        device=device, workers=workers, threads=threads, verify=verify,
+        device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
+        initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     started = time.perf_counter()
     runs = opened((partial(SingleRun, path, base, settings) for path in tuned), on_unreadable)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from spectra import __version__
-from spectra.adapters.writing import (
+from spectra.adapters import WholeTensor
+from spectra.adapters.peft.writing import (
     Whole,
     adapter_config,
     check_folder,
@@ -22,12 +23,13 @@ from spectra.adapters.writing import (
     write_adapter,
 )
 from spectra.analysis import ieee_arithmetic
+from spectra.derived import Derived
 from spectra.errors import LAYER_ERRORS, UsageError
 from spectra.folders import check_apart
 from spectra.layers import LEFT_OUT, LayerPair
 from spectra.measures import update_singular_values
 from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
-from spectra.runs import Job, Progress, SingleRun, base_facts, checked_settings, in_order, jobs_of
+from spectra.runs import Job, Progress, SingleRun, base_facts, check_initial, checked_settings, in_order, jobs_of
 from spectra.truncation import Factors, low_rank_factors
 from spectra.updates import TunedWeight
 
@@ -80,6 +82,9 @@ def suggest_ranks(
     workers: int = 1,
     threads: int | None = None,
     verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    initial_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> RankReport:
     """What rank each layer of a fine-tune really uses, and the LoRA config that would hold its change.
@@ -98,15 +103,14 @@ def suggest_ranks(
     >>> report.suggestion.peft_config()["use_rslora"]
     False
     """
-    work = _Work(
-        SingleRun(
-            tuned, base,
-            checked_settings(include=include, exclude=exclude, dtype=dtype, device=device, workers=workers,
-                             threads=threads, verify=verify),
-        ),
-        {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha},
+    settings = checked_settings(
+        include=include, exclude=exclude, dtype=dtype, device=device, workers=workers, threads=threads, verify=verify,
+        allow_pickle=allow_pickle, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
-    return work.report(progress)
+    run = SingleRun(tuned, base, settings)
+    check_initial([run])
+    options = {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}
+    return _Work(run, options).report(progress)
 
 
 def extract_adapter(
@@ -125,6 +129,7 @@ def extract_adapter(
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Extraction:
     """Writes the suggested low-rank adapter of a full fine-tune, in PEFT's format.
@@ -146,10 +151,19 @@ def extract_adapter(
     SpectraError : as for :func:`spectra.audit_many`; also where a layer's values are not finite.
     """
     check_folder(output, force=force)
-    run = SingleRun(tuned, base, checked_settings(include=include, exclude=exclude, device=device, threads=threads))
+    settings = checked_settings(
+        include=include, exclude=exclude, device=device, threads=threads, allow_pickle=allow_pickle
+    )
+    run = SingleRun(tuned, base, settings)
     if run.plan.format != "full":
         raise UsageError(f"{run.tuned.path}: this is an adapter already ({run.plan.format})")
     check_apart(output, run.tuned, run.base)
+    for pair in run.pairs:
+        if isinstance(pair.update, WholeTensor) and isinstance(pair.update.info, Derived) and pair.update.info.part_of:
+            raise UsageError(
+                f"{run.tuned.path}: {pair.name!r} is {pair.update.info.how}, of which no adapter is written; leave it "
+                "out with --exclude"
+            )
     work = _Work(
         run, {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}, factors=True
     )

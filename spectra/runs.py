@@ -18,12 +18,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from spectra.adapters import Skipped, plan_updates
+from spectra.adapters import Skipped, plan_updates, uses_initial
 from spectra.analysis import DTYPES, check_device, checked_question, using_threads
 from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers
+from spectra.precision import caveat, quantised_as
 from spectra.resolve import named_base, open_base, open_base_of, open_tuned
+from spectra.splitting import split_apart
 from spectra.svd import Question, choose_engine
 from spectra.updates import TunedWeight, merged
 
@@ -49,17 +51,23 @@ class Settings:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     verify: bool
+    split_fused: bool = False  # recorded where it is asked for
+    allow_pickle: bool = False  # no part of the record: it changes no result
+    initial_adapter: str | Path | None = None  # nor is this: the layers' notes say where it was used
 
     def record(self) -> dict[str, Any]:
         record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
-        del record["question"]
+        if not self.split_fused:
+            del record["split_fused"]
+        del record["question"], record["allow_pickle"], record["initial_adapter"]
         return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
 
 
 def checked_settings(
     *, top_k: int = 10, epsilon: float = 0.5, side: str = "left", include: Iterable[str] = (),
     exclude: Iterable[str] = (), engine: str = "auto", dtype: str = "float32", device: str = "cpu",
-    workers: int = 1, threads: int | None = None, verify: bool = False,
+    workers: int = 1, threads: int | None = None, verify: bool = False, split_fused: bool = False,
+    allow_pickle: bool = False, initial_adapter: str | Path | None = None,
 ) -> Settings:  # fmt: skip
     """The options of :func:`spectra.audit_many`, checked; raises UsageError."""
     choose_engine(engine)
@@ -78,6 +86,9 @@ def checked_settings(
         include=tuple(include),
         exclude=tuple(exclude),
         verify=verify,
+        split_fused=split_fused,
+        allow_pickle=allow_pickle,
+        initial_adapter=initial_adapter,
     )
 
 
@@ -120,9 +131,16 @@ class SingleRun:
 
     def __init__(self, path: str | Path, base: str | Path | None, settings: Settings):
         self.settings = settings
-        self.tuned: Checkpoint = open_tuned(path)
-        self.base: Checkpoint = open_base_of(self.tuned) if base is None else open_base(base)
-        self.plan = plan_updates(self.tuned)
+        allow = settings.allow_pickle
+        self.tuned: Checkpoint = open_tuned(path, allow_pickle=allow)
+        self.base: Checkpoint = (
+            open_base_of(self.tuned, allow_pickle=allow) if base is None else open_base(base, allow_pickle=allow)
+        )
+        if settings.split_fused:
+            self.base, self.tuned = split_apart(self.base, self.tuned)
+        before = settings.initial_adapter
+        initial = open_tuned(before, allow_pickle=allow) if before is not None else None
+        self.plan = plan_updates(self.tuned, initial)
         pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
         self.pairs, self.skipped, self.counterpart = pairing.pairs, pairing.skipped, pairing.counterpart
         if not self.pairs:
@@ -156,7 +174,8 @@ class SingleRun:
 
     def non_finite(self, pair: LayerPair) -> tuple[str, ...]:
         """The tensors of an update that hold NaN or infinity."""
-        return tuple(name for name in pair.update.tensors if not bool(self.tuned.read(name).isfinite().all()))
+        values = ((name, self.tuned.read(name)) for name in pair.update.tensors)
+        return tuple(name for name, value in values if value.is_floating_point() and not is_finite(value))
 
     def explain(self, pair: LayerPair, error: Exception) -> tuple[str, str]:
         names = pair.update.tensors
@@ -183,6 +202,8 @@ class MergedRun:
         for weight, run in parts:
             if not math.isfinite(weight):
                 raise UsageError(f"{run.tuned.path}: weight = {weight}; expected a finite number")
+            if run.plan.sharing:
+                raise UsageError(f"{run.tuned.path}: its layers are copies (layer_replication), so it is not merged")
         self.parts = tuple(parts)
         self.base, self.settings = parts[0][1].base, parts[0][1].settings
         self.skipped = tuple({item: None for _, run in parts for item in run.skipped})
@@ -272,7 +293,14 @@ def base_facts(run: Run) -> dict[str, Any]:
         "format": run.base.layout,
         **fingerprint(run.base, run.settings.verify),
         "named_by_adapter": named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None,
+        "quantised": quantised_as(run.base),
+        "caveat": caveat(run.base, run.tuned if isinstance(run, SingleRun) else None),
     }
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all values are finite; of eight bits, too, for which torch cannot tell."""
+    return bool((value.float() if value.itemsize == 1 else value).isfinite().all())
 
 
 def explain(error: Exception, what: str) -> tuple[str, str]:
@@ -323,7 +351,7 @@ class Job:
 
     def prefetch(self) -> None:
         """Has the disk work ahead; nothing of it is kept here."""
-        self.base.prefetch([self.first.base.name])
+        self.base.prefetch([self.first.base])
         for run, pair in self.parts:
             run.prefetch(pair)
 
@@ -338,7 +366,26 @@ def opened(openings: Iterable[Callable[[], Run]], on_unreadable: Callable[[Spect
             if on_unreadable is None:
                 raise
             on_unreadable(error)
+    if runs:
+        check_initial(runs)
     return runs
+
+
+def check_initial(runs: Iterable[Run]) -> None:
+    """Raises UsageError unless an initial adapter that was given is that of exactly one fine-tune."""
+    singles: list[Run] = []
+    for run in runs:
+        singles += [own for _, own in run.parts] if isinstance(run, MergedRun) else [run]
+    given = {run.settings.initial_adapter for run in singles} - {None}
+    users = {run.tuned.path.resolve() for run in singles if isinstance(run, SingleRun) and uses_initial(run.plan)}
+    for path in given:
+        if not users:
+            raise UsageError(f"{path}: no fine-tune here has an initialisation that needs an initial adapter")
+        if len(users) > 1:
+            raise UsageError(
+                f"{path}: it is the initial adapter of one fine-tune, but {len(users)} need one "
+                f"({', '.join(map(str, sorted(users)))}); give them one at a time"
+            )
 
 
 def jobs_of(runs: Sequence[Run]) -> list[Job]:

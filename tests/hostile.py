@@ -19,13 +19,17 @@ import tarfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import spectra
+from spectra import inspection
+from tests.conftest import ROOT
 
 SECONDS, MIB = 2.0, 16.0  # above start-up
 CANARY = "the canary sings 4711"
@@ -46,17 +50,20 @@ class Case:
     name: str
     build: Callable[[Path], Arguments | None]
     words: tuple[str, ...]
+    mib: float = MIB
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, *words: str) -> Callable[[Callable[[Path], Arguments | None]], Callable[[Path], Arguments | None]]:
+def case(
+    name: str, *words: str, mib: float = MIB
+) -> Callable[[Callable[[Path], Arguments | None]], Callable[[Path], Arguments | None]]:
     """Registers a builder; where it returns nothing, the folder is audited against the base beside it."""
 
     def register(build: Callable[[Path], Arguments | None]) -> Callable[[Path], Arguments | None]:
         assert name not in CASES, name
-        CASES[name] = Case(name, build, words)
+        CASES[name] = Case(name, build, words, mib)
         return build
 
     return register
@@ -618,7 +625,7 @@ for _name, _words, _tensors in (
     ("B of three dimensions", (WEIGHTS, B), {A: (2, 8), B: (8, 2, 3)}),
     ("NaN in A", (A, "NaN"), {A: _nan, B: (8, 2)}),
     ("infinity in B", (B, "NaN"), {A: (2, 8), B: _inf}),
-    ("two adapters in one file", (WEIGHTS, "twice"),
+    ("two adapters in one file", (WEIGHTS, "several adapters"),
      BOTH | besides(".weight", ".other.weight")),
     ("a factor of another base", (WEIGHTS, "wrong base"), besides("q_proj", "no_proj")),
     ("an update that does not fit the base", (WEIGHTS, A), {A: (2, 9), B: (9, 2)}),
@@ -710,13 +717,17 @@ def _(box: Path) -> Arguments:
 # How they are run.
 
 
-def run_all(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Builds and runs cases, each in a forked process."""
+Job = Callable[[Path], Arguments]  # builds something in a folder; what to run on it
+
+
+def run_all(folder: Path, jobs: Mapping[str, Job], ready: Sequence[Arguments] = ()) -> Iterator[tuple[str, Any]]:
+    """Builds and runs jobs, each in a forked process; ``ready`` is run before, so that it is loaded."""
     known = prepare(folder / "ready", Case("ready", lambda box: adapter(box), ()))
-    assert silently(known) == 0, "what is not hostile is read"
-    for number, name in enumerate(names):
+    for arguments in (known, *ready):
+        assert silently(arguments) == 0, "what is not hostile is read"
+    for number, (name, job) in enumerate(jobs.items()):
         home = folder / f"{number:03d}"
-        arguments = prepare(home, CASES[name])
+        arguments = job(home)
         before = snapshot(home)
         result = in_a_fork(arguments, folder / "answer.json", known)
         result["changed"] = sorted(before ^ snapshot(home))
@@ -733,6 +744,31 @@ def silently(arguments: Arguments) -> int:
 
     with Path(os.devnull).open("w") as to, contextlib.redirect_stdout(to), contextlib.redirect_stderr(to):
         return main(arguments)
+
+
+# What a command does, by the paths that it is given, without the command.
+API: dict[str, Callable[[str, str | None], Any]] = {
+    "audit": lambda tuned, base: spectra.audit(tuned, base),
+    "inspect": lambda tuned, base: inspection.inspect(tuned, base),
+    "compare": lambda tuned, base: spectra.compare([tuned], base, quick=True),
+    "ranks": lambda tuned, base: spectra.suggest_ranks(tuned, base),
+    "mitigate": lambda tuned, base: spectra.mitigate(tuned, None, base, scale=0.5),
+    "plot": lambda tuned, base: spectra.layer_spectra([tuned], base),
+    "cache": lambda base, _: spectra.cache_base(base, dry_run=True),
+}
+
+
+def raised_by_the_api(arguments: Arguments) -> str | None:
+    """The class of what the function behind a command raises: "SpectraError" for all of ours; None for none."""
+    paths = arguments[2:] if arguments[0] == "plot" else arguments[1:]
+    base = arguments[arguments.index("--base") + 1] if "--base" in arguments else None
+    try:
+        API[arguments[0]](paths[0], base)
+    except spectra.SpectraError:
+        return "SpectraError"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    return None
 
 
 def snapshot(home: Path) -> set[str]:
@@ -760,7 +796,8 @@ def in_a_fork(arguments: Arguments, answer: Path, known: Arguments) -> dict[str,
             break
         time.sleep(0.002)
     if not answer.exists():
-        return {"code": None, "out": "", "err": "killed", "seconds": 99.0, "mib": 0.0, "opened": [], "events": []}
+        return {"code": None, "out": "", "err": "killed", "seconds": 99.0, "mib": 0.0, "opened": [], "events": [],
+                "raised": None}  # fmt: skip
     found: dict[str, Any] = json.loads(answer.read_text())
     return found
 
@@ -771,6 +808,7 @@ def _run_here(arguments: Arguments, answer: Path, known: Arguments) -> None:
     from spectra.cli import main
 
     resource.setrlimit(resource.RLIMIT_CPU, (15, 15))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))  # what copies a file of terabytes shall not
     opened: list[str] = []
     events: list[str] = []
 
@@ -800,10 +838,44 @@ def _run_here(arguments: Arguments, answer: Path, known: Arguments) -> None:
             traceback.print_exc()
     seconds = time.process_time() - started
     peak = _status("VmHWM")
-    answer.write_text(json.dumps({
+    result = {
         "code": code, "out": out.getvalue(), "err": err.getvalue(), "seconds": seconds, "mib": (peak - before) / 1024,
-        "opened": list(opened), "events": list(events[:-1] if events and events[-1] == str(answer) else events),
-    }))  # fmt: skip
+        "opened": tuple(opened), "events": tuple(events), "raised": raised_by_the_api(arguments),
+    }  # fmt: skip
+    answer.write_text(json.dumps(result))
+
+
+def check_refused(found: dict[str, Any], mib: float = MIB) -> None:
+    """Holds a result to what is promised of every hostile file; what was written is left to the caller."""
+    err = found["err"]
+    assert found["code"] == 2, err
+    assert err.startswith("spectra: error: ")
+    assert err.endswith("\n")
+    assert err[:-1].isprintable(), "one line, and nothing that steers a terminal"
+    assert len(err) < 1600
+    assert "Traceback" not in err
+    # Where single layers fail, the function returns a report that says so.
+    of_layers = found["raised"] is None and any(word in err for word in (": failed: ", "non_finite", "infinite"))
+    assert found["raised"] == "SpectraError" or of_layers, found["raised"]
+    check_quiet(found, mib)
+
+
+def check_quiet(found: dict[str, Any], mib: float = MIB) -> None:
+    """The limits on time and memory, and that nothing was read but the case's own files."""
+    assert found["seconds"] <= SECONDS
+    assert found["mib"] <= mib
+    assert found["changed"] == []
+    assert CANARY not in found["err"] + found["out"]
+    # The case's own files, and the code and the libraries that are loaded late.
+    own, code = Path(found["home"]).resolve(), [Path(place).resolve() for place in (ROOT, sys.prefix, sys.base_prefix)]
+    for opened in found["opened"]:
+        path = Path(opened).resolve()
+        if own in path.parents:
+            assert own / "outside" not in path.parents, opened
+        elif path.suffix in (".py", ".pyc", ".so", ".pem") or path.is_relative_to("/proc"):
+            continue
+        else:
+            assert any(path.is_relative_to(place) for place in code), opened
 
 
 def _status(key: str) -> int:
@@ -814,7 +886,16 @@ def _status(key: str) -> int:
     raise AssertionError(key)
 
 
+def main(folder: Path, results: Path, names: Sequence[str]) -> None:
+    """Runs the cases of these names, or all of both modules."""
+    from tests import hostile_formats
+
+    assert hostile_formats.STATE, "which has registered its cases"
+    jobs: dict[str, Job] = {name: partial(prepare, one=CASES[name]) for name in names or CASES}
+    results.write_text(json.dumps(dict(run_all(folder, jobs))))
+
+
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    chosen = sys.argv[3:] or list(CASES)
-    Path(sys.argv[2]).write_text(json.dumps(dict(run_all(place, chosen))))
+    from tests import hostile
+
+    hostile.main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])  # whose cases are those that others add to

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from spectra import truncation
 from spectra.adapters import plan_updates
-from spectra.adapters.writing import (
+from spectra.adapters.peft.writing import (
     adapter_config,
     check_folder,
     factor_tensors,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from spectra.adapters import plan_updates
-from spectra.adapters.repaired import replaceable, write_repaired
-from spectra.adapters.writing import why_no_adapter
+from spectra.adapters.peft.repaired import replaceable, write_repaired
+from spectra.adapters.peft.writing import why_no_adapter
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.folders import (

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spectra.adapters.naming import ModuleNames
+from spectra.adapters.peft.naming import ModuleNames
 from spectra.errors import UsageError
 from spectra.ranks import ROW_COLUMNS, RankReport, layer_rank, suggest
 from spectra.render.ranks import about_alpha, render_ranks, to_csv

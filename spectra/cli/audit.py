@@ -17,8 +17,10 @@ from spectra.cli.options import (
     add_base,
     add_computation,
     add_definition,
+    add_initial,
     add_layers,
     add_output,
+    add_split,
     add_tuned,
     announce,
     complain_of_layers,
@@ -48,6 +50,8 @@ def add(commands: Commands) -> None:
     )
     add_tuned(parser)
     add_base(parser)
+    add_initial(parser)
+    add_split(parser)
     add_definition(parser)
     add_layers(parser)
     add_computation(parser)

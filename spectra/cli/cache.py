@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         threads=options.threads,
         root=options.cache,
+        allow_pickle=options.allow_pickle,
     )
     return_freed_matrices()
     plan = prepare(dry_run=True)

@@ -14,8 +14,10 @@ from spectra.cli.options import (
     add_base,
     add_computation,
     add_definition,
+    add_initial,
     add_layers,
     add_output,
+    add_split,
     announce,
     complain_of_layers,
     format_of,
@@ -68,6 +70,8 @@ def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
         help="one more column: these fine-tunes merged with their weights (default: 1) (repeatable)",
     )
     add_base(parser)
+    add_initial(parser)
+    add_split(parser)
     depth = parser.add_argument_group("how thoroughly")
     depth.add_argument(
         "--draws",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from spectra.cli.options import BAD, OK, Commands, add_layers, complain
-from spectra.errors import SpectraError
+from spectra.cli.options import BAD, OK, READING, Commands, add_initial, add_layers, add_split, complain
+from spectra.errors import SpectraError, UsageError
 from spectra.output import emit
 
 
@@ -23,6 +23,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--base", metavar="BASE", help="match against this base (default: the one the adapter's config names)"
     )
+    add_initial(parser)
+    add_split(parser)
     add_layers(parser, as_for="audit")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
@@ -33,13 +35,19 @@ def run(options: argparse.Namespace) -> int:
     """Inspects every path, also after one that cannot be read; returns the exit code."""
     from spectra.inspection import inspect, render_inspection, to_json
 
+    if options.initial_adapter is not None and len(options.paths) > 1:
+        raise UsageError("--initial-adapter is the initial adapter of one fine-tune; give one PATH")
     found, code = [], OK
     for path in options.paths:
         try:
-            found.append(inspect(path, options.base, include=options.include, exclude=options.exclude))
+            found.append(inspect(path, options.base, **{name: getattr(options, name) for name in READING}))
         except SpectraError as error:
             complain(error)
             code = BAD
+        else:
+            if options.base is not None and found[-1].problem:  # the one that was named does not fit
+                complain(found[-1].problem)
+                code = BAD
     if found:
         text = to_json(found) if options.format == "json" else render_inspection(found, verbose=options.verbose)
         emit(text, None)

@@ -33,9 +33,10 @@ EXIT_CODES = """exit codes:
 
 DTYPES = ("float32", "float64")
 
+READING = ("include", "exclude", "split_fused", "allow_pickle", "initial_adapter")
 COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "verify")
-# The options of add_definition, add_layers and add_computation, by the names that the pipeline gives them.
-SETTINGS = frozenset({"top_k", "epsilon", "side"} | {"include", "exclude"} | {*COMPUTATION})
+# The options of add_definition, add_layers, add_pickles and add_computation, by the names that the pipeline gives them.
+SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
 
 
 def add_tuned(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,26 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     """The base of all fine-tunes: ``options.base``, None where their configs shall say."""
     parser.add_argument(
         "--base", metavar="BASE", help="the model it was tuned from (default: the one the adapter's config names)"
+    )
+
+
+def add_initial(parser: argparse.ArgumentParser) -> None:
+    """The adapter before training, of one fine-tune: ``options.initial_adapter``."""
+    parser.add_argument(
+        "--initial-adapter",
+        metavar="DIR",
+        help="the adapter as it was saved before training, where its initialisation changed the base and that cannot "
+        "be computed again (pissa_niter, corda, lora_ga)",
+    )
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Whether projections that share a matrix are analysed apart: ``options.split_fused``."""
+    parser.add_argument(
+        "--split-fused",
+        action="store_true",
+        help="split matrices that hold several projections (qkv_proj, query_key_value, c_attn, gate_up_proj) into "
+        "these, as config.json says (default: as they are stored)",
     )
 
 
@@ -95,6 +116,16 @@ def add_layers(parser: argparse.ArgumentParser, *, as_for: str | None = None) ->
         include = exclude = f"as for {as_for}"
     place.add_argument("--include", action="append", default=[], metavar="PATTERN", help=include)
     place.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
+    add_pickles(parser)
+
+
+def add_pickles(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Whether weights may be pickled: ``options.allow_pickle``."""
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="also read weights that torch.save wrote (.bin, .pt), where there are no others; runs nothing of them",
+    )
 
 
 def add_computation(

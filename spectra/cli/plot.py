@@ -22,7 +22,7 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
-from spectra.errors import UsageError
+from spectra.errors import CorruptFileError, SpectraError, UsageError, in_short
 from spectra.output import check_output, emit, progress
 from spectra.plots.kinds import KINDS
 
@@ -34,9 +34,12 @@ FORMATS = ("png", "svg", "pdf")
 # What cannot be changed of a comparison that was made before, and what these options are by themselves.
 AS_MADE: dict[str, Any] = {
     "base": None, "top_k": 10, "epsilon": 0.5, "side": "left", "include": [], "exclude": [], "draws": 0, "quick": False,
-    "engine": "cached", "dtype": "float32", "size": None,
+    "engine": "cached", "dtype": "float32", "size": None, "allow_pickle": False,
+    "initial_adapter": None,
 }  # fmt: skip
-LAYER_SETTINGS = ("top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads")
+LAYER_SETTINGS = (
+    "top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads", "allow_pickle", "initial_adapter",
+)  # fmt: skip
 PANELS = 3  # layers of one fine-tune that are drawn side by side where none are named
 
 
@@ -94,7 +97,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         source = load_comparison(kept[0]) if kept else _comparison(options, unreadable)
         failed = complain_of_layers(source.reports)
-    picture = render(kind.draw(source), ending)
+    try:
+        picture = render(kind.draw(source), ending)
+    except UsageError:
+        if not failed:
+            raise
+        return BAD  # none is left to draw; what is wrong with each was said
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
+        if not kept or isinstance(error, SpectraError):
+            raise
+        raise CorruptFileError(kept[0], f"what this comparison says cannot be drawn: {in_short(error)}") from None
     emit(picture, target)
     announce(target, kind.help, options)
     return BAD if failed or unreadable else OK

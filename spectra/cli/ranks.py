@@ -12,8 +12,10 @@ from spectra.cli.options import (
     Commands,
     add_base,
     add_computation,
+    add_initial,
     add_layers,
     add_output,
+    add_split,
     announce,
     complain,
     format_of,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv")
 CHOICE = ("energy", "max_rank", "by", "use_rslora", "alpha")
-READING = ("include", "exclude", "device", "threads")
+READING = ("include", "exclude", "device", "threads", "allow_pickle")
 
 
 def add(commands: Commands) -> None:
@@ -42,6 +44,8 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("tuned", metavar="TUNED", help="adapter or checkpoint folder, or safetensors file")
     add_base(parser)
+    add_initial(parser)
+    add_split(parser)
     choice = parser.add_argument_group("how to choose")
     choice.add_argument(
         "--energy",
@@ -91,6 +95,10 @@ def run(options: argparse.Namespace) -> int:
     options.format = options.format or format_of(target, FORMATS)
     if options.extract is None and (options.force or not options.whole):
         raise UsageError("--force and --factors-only go with --extract OUT")
+    if options.extract is not None and options.initial_adapter is not None:
+        raise UsageError("--extract is of full fine-tunes, --initial-adapter of adapters")
+    if options.extract is not None and options.split_fused:
+        raise UsageError("--extract writes factors for modules as the model has them, not for parts of them")
     return_freed_matrices()
 
     from spectra.ranking import extract_adapter, suggest_ranks
@@ -106,8 +114,9 @@ def run(options: argparse.Namespace) -> int:
             report = extraction.report
         else:
             report = suggest_ranks(
-                options.tuned, options.base, **chosen, dtype=options.dtype, workers=options.workers, progress=show
-            )
+                options.tuned, options.base, **chosen, dtype=options.dtype, workers=options.workers,
+                initial_adapter=options.initial_adapter, split_fused=options.split_fused, progress=show,
+            )  # fmt: skip
     emit(_rendered(report, options), target)
     announce(target, options.format, options)
     if extraction is not None:
