@@ -1,14 +1,15 @@
-"""Headers, indices and configurations, mutated without end: nothing but errors of our own may come out.
+"""What is read from outside, mutated without end: nothing but errors of our own may come out.
 
     python -m benchmarks.fuzz [--headers 1000000] [--workers 2] [--seed 0] [--scratch DIR]
     python -m benchmarks.fuzz --guided --seconds 300     # atheris (libFuzzer) in place of the engine here
     python -m benchmarks.fuzz --self-test                # are bugs that were planted in a copy found?
 
-Guided by coverage: an input that reaches a line of the package, or makes an error, that none before it did, is kept and
-mutated further.  Besides crashes, what counts as one: a header that we accept and plain JSON or the safetensors library
-reads otherwise, a message without the file's path or of more than one line, more than two seconds.  A run is repeated
-exactly by its seed and number of workers.  The first inputs are the fixtures' own.  ``--scratch`` is best a folder in
-memory.  Exits with 1 on any finding.
+Headers, indices, configurations, GGUF files, pickles and their archives.  Guided by coverage: an input that reaches a
+line of the package, or makes an error, that none before it did, is kept and mutated further.  Besides crashes, what
+counts as one: a file that we accept and plain JSON, the safetensors library, gguf or torch reads otherwise, a message
+without the file's path or of more than one line, more than two seconds.  A run is repeated exactly by its seed and
+number of workers.  The first inputs are the fixtures' own.  ``--scratch`` is best a folder in memory.  Exits with 1 on
+any finding.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import spectra
+from benchmarks.fuzz_files import BINARY, an_archive, compare, prepare, seeds_of, write_pipeline
+from benchmarks.fuzz_files import NAMES as NAMES_OF_FILES
+from benchmarks.fuzz_files import TOKENS as BINARY_TOKENS
 from benchmarks.options import Options, Row
 from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
@@ -48,7 +52,10 @@ TITLE = "Inputs made to break the readers, and bugs planted for them to find"
 SECONDS = 2.0
 PACKAGE = str(Path(spectra.__file__).parent)
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-SHARE = {"header": 0.6, "index": 0.08, "config": 0.12, "mlx": 0.05, "model": 0.1, "state": 0.05}
+SHARE = {
+    "header": 0.45, "index": 0.08, "config": 0.12, "mlx": 0.05, "model": 0.1, "state": 0.05, "gguf": 0.05,
+    "pickle": 0.06, "archive": 0.02, "pipeline": 0.02,
+}  # fmt: skip
 TRACED = 0.1  # of the inputs; tracing costs ten times the reading, and what is new shows up soon enough
 LONGEST = 6000  # bytes of an input
 SLOW = 0.2  # seconds, from which on an input is not mutated further: patterns that take their half a second
@@ -195,7 +202,7 @@ def _retype(rng: random.Random, said: dict[str, Any]) -> None:
         said["shape"] = [(end - begin) * 8 // BITS[said["dtype"]], *rng.choice(([], [1], [1, 1]))]
 
 
-def mutate(rng: random.Random, text: bytes, corpus: list[bytes]) -> bytes:
+def mutate(rng: random.Random, text: bytes, corpus: list[bytes], tokens: Sequence[bytes] = tuple(TOKENS)) -> bytes:
     """A few small changes: values, bits, bytes, tokens, pieces taken out, doubled, or from another input."""
     if rng.random() < 0.4:
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -223,13 +230,13 @@ def mutate(rng: random.Random, text: bytes, corpus: list[bytes]) -> bytes:
                 value = max(0, int(one[0][:20]) + rng.choice((-1, 1, 8, -8, 2**32)))
                 text = text[: one.start()] + str(value).encode() + text[one.end() :]
         else:
-            text = text[:at] + rng.choice(TOKENS) + text[to:]
+            text = text[:at] + rng.choice(tokens) + text[to:]
     return text[:LONGEST]
 
 
 def seeds(kind: str) -> list[bytes]:
     """Inputs to begin with: those above, and what the fixtures hold (of a header the first entries)."""
-    found = [json.dumps(value).encode() for value in SEEDS[kind]]
+    found = [json.dumps(value).encode() for value in SEEDS[kind]] if kind in SEEDS else seeds_of(kind)
     name = {"header": "*.safetensors", "config": "adapter_config.json", "model": "config.json"}.get(kind)
     for file in sorted(FIXTURES.glob(f"*/{name}")) if name else []:
         text = file.read_bytes()
@@ -256,6 +263,11 @@ class Target:
         self.folder.mkdir(parents=True)
         if kind in ("header", "state"):
             self.file = self.folder / "model.safetensors"
+        elif kind in NAMES_OF_FILES:
+            self.file = self.folder / NAMES_OF_FILES[kind]
+            prepare(kind)
+            if kind == "pipeline":
+                write_pipeline(self.folder)
         elif kind == "index":
             self.file = self.folder / "model.safetensors.index.json"
             self._weights("a.safetensors", {"w": entry([2, 2], 0, 16)}, 16)
@@ -288,19 +300,21 @@ class Target:
             size = max((int(end) for end in _ENDS.findall(text)), default=0)
             size = min(size, 1 << 20) if rng.random() < 0.9 else rng.randrange(17)
             text = length.to_bytes(8, "little") + text
-        self.file.write_bytes(text)
+        self.file.write_bytes(an_archive(text) if self.kind == "pickle" else text)
         if size:
             os.truncate(self.file, len(text) + size)
 
     def read(self) -> None:
         """Reads it as an audit would, from headers; raises AssertionError where others read it otherwise."""
-        found = open_checkpoint(self.folder)
+        found = open_checkpoint(self.folder, allow_pickle=self.kind in BINARY)
         if self.kind in ("config", "mlx"):
             plan_updates(found)
         elif self.kind in ("model", "state"):
             assert found.weights, "no weight is left, nor a reason"
         elif self.kind == "header":
             self._compare(found.tensors)
+        elif self.kind in NAMES_OF_FILES:
+            compare(self.kind, self.file, found)
 
     def _compare(self, tensors: Mapping[str, TensorInfo]) -> None:
         from safetensors import safe_open
@@ -379,7 +393,11 @@ def run_fuzz(seed: int, headers: int, scratch: Path, until_found: bool = False, 
         own, target = corpus[kind], targets[kind]
         # Half of the time from what was sound: most changes break an input, and what is broken stays so.
         parents = sound[kind][-50:] if rng.random() < 0.5 else own[-200:]
-        text = rng.choice(own) if number < 30 else mutate(rng, rng.choice(parents), own)
+        text = (
+            rng.choice(own)
+            if number < 30
+            else mutate(rng, rng.choice(parents), own, BINARY_TOKENS if kind in BINARY else TOKENS)
+        )
         target.write(text, rng)
         known, started = len(lines.seen), time.perf_counter()
         if number < 1000 or rng.random() < TRACED:

@@ -136,6 +136,32 @@ PLANTED = (
         "TimeoutError",
         "config",
     ),
+    Planted(
+        "a storage of two dtypes, read as the second",
+        "pickles.py",
+        "if self.storages.setdefault(storage.key, storage) != storage:",
+        "if self.storages.setdefault(storage.key, storage).key != storage.key:",
+        "another",
+        "pickle",
+    ),
+    Planted(
+        "rows of a tensor that begin at the first",
+        "pickles.py",
+        "first * self.strides[0]",
+        "0 * self.strides[0]",
+        "another value of some rows",
+        "pickle",
+        quick=True,
+    ),
+    Planted(
+        "a component that is left out, and yet read",
+        "pipelines.py",
+        "or len(value) != 2 or None in value:",
+        "or None in value:",
+        "IndexError",
+        "pipeline",
+        quick=True,
+    ),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from spectra.checkpoint import Checkpoint
 from spectra.errors import UsageError
 from spectra.layers import LayerPair, Pairing
 
+WHOLE = ("full", "mlx-full")  # formats that hold the model's own tensors
 Refuse = Callable[[str, str], UsageError]  # (the fine-tune's tensor, why) → what is raised
 
 
@@ -86,15 +87,16 @@ def carried_by(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pairing
             "merged into that"
         )
     paired = {name for pair in pairing.pairs for name in pair.update.tensors}
+    counterpart = pairing.counterpart if is_named_as_the_model(plan) else {name: name for name in base.tensors}.get
     found: dict[str, Carried] = {}
-    for tensor, name, scaling in _beside(tuned, plan):
+    for tensor, name, scaling in _beside(tuned, plan, pairing, refuse):
         if tensor in paired:
             continue
         info, before = tuned.tensors[tensor], found.get(name)
         added = () if scaling is None else ((tensor, scaling),)
         if before is None:
-            whole, there = (tensor if scaling is None else None), pairing.counterpart(name)
-            found[name] = Carried(name, info.shape, info.is_float, whole, there, added=added)
+            whole = tensor if scaling is None else None
+            found[name] = Carried(name, info.shape, info.is_float, whole, counterpart(name), added=added)
         elif scaling is None and before.whole is not None:  # peft stores the bias of a saved module under two names
             if not torch.equal(tuned.read(tensor), tuned.read(before.whole)):
                 raise refuse(tensor, f"both it and {before.whole!r} are {name!r}, with other values")
@@ -109,14 +111,36 @@ def carried_by(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pairing
     for item in found.values():
         if item.whole is None and item.base is None:
             raise refuse(item.tensors[0], f"the base has no {item.name!r}")
+        for tensor, _ in item.added:
+            mine = tuned.tensors[tensor].shape
+            there = item.shape if item.base is None else base.tensors[item.base].shape
+            if mine != there:
+                raise refuse(tensor, f"its shape is {list(mine)}, that of {item.base or item.name!r} {list(there)}")
     return list(found.values())
 
 
-def _beside(tuned: Checkpoint, plan: Plan) -> Iterator[tuple[str, str, float | None]]:
-    if plan.format == "full":
-        yield from ((name, name, None) for name in tuned.tensors)
-    else:
+def is_named_as_the_model(plan: Plan) -> bool:
+    """Whether the fine-tune has the names of the model's own tensors; other writers' are found by their updates."""
+    return plan.format in WHOLE or plan.format.startswith("peft-")
+
+
+def _beside(tuned: Checkpoint, plan: Plan, pairing: Pairing, refuse: Refuse) -> Iterator[tuple[str, str, float | None]]:
+    """(tensor, the model's name of what it changes, scaling), as :func:`beside_factors` gives them."""
+    if plan.format.startswith("peft-"):
         yield from beside_factors(tuned, plan)
+        return
+    known = {item.tensor for item in plan.biases}
+    for item in plan.skipped:
+        info = tuned.tensors.get(item.name)
+        unknown = plan.format not in WHOLE or (plan.format == "mlx-full" and info is not None and len(info.shape) > 2)
+        if info is not None and unknown and item.name not in known:
+            raise refuse(item.name, f"it is part of the fine-tune, but is not read ({item.reason})")
+    if plan.format in WHOLE:
+        yield from ((name, name, None) for name in tuned.tensors)
+    pairs = {name: pair for pair in pairing.pairs for name in pair.update.tensors}
+    for bias in plan.biases:
+        if bias.update in pairs:  # else the update itself has no place, which callers refuse
+            yield bias.tensor, pairs[bias.update].base.name.removesuffix("weight") + "bias", bias.scaling
 
 
 def _scaled_biases(base: Checkpoint, pairing: Pairing) -> Iterator[tuple[LayerPair, str]]:

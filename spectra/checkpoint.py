@@ -7,17 +7,16 @@ when :meth:`Checkpoint.read` asks for them and are not kept.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from spectra.derived import Alternative, Derived, Unreadable, Weight, read_rows, sources_of
+from spectra.derived import Alternative, Derived, Unreadable, Weight, in_component, read_rows
 from spectra.errors import (
     AmbiguousFilesError,
     CorruptFileError,
@@ -26,6 +25,7 @@ from spectra.errors import (
     UnsafeFileError,
     UsageError,
 )
+from spectra.fingerprints import Fingerprint, digest_of, digest_of_file, sha256_of
 from spectra.gguf import model_of, read_gguf
 from spectra.headers import (
     BYTES_PER_ELEMENT,
@@ -40,7 +40,7 @@ from spectra.headers import (
     stored_value,
 )
 from spectra.pickles import read_pickle
-from spectra.pipelines import INDEX, components
+from spectra.pipelines import INDEX, components_of
 from spectra.stored import derive, other_forms, weights_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLED_FILES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 # What trainers pickle beside the weights.
 TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+SHARD = re.compile(r"-\d+-of-\d+\.")
+STEP = re.compile(r"checkpoint-\d+")  # a folder of a training run
 MLX_FILE = "adapters.safetensors"
 PARTIAL = ".part"  # how a file ends that is being written
 
@@ -74,6 +76,7 @@ class Checkpoint:
     adapter_config : ``adapter_config.json`` beside the weights, or None.
     aside : what the files hold beside tensors, each with a reason why it is not read.
     split_fused : whether projections that share a matrix are weights of their own.
+    components : a pipeline's models, as each is by itself.
     """
 
     path: Path
@@ -83,10 +86,15 @@ class Checkpoint:
     adapter_config: Mapping[str, Any] | None = None
     aside: Mapping[str, str] = field(default_factory=dict)
     split_fused: bool = False
+    components: Mapping[str, Checkpoint] = field(default_factory=dict, repr=False, compare=False)
     _digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def derived(self) -> Mapping[str, Derived | Unreadable]:
+        if self.components:  # each by its own config
+            parts = {name: replace(part, split_fused=self.split_fused) for name, part in self.components.items()}
+            made = [in_component(info, name) for name, part in parts.items() for info in part.derived.values()]
+            return {info.name: info for info in made}
         return derive(self.tensors, self.config, split=self.split_fused)
 
     @cached_property
@@ -95,7 +103,7 @@ class Checkpoint:
         return weights_of(self.tensors, self.derived)
 
     @cached_property
-    def alternatives(self) -> Mapping[str, Alternative]:
+    def alternatives(self) -> Mapping[str, Alternative | Unreadable]:
         """Weights in the forms that other writers use, for names that no weight has."""
         return other_forms(self.weights, self.config)
 
@@ -131,7 +139,7 @@ class Checkpoint:
         if tuple(tensor.shape[1:]) != info.shape[1:] or (rows is None and tuple(tensor.shape) != info.shape):
             raise CorruptFileError(info.file, "the file changed while it was being read", name)
         if digest and rows is None and name not in self._digests:
-            self._digests[name] = _digest(tensor)
+            self._digests[name] = digest_of(tensor)
         return tensor
 
     def prefetch(self, weights: Iterable[str | Weight]) -> None:
@@ -139,27 +147,42 @@ class Checkpoint:
         if not hasattr(os, "posix_fadvise"):
             return
         for item in weights:
-            if isinstance(item, str) or len(sources_of(item)) > 1:
-                stored = [self.tensors[name] for name in ((item,) if isinstance(item, str) else sources_of(item))]
-            else:
-                stored = [item]  # a part of one tensor knows its own place
-            for info in stored:
+            for info in self._read_for(self.tensors[item] if isinstance(item, str) else item):
                 try:
                     with info.file.open("rb") as file:
                         os.posix_fadvise(file.fileno(), *info.span, os.POSIX_FADV_WILLNEED)
                 except OSError:  # reading it will say what is wrong
                     return
 
+    def _read_for(self, info: Weight) -> list[TensorInfo]:
+        """What reading a weight reads: tensors, or parts of them by their spans; [] where that is not known."""
+        if not isinstance(info, Derived):
+            return [info]
+        if isinstance(info, Alternative):
+            return [stored for name in info.uses for stored in self._read_for(self.weights[name])]
+        if info.part_of is None:
+            return [self.tensors[name] for name in info.sources]
+        if info.part_of in self.tensors and info.sources == (info.part_of,) and info.part_of not in self.derived:
+            return [info]  # a part of one tensor knows its own place
+        whole = self.derived.get(info.part_of)
+        return self._read_for(whole) if whole is not None and len(whole.shape) == 2 else []  # of a stack, some of each
+
     def fingerprint(self, *, verify: bool = False) -> Fingerprint:
         """What identifies this checkpoint.
 
         Contents are covered when every tensor was read with ``digest``, when ``verify`` asks for
-        the rest to be read now, or when the files are a hub cache's blobs, which are named by
+        the rest to be hashed now, or when the files are a hub cache's blobs, which are named by
         their hash.
+
+        Raises
+        ------
+        CorruptFileError : with ``verify``, a file changed or shrank since it was opened.
         """
         if verify:
-            for name in self.tensors:
-                if name not in self._digests:
+            for name, info in self.tensors.items():
+                if name not in self._digests and info.as_stored:
+                    self._digests[name] = digest_of_file(info)
+                elif name not in self._digests:  # in another order than the file has it in
                     self.read(name, digest=True)
         headers = [f"{name}\t{info.dtype}\t{list(info.shape)}" for name, info in sorted(self.tensors.items())]
         blobs = sorted(file.resolve().name for file in self.files)
@@ -168,28 +191,8 @@ class Checkpoint:
         elif all(re.fullmatch(r"[0-9a-f]{64}", blob) for blob in blobs):
             contents = blobs
         else:
-            return Fingerprint(_sha256(headers), _sha256(headers), "headers")
-        return Fingerprint(_sha256(headers + contents), _sha256(headers), "contents")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """``value`` is a sha256 over what ``covers`` says; ``headers`` one over names, dtypes, shapes."""
-
-    value: str
-    headers: str
-    covers: Literal["headers", "contents"]
-
-
-def _sha256(lines: Iterable[str]) -> str:
-    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    import torch
-
-    flat = tensor.contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+            return Fingerprint(sha256_of(headers), sha256_of(headers), "headers")
+        return Fingerprint(sha256_of(headers + contents), sha256_of(headers), "contents")
 
 
 def open_checkpoint(path: str | Path, *, as_base: bool = False, allow_pickle: bool = False) -> Checkpoint:
@@ -271,8 +274,15 @@ def _open_folder(folder: Path, as_base: bool, allow_pickle: bool) -> Checkpoint:
     if len(files) == 1:
         return Checkpoint(folder, "safetensors", read_header(check_within(files[0], folder)), config)
     if files:
+        _check_shards(folder, files, "model.safetensors.index.json")
         raise AmbiguousFilesError(folder, f"several weight files and no index: {_names(files)}; name one of them")
     adapters = sorted(child.parent for child in folder.glob("*/adapter_config.json"))
+    steps = sorted((child for child in folder.iterdir() if STEP.fullmatch(child.name) and child.is_dir()), key=_step)
+    if steps and (len(adapters) != 1 or len(steps) > 1):
+        raise AmbiguousFilesError(
+            folder,
+            f"a training run: name one of its checkpoints ({_names(steps)}), or compare them with spectra compare",
+        )
     if len(adapters) == 1:
         return _open_adapter(check_within(adapters[0], folder), allow_pickle)
     if adapters:
@@ -295,18 +305,21 @@ def _open_folder(folder: Path, as_base: bool, allow_pickle: bool) -> Checkpoint:
 
 def _open_pipeline(folder: Path, allow_pickle: bool) -> Checkpoint:
     """All models of a pipeline, the names of each one's tensors begun with the component's."""
-    files, config = components(folder, allow_pickle)
+    files, config = components_of(folder, allow_pickle)
     tensors: dict[str, TensorInfo] = {}
     aside: dict[str, str] = {}
+    models: dict[str, Checkpoint] = {}
     for component, file in files.items():
         sharded = file.suffix == ".json"
-        opened = _open_sharded(file, allow_pickle) if sharded else _of_file(file, file, {}, allow_pickle=allow_pickle)
+        own = config["components"][component]
+        opened = _open_sharded(file, allow_pickle) if sharded else _of_file(file, file, own, allow_pickle=allow_pickle)
+        models[component] = opened
         for name, info in opened.tensors.items():
             tensors[f"{component}.{name}"] = Renamed(
                 f"{component}.{name}", info.dtype, info.shape, info.file, info.span, info
             )
         aside |= {f"{component}.{name}": reason for name, reason in opened.aside.items()}
-    return Checkpoint(folder, "diffusers pipeline", tensors, config, aside=aside)
+    return Checkpoint(folder, "diffusers pipeline", tensors, config, aside=aside, components=models)
 
 
 def _open_pickled(folder: Path, pickles: list[Path], config: Mapping[str, Any]) -> Checkpoint:
@@ -316,11 +329,25 @@ def _open_pickled(folder: Path, pickles: list[Path], config: Mapping[str, Any]) 
     weights = [path for path in pickles if not TRAINING_STATE.match(path.name)]
     for found, what in ((named, "weight files"), (indices, "indices"), (weights, "weight files and no index")):
         if len(found) > 1:
+            _check_shards(folder, found, "pytorch_model.bin.index.json")
             raise AmbiguousFilesError(folder, f"several {what}: {_names(found)}; name one of them")
         if found:
             file = check_within(found[0], folder)
             return _open_sharded(file, True) if what == "indices" else _of_file(folder, file, config, allow_pickle=True)
     raise MissingFileError(folder, f"no weights here, only a trainer's state: {_names(pickles)}")
+
+
+def _check_shards(folder: Path, files: Iterable[Path], index: str) -> None:
+    """Raises MissingFileError where files without an index are the shards of one model."""
+    if any(SHARD.search(file.name) for file in files):
+        raise MissingFileError(
+            folder / index,
+            f"the index of these shards is missing ({_names(files)}); fetch it from where they came from",
+        )
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _open_adapter(folder: Path, allow_pickle: bool = False) -> Checkpoint:

@@ -7,7 +7,7 @@ it is asked for, and is known by name, dtype and shape before that, as stored te
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from spectra.headers import TensorInfo
@@ -69,11 +69,30 @@ class Alternative(Derived):
 class Unreadable(TensorInfo):
     """A weight that is there by name, but in a form that is not read; ``reason`` says why.
 
-    Its shape is () where that is not known.
+    Its shape is () where that is not known; ``part_of`` is as in :class:`Derived`, ``uses`` as in :class:`Alternative`.
     """
 
     sources: tuple[str, ...] = ()
     reason: str = ""
+    part_of: str | None = None
+    uses: tuple[str, ...] = ()
+
+
+def in_component(info: Derived | Unreadable, component: str) -> Derived | Unreadable:
+    """A weight of one of a pipeline's models, under the names that it and what it is made of have in the pipeline."""
+
+    def make(read: Reader, rows: slice | None = None) -> Tensor:
+        def own(name: str, part: slice | None = None, /) -> Tensor:
+            return read(f"{component}.{name}", part)
+
+        assert isinstance(info, Derived)
+        return info.make(own, rows)
+
+    names = tuple(f"{component}.{name}" for name in info.sources)
+    part_of = None if info.part_of is None else f"{component}.{info.part_of}"
+    if isinstance(info, Unreadable):
+        return replace(info, name=f"{component}.{info.name}", sources=names, part_of=part_of)
+    return replace(info, name=f"{component}.{info.name}", sources=names, make=make, part_of=part_of)
 
 
 Weight = TensorInfo  # stored, Derived or Unreadable

@@ -11,9 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spectra.adapters import MethodUpdate, Skipped, StoredFactors, WholeTensor
-from spectra.adapters.peft.lora import LoraUpdate
-from spectra.adapters.peft.repaired import stored_ranks, why_not_writable, write_repaired
+from spectra.adapters import Skipped, WholeTensor
+from spectra.adapters.peft.repaired import stored_ranks, why_no_adapter, why_not_writable, write_repaired
 from spectra.adapters.peft.tokens import TokensUpdate
 from spectra.adapters.peft.writing import STORED
 from spectra.analysis import Findings
@@ -72,12 +71,9 @@ class AdapterForm:
     merged = False
 
     def __init__(self, run: SingleRun, home: Path | None, dtype: torch.dtype | None, keep_rank: bool):
-        lora = any(isinstance(update, LoraUpdate) for update in run.plan.updates)
-        others = [update for update in run.plan.updates if not (lora and isinstance(update, TokensUpdate))]
-        if any(isinstance(update, MethodUpdate | StoredFactors) for update in others):
-            raise UsageError(
-                f"{run.tuned.path}: mitigate writes LoRA and DoRA of PEFT, not {run.plan.format}; use --merged"
-            )
+        why = why_no_adapter(run.plan)
+        if why is not None:
+            raise UsageError(f"{run.tuned.path}: {why}{_or_merged(run)}")
         self.run, self.home, self.dtype, self.keep_rank = run, home, dtype, keep_rank
         self.changed: dict[str, LowRank | RowScaled] = {}
         self.whole: dict[str, Tensor] = {}
@@ -95,7 +91,9 @@ class AdapterForm:
     def check(self, pair: LayerPair) -> None:
         why = why_not_writable(self.run.tuned, pair.update, pair.rows)
         if isinstance(pair.update, TokensUpdate):
-            why = "it is stored as the rows of some tokens, which a repair is not; exclude it, or use --merged"
+            why = "it is stored as the rows of some tokens, which a repair is not; exclude it"
+            if pair.update.why_not_merged(pair.stored_shape) is None:
+                why += ", or use --merged"
         if why is None and self.keep_rank and self.in_factors(pair) and pair.rows is not None:
             why = "at its old rank it could not keep what the adapter adds to the rows that the base does not have"
         if why is not None:
@@ -215,6 +213,15 @@ class CheckpointForm:
             else:  # copied
                 layers.append(layer_report(written, pair, Findings("unchanged", pair.shape), False, 0.0))
         return _with_audit(record, written, before, layers, skipped, self.home, output)
+
+
+def _or_merged(run: SingleRun) -> str:
+    """The advice to merge an adapter that is not written as one, or why it cannot be merged either."""
+    try:
+        CheckpointForm(run, None, merged=True)
+    except UsageError as error:
+        return f", and --merged does not work either: {error}"
+    return "; use --merged"
 
 
 def _carry(failed: Sequence[LayerReport]) -> str:

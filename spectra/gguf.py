@@ -41,6 +41,8 @@ TYPES = {
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
+BLOCKS = frozenset(name for name, values, _ in TYPES.values() if values > 1)  # quantised, in blocks with scales
+BLOCKS_NOT_READ = "GGUF's quantised types are not read; name a GGUF in F16, BF16 or F32, or the original model"
 # Number of a value's type → how struct reads it.
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY = 8, 9
@@ -67,6 +69,10 @@ class GgufTensor(ForeignTensor):
     """A tensor of a GGUF file; ``heads`` of a model's query or key weight whose rows are put in order again."""
 
     heads: int | None = None
+
+    @property
+    def as_stored(self) -> bool:
+        return self.heads is None or self.dtype in BLOCKS
 
     def value(self, rows: slice | None = None) -> Tensor:
         import numpy as np

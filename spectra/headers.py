@@ -29,10 +29,9 @@ BITS = {
 }  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_ADVICE = (
-    "this is a pickle, which can run code when it is read; convert it to safetensors where you "
-    "trust it, with safetensors.torch.save_file(torch.load(path, weights_only=True), …), under the same name "
-    "but ending in .safetensors; or, for a state dict, read it as it is with --allow-pickle (allow_pickle=True), "
-    "which runs nothing of it"
+    "this is a pickle, which can run code when it is read; a state dict is read as it is with --allow-pickle "
+    "(allow_pickle=True), which runs nothing of it; or, where you trust it, convert it: what the model's class loads, "
+    "such as AutoModel.from_pretrained(…), its save_pretrained(…) writes as safetensors, shards and tied weights too"
 )
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -78,6 +77,11 @@ class TensorInfo:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether its value's bytes are those of ``span``, in their order."""
+        return True
+
 
 @dataclass(frozen=True)
 class ForeignTensor(TensorInfo):
@@ -93,6 +97,10 @@ class Renamed(ForeignTensor):
     """A tensor that is called otherwise than in its file; ``stored`` is what the file says."""
 
     stored: TensorInfo | None = None
+
+    @property
+    def as_stored(self) -> bool:
+        return self.stored is None or self.stored.as_stored
 
     def value(self, rows: slice | None = None) -> Tensor:
         assert self.stored is not None

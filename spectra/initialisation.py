@@ -19,6 +19,14 @@ from spectra.updates import ALL, DenseWeight, FactoredWeight, LowRank, RowScaled
 # Of what float32 decompositions leave: 4·eps·σ1·√r (1 + 2·σ_r/gap) is above all that was measured, by a factor of 2.
 ROUNDING = 4 * 2.0**-23
 UNDECIDED = 0.05  # the part of an update that may be in doubt
+HALVES = (torch.bfloat16, torch.float16)
+EARLIER = (
+    "give the adapter as it was before training: audit, compare, plot, ranks and inspect take it as --initial-adapter"
+)
+RESIDUAL = (
+    'audit against what was left of the base (the "residual" model) instead, with "init_lora_weights": true in a copy '
+    "of the adapter's config"
+)
 AKIN = 0.3  # the cosine of what was taken out and of trained factors, which is about 1 where the base is the right one
 
 
@@ -26,13 +34,19 @@ AKIN = 0.3  # the cosine of what was taken out and of trained factors, which is 
 class Taken:
     """B (m, r) and A (r, n) in float64: what initialisation took out of a weight, scaled.
 
-    ``error`` bounds ‖B·A − what a float32 decomposition gave‖_F; ``why`` says where it comes from.
+    ``error`` bounds ‖B·A − what was taken out in float32‖_F; ``why`` says where it comes from, ``advice`` what helps.
     """
 
     B: Tensor
     A: Tensor
     error: float = 0.0
     why: str = ""
+    advice: str = EARLIER
+
+    @property
+    def size(self) -> float:
+        """‖B·A‖_F."""
+        return math.sqrt(max(0.0, _inner(self.B, self.A, self.B, self.A)))
 
 
 def leading(W: Tensor, rank: int) -> Taken:
@@ -62,6 +76,38 @@ def of_first_columns(W: Tensor, rank: int) -> Taken:
     return Taken(Q, A, min(2 * size, ROUNDING * size * math.sqrt(rank) * condition), why)
 
 
+def as_saved(B: Tensor, A: Tensor, scaling: float) -> Taken:
+    """What an adapter saved before training says: float32 factors, or these rounded to half precision.
+
+    Of a model in half precision peft takes out the product of float32 factors, and rounds these afterwards.  With
+    B = B̂ + E, A = Â + F of the saved B̂ and Â, and |E| ≤ u·|B̂|, |F| ≤ u·|Â| by entry (u = 2⁻⁸ for bfloat16, 2⁻¹¹ for
+    float16), ‖B·A − B̂·Â‖_F ≤ ‖E‖_F·‖Â‖₂ + ‖B̂‖₂·‖F‖_F + ‖E‖_F·‖F‖_F.
+    """
+    found = Taken(B * scaling, A)
+    dtype = next((dtype for dtype in HALVES if all(_is_held(factor, dtype) for factor in (B, A))), None)
+    if dtype is None or not bool(B.isfinite().all() and A.isfinite().all()):
+        return found
+    limits = torch.finfo(dtype)
+    unit = limits.eps / 2
+    E, F = (
+        unit * (float(torch.linalg.vector_norm(factor)) + limits.smallest_normal * math.sqrt(factor.numel()))
+        for factor in (B, A)
+    )
+    error = E * float(torch.linalg.matrix_norm(A, 2)) + float(torch.linalg.matrix_norm(B, 2)) * F + E * F
+    why = f"the adapter from before training holds it rounded to {str(dtype).removeprefix('torch.')}"
+    return replace(found, error=error * abs(scaling), why=why, advice=RESIDUAL)
+
+
+def _is_held(values: Tensor, dtype: torch.dtype) -> bool:
+    return bool((values.to(dtype).to(values.dtype) == values).all())
+
+
+def surer(computed: Taken, saved: Taken) -> Taken:
+    """What was computed from the base, where that agrees with what was saved and is the more certain of both."""
+    apart = Taken(torch.cat([computed.B, -saved.B], 1), torch.cat([computed.A, saved.A])).size
+    return computed if computed.error <= saved.error and apart <= computed.error + saved.error else saved
+
+
 @dataclass(frozen=True, eq=False)
 class Reinitialised:
     """W1 = (W0 − B0·A0) + s·B·A, or DoRA of that, with B0·A0 as ``taken`` finds it.
@@ -72,7 +118,7 @@ class Reinitialised:
     taken : of a weight (m, n) in the working dtype, what was taken out of it.
     refuse : the error for a reason that this cannot be told.
     dtype : the half precision to which the base was rounded after something had been taken out of it; None for float32.
-    turned : what is taken out is found in W0ᵀ, as it is stored.
+    turned : what is taken out is that of W0ᵀ, as it is stored.
     from_base : ``taken`` depends on W0, so that trained factors unlike it show that W0 is another weight.
     """
 
@@ -98,13 +144,12 @@ class Reinitialised:
             )
         B0, A0 = (found.A.T, found.B.T) if self.turned else (found.B, found.A)
         B, A = condensed(torch.cat([B, -B0], 1), torch.cat([A, A0], 0))
-        size, change = float(torch.linalg.vector_norm(A0)), float(torch.linalg.vector_norm(B.T @ B))
+        size, change = found.size, float(torch.linalg.vector_norm(B.T @ B))
         if found.error > UNDECIDED * change:
             if change > found.error or found.error > 1e-3 * size:
                 raise self.refuse(
                     "what its initialisation took out of the base weight cannot be told closely enough, since "
-                    f"{found.why or 'the change is as small as rounding'}; give the adapter as it was before training "
-                    "with --initial-adapter"
+                    f"{found.why or 'the change is as small as rounding'}; {found.advice}"
                 )
             B, A = torch.zeros_like(B[:, :1]), torch.zeros_like(A[:1])
         if self.dtype is None:
@@ -133,8 +178,10 @@ def condensed(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 def _cosine(B: Tensor, A: Tensor, other: Taken) -> float:
     """The cosine of B·A and another product, as vectors; 0 where one of them is zero."""
 
-    def inner(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> float:
-        return float(((B1.T @ B2) * (A1 @ A2.T)).sum())
+    sizes = _inner(B, A, B, A) * _inner(other.B, other.A, other.B, other.A)
+    return _inner(B, A, other.B, other.A) / math.sqrt(sizes) if sizes > 0 else 0.0
 
-    sizes = inner(B, A, B, A) * inner(other.B, other.A, other.B, other.A)
-    return inner(B, A, other.B, other.A) / math.sqrt(sizes) if sizes > 0 else 0.0
+
+def _inner(B: Tensor, A: Tensor, B2: Tensor, A2: Tensor) -> float:
+    """⟨B·A, B2·A2⟩, without the products."""
+    return float(((B.T @ B2) * (A @ A2.T)).sum())

@@ -7,18 +7,22 @@ decomposition.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectra.adapters import InitialisedUpdate, MethodUpdate, Plan, PlannedUpdate, Skipped, WholeTensor
+from spectra.adapters.peft.lora import LoraUpdate
 from spectra.adapters.peft.vera import with_projections
 from spectra.checkpoint import Checkpoint
 from spectra.derived import Alternative, Derived, Unreadable, Weight
 from spectra.errors import AdapterError, WrongBaseError
+from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.matcher import NameMatcher
 from spectra.orientation import Layout, Orientation, Role, as_matrix, matrix_shape, role_of
 from spectra.splitting import against_split
+from spectra.stored.rows import Rows, footprint, overlap, own_name
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +66,13 @@ class LayerPair:
     @property
     def base_key(self) -> tuple[str, Layout, int | None]:
         """Pairs with the same key share the same W0."""
-        return self.base.name, self.layout, self.rows
+        return own_name(self.base), self.layout, self.rows
+
+    @property
+    def made(self) -> Derived | None:
+        """The fine-tune's own weight where it is no stored tensor, but made of some."""
+        info = self.update.info if isinstance(self.update, WholeTensor) else None
+        return info if isinstance(info, Derived) else None
 
     def read_base(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Tensor:
         """W0 as analysed, upcast to ``dtype`` before any arithmetic."""
@@ -76,7 +86,7 @@ class LayerPair:
         """Whether the copy of the base that came with the adapter is another weight than W0."""
         if self.update.base_copy is None:
             return False
-        stored = checkpoint.read(self.update.base_copy, digest=True)
+        stored = checkpoint.read(self.update.base_copy, digest=True)[: self.rows]
         copy = as_matrix(stored.to(device=W0.device, dtype=W0.dtype), self.layout)
         # Copies are often kept in half precision; anything beyond that rounding is another base.
         return copy.shape != W0.shape or bool((copy - W0).norm() > 1e-2 * W0.norm())
@@ -88,11 +98,20 @@ class Pairing:
 
     ``counterpart`` gives, for the name of any tensor of the fine-tuned model, the base's tensor that corresponds to it,
     by the names that the pairs were matched under; None where the base has none, or several could be meant.
+    ``plan`` is what was matched: the fine-tune's updates as the base tells and splits them.
     """
 
     pairs: tuple[LayerPair, ...]
     skipped: tuple[Skipped, ...]
     counterpart: Callable[[str], str | None]
+    plan: Plan
+
+    @property
+    def why_empty(self) -> str:
+        """The reasons for which nothing is left to analyse, where nothing is."""
+        first = {item.reason: item.name for item in reversed(self.skipped)}
+        reasons = [f"{why}, such as {first[why]!r}" if why == LEFT_OUT else why for why in sorted(first)]
+        return "; ".join(reasons[:3]) or "no tensors"
 
 
 def pair_layers(
@@ -114,7 +133,7 @@ def pair_layers(
     AdapterError : the orientation of a weight cannot be decided.
     """
     plan = against_split(plan, base)
-    matcher = NameMatcher(base, plan.updates)
+    matcher = NameMatcher(base, plan.updates, tuned.config)
     orientation = Orientation(base.weights, base.config)
     plan = with_projections(plan, lambda update: matcher.find(update)[0], orientation)
     skipped = list(plan.skipped)
@@ -124,7 +143,7 @@ def pair_layers(
         tensor = update.tensors[0]
         info, tied = matcher.find(update)
         if info is not None:
-            found.update(info.uses if isinstance(info, Alternative) else (info.name,))
+            found.update(info.uses if isinstance(info, Alternative | Unreadable) and info.uses else (info.name,))
         if not _selected(update.module, include, exclude):
             skipped.append(Skipped(update.module, LEFT_OUT))
             continue
@@ -143,12 +162,8 @@ def pair_layers(
             skipped.append(Skipped(update.module, info.reason))
             continue
         if not info.is_float:
-            skipped.append(
-                Skipped(
-                    update.module,
-                    f"its base weight is stored as {info.dtype}: quantised bases are not read by this version",
-                )
-            )
+            why = BLOCKS_NOT_READ if info.dtype in BLOCKS else "integers without scales are not read as weights"
+            skipped.append(Skipped(update.module, f"its base weight is stored as {info.dtype}: {why}"))
             continue
         made = _make_pair(tuned, update, info, orientation)
         if isinstance(made, Skipped):
@@ -166,7 +181,7 @@ def pair_layers(
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
         skipped += _only_in_base(base, found, skipped)
-    return Pairing(tuple(pairs), tuple(skipped), matcher.counterpart)
+    return Pairing(tuple(pairs), tuple(skipped), matcher.counterpart, plan)
 
 
 def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientation: Orientation) -> LayerPair | Skipped:
@@ -185,6 +200,9 @@ def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientati
     notes: tuple[str, ...] = ()
     if update.layout == "embedding" and len(stored) == 2 and stored[1] == shape[0] and stored[0] != shape[1]:
         rows = min(stored[0], shape[1])
+        why = update.why_not_cut(tuned, rows) if isinstance(update, LoraUpdate) else None
+        if why is not None:
+            return Skipped(update.module, why)
         notes = (_resized(stored[0], shape[1], rows),)
         stored, shape = (rows, stored[1]), (shape[0], rows)
     if isinstance(update, MethodUpdate):
@@ -284,15 +302,38 @@ def _only_in_base(base: Checkpoint, used: Container[str], skipped: Sequence[Skip
 
 
 def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair], sharing: Container[str]) -> None:
-    owners: dict[str, LayerPair] = {}
-    for pair in pairs:
-        other = owners.setdefault(pair.base.name, pair)
-        if other is not pair and not (pair.tied or other.tied) and pair.update.module not in sharing:
+    for name, other, pair in meeting(pairs):
+        if not (pair.tied or other.tied) and pair.update.module not in sharing:
             raise WrongBaseError(
                 tuned.path,
-                f"{other.update.tensors[0]!r} and {pair.update.tensors[0]!r} both match the base weight "
-                f"{pair.base.name!r}",
+                f"{other.update.tensors[0]!r} and {pair.update.tensors[0]!r} both match the base weight {name!r}",
             )
+
+
+def why_not_merged(pairs: Iterable[LayerPair]) -> str | None:
+    """Why pairs of different base keys cannot be merged: they are one base weight after all, but not in one form."""
+    pairs = tuple(pairs)
+    seen: dict[tuple[str, bool], LayerPair] = {}
+    for pair in pairs:
+        other = seen.setdefault((pair.base_key[0], pair.tied), pair)
+        if other.layout != pair.layout:
+            return f"one takes {pair.base.name!r} as {other.layout}, another as {pair.layout}"
+        if other is not pair:
+            return f"they resize {pair.base.name!r} differently"
+    for name, other, pair in meeting(pair for pair in pairs if not pair.tied):
+        return f"{other.name!r} and {pair.name!r} have {name!r} in different forms"
+    return None
+
+
+def meeting(pairs: Iterable[LayerPair]) -> Iterator[tuple[str, LayerPair, LayerPair]]:
+    """Pairs that meet in a base weight, with its name: the first of those rows, and each later one that shares some."""
+    owners: dict[str, dict[Rows | None, LayerPair]] = defaultdict(dict)
+    for pair in pairs:
+        for name, rows in footprint(pair.base):
+            for taken, other in owners[name].items():
+                if overlap(taken, rows):
+                    yield name, other, pair
+            owners[name].setdefault(rows, pair)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

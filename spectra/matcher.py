@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from itertools import dropwhile
+from typing import Any
 
 from spectra.adapters import PlannedUpdate
 from spectra.checkpoint import Checkpoint
 from spectra.derived import Unreadable, Weight
 from spectra.errors import WrongBaseError
 from spectra.orientation import TIED
+from spectra.stored import other_forms
 from spectra.stored.fused import apart, fused_module
+from spectra.stored.rows import own_name
 
 # What model classes put before the names of one and the same network.
 WRAPPERS = frozenset(
@@ -46,18 +49,25 @@ class NameMatcher:
     """Finds base weights for target names that differ by what a model class puts before them.
 
     One prefix is taken off and another put on; which ones is decided by all targets together: the
-    change of prefix that serves most of them wins, and a tie between two that lead to different
-    weights is an error, not a guess.
+    change of prefix that serves most of them wins.  A tie between two that lead to different weights is an error, not a
+    guess, and so is a second one that serves several, unless the first takes off and puts on wrappers alone and serves
+    all that the second does: a tower with more layers than the language model is no better for it.
     """
 
-    def __init__(self, base: Checkpoint, updates: Sequence[PlannedUpdate]):
+    def __init__(self, base: Checkpoint, updates: Sequence[PlannedUpdate], config: Mapping[str, Any] | None = None):
+        """``config`` is the fine-tune's own, where it has one: it tells the forms of its weights."""
         self.base = base
         exact = {update.module: _first(update.targets, base.weights) for update in updates}
         taken = {name for name in exact.values() if name is not None}
-        self._weights = dict(base.weights) if all(exact.values()) else {**base.alternatives, **base.weights}
+        self._weights = dict(base.weights)
+        if not all(exact.values()):
+            forms = other_forms(base.weights, base.config, config) if config else base.alternatives
+            self._weights = {**forms, **base.weights}
         similar = _Similar(self._weights, {target for update in updates for target in update.targets})
         votes: Counter[tuple[str, str]] = Counter()
         self._options: dict[str, list[tuple[tuple[str, str], str]]] = {}
+        self._served: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._better: dict[tuple[tuple[str, str], tuple[str, str]], bool] = {}
         for update in updates:
             itself = exact[update.module]
             options = [(("", ""), itself)] if itself is not None else []
@@ -67,6 +77,8 @@ class NameMatcher:
                     options.append((change, name))
             self._options[update.module] = options
             votes.update(change for change, _ in options)
+            for change, _ in options:
+                self._served[change].add(update.module)
         self._votes = votes
         self._found: dict[str, str] = {}
         self._changes: set[tuple[str, str]] = set()
@@ -86,8 +98,13 @@ class NameMatcher:
         if update.may_be_new:  # a new head is not to be taken for whatever ends in the same name
             options = [(change, name) for change, name in options if self._votes[change] > 1 or _wrappers_only(change)]
         best = max((self._votes[change] for change, _ in options), default=0)
+        winners = [change for change, _ in options if self._votes[change] == best]
         names = list(dict.fromkeys(name for change, name in options if self._votes[change] == best))
-        if len(names) > 1 and not update.may_be_new:
+        rivals = [
+            name for change, name in options if len(names) == 1 and self._is_rival(change, name, winners, names[0])
+        ]
+        if rivals or (len(names) > 1 and not update.may_be_new):
+            names += rivals
             raise WrongBaseError(
                 self.base.path,
                 f"{update.module!r} could be any of {', '.join(map(repr, sorted(names)))}; Spectra does not guess",
@@ -98,6 +115,18 @@ class NameMatcher:
             return self._weights[names[0]], False
         tied = self._tied(update)
         return tied, tied is not None
+
+    def _is_rival(self, change: tuple[str, str], name: str, winners: Sequence[tuple[str, str]], found: str) -> bool:
+        """Whether a change of prefix that fewer updates can follow may be meant nevertheless."""
+        if change in winners or own_name(self._weights[name]) == own_name(self._weights[found]):
+            return False
+        return self._votes[change] > 1 and not any(self._is_better(winner, change) for winner in winners)
+
+    def _is_better(self, one: tuple[str, str], other: tuple[str, str]) -> bool:
+        """Whether a change is one of wrappers alone and serves all that another does."""
+        if (one, other) not in self._better:
+            self._better[one, other] = _wrappers_only(one) and self._served[other] <= self._served[one]
+        return self._better[one, other]
 
     def _tied(self, update: PlannedUpdate) -> Weight | None:
         if update.module.split(".")[-1] not in ("lm_head", "embed_out"):
@@ -113,7 +142,10 @@ class NameMatcher:
             found = self._plain.get(_core(name))
             if found is not None:
                 how = "together with others in" if fused_module(found) else "apart, as"
-                return f"its base has this weight {how} {found!r}, which is not compared with it: --split-fused does"
+                return (
+                    f"its base has this weight {how} {found!r}, which is not compared with it; audit, compare, plot, "
+                    "ranks and inspect do that with --split-fused"
+                )
         return None
 
     def counterpart(self, name: str) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectra.adapters import MethodUpdate, Plan
+from spectra.adapters.peft.repaired import why_no_adapter, why_not_writable
 from spectra.adapters.peft.tokens import TokensUpdate
 from spectra.adapters.peft.writing import CONFIG, STORED, tied_head
 from spectra.carried import Carried, carried_by
@@ -142,11 +143,13 @@ def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pa
         shares its embedding's weight); it is named.
     """
 
+    writable = why_no_adapter(plan) is None and any(  # the others stay as they are with --exclude
+        why_not_writable(tuned, pair.update, pair.rows) is None for pair in pairing.pairs
+    )
+    instead = "; write the adapter instead, and merge that with peft" if writable else ""
+
     def refuse(tensor: str, why: str) -> UsageError:
-        return UsageError(
-            f"{tuned.path}: tensor {tensor!r} cannot be merged into {base.path}: {why}; write the adapter instead, "
-            "and merge that with peft"
-        )
+        return UsageError(f"{tuned.path}: tensor {tensor!r} cannot be merged into {base.path}: {why}{instead}")
 
     found = carried_by(base, tuned, plan, pairing, refuse)
     written = {name for pair in pairing.pairs for name in pair.update.tensors}

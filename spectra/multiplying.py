@@ -11,15 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectra.updates import ALL, DenseWeight, FactoredWeight, TunedWeight, Update, slabs
-
-
-def _rows(W0: Tensor, block: Callable[[slice], Tensor]) -> DenseWeight:
-    """W1 from ``block(rows)``, float64, each entry rounded once."""
-    whole = torch.empty_like(W0, memory_format=torch.contiguous_format)
-    for rows in slabs(W0.shape[0]):
-        whole[rows] = block(rows).to(W0.dtype)
-    return DenseWeight(W0, whole, free=False)
+from spectra.updates import ALL, DenseWeight, FactoredWeight, TunedWeight, Update, computed, slabs
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +34,12 @@ class Normed:
                 squares += plain.block(rows, ALL).square().sum(0)
             each = W0.shape[1] // self.magnitude.numel()
             scale = _ratio(self.magnitude, squares.reshape(-1, each).sum(1).sqrt()).repeat_interleave(each)
-            return _rows(W0, lambda rows: plain.block(rows, ALL) * scale)
+            return computed(W0, lambda rows: plain.block(rows, ALL) * scale)
         left = _ratio(self.magnitude, torch.cat([plain.block(rows, ALL).norm(dim=1) for rows in slabs(W0.shape[0])]))
         if isinstance(plain, FactoredWeight):
             before = plain.left if plain.left is not None else torch.ones_like(left)
-            return FactoredWeight(W0, plain.B * left[:, None], plain.A, left * before)
-        return _rows(W0, lambda rows: plain.block(rows, ALL) * left[rows, None])
+            return FactoredWeight(W0, plain.B * left[:, None], plain.A, left * before, normed=True)
+        return computed(W0, lambda rows: plain.block(rows, ALL) * left[rows, None])
 
 
 def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -92,4 +84,4 @@ class Mixed:
             mixed = torch.einsum("mck,cr,rd->mdk", base.reshape(len(base), channels, -1), self.A1, self.A2)
             return base + self.scaling * (mixed.flatten(1) + self.B1[rows] @ self.B2)
 
-        return _rows(W0, block)
+        return computed(W0, block)

@@ -38,6 +38,9 @@ _EMBEDDING = re.compile(
 _HEAD = re.compile(
     r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|seq_relationship|vocab_projector|logits)$"
 )
+# What convolutions are called, or what they are in.
+_CONVOLUTION = re.compile(r"conv|patch|downsampl|upsampl|(^|\.)(ups|downs|to_rgb)\.")
+LARGEST_KERNEL = 16  # in any dimension; larger ones are of patches, and named so
 _HEAD_PARENTS = frozenset({"classifier", "cls", "predictions", "lm_head", "score"})
 # The embedding that a head without a tensor of its own in the file shares its weight with.
 TIED = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
@@ -71,6 +74,20 @@ def as_matrix(tensor: Tensor, layout: Layout) -> Tensor:
 def as_stored(matrix: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     """The analysed matrix as a tensor is stored: what :func:`as_matrix` turns back into it."""
     return (matrix if layout in ("linear", "conv") else matrix.T).reshape(shape)
+
+
+def is_convolution(name: str, shape: tuple[int, ...], bias: TensorInfo | None = None) -> bool:
+    """Whether a tensor (out, in, k…) is a convolution's, rather than a stack of matrices or of other things.
+
+    It is by its name; by its kernel where that is small in two or three dimensions, or is one; and by a small kernel in
+    one dimension with a bias as long as its first.
+    """
+    if len(shape) < 3 or _CONVOLUTION.search(name):
+        return len(shape) > 2
+    kernel = shape[2:]
+    if max(kernel) > LARGEST_KERNEL:
+        return False
+    return len(kernel) > 1 or kernel == (1,) or (bias is not None and bias.shape == shape[:1])
 
 
 class Orientation:

@@ -1,36 +1,32 @@
-"""Pickled checkpoints, read only where the user allows it: names, shapes and dtypes without unpickling, values safely.
+"""Pickled checkpoints, read only where the user allows it, and never unpickled.
 
 ``torch.save`` writes an archive: ``data.pkl`` says how a dictionary of tensors is put together, and beside it lies each
 storage as it is.  What ``data.pkl`` says is followed here without calling anything: tensors, numbers, text, and
-dictionaries of them; anything else is refused by name.  Values come from ``torch.load`` with ``weights_only=True``,
-which must agree; there is no other way to read them.
+dictionaries of them; anything else is refused by name.  Values are the bytes of the storages, read where they lie.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import pickletools
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from spectra.archives import Archive, read_members, stamp_of
 from spectra.errors import AmbiguousFilesError, CorruptFileError, MissingFileError, SpectraError, UnsafeFileError
 from spectra.headers import MAX_NAME, ForeignTensor, TensorInfo, check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAFE_TORCH = (2, 10)  # the first without CVE-2025-32434 and CVE-2026-24747
 MAX_PICKLE_BYTES = 100_000_000  # as of a safetensors header
 SMALL_PICKLE_BYTES = 1_000_000  # from here on it must be smaller than the data that it describes
-MAX_DIRECTORY_BYTES = 16_000_000  # of the archive: some 150 bytes a storage
-# Instructions that a pickle may have: a tensor takes 35, as a parameter and with a line of metadata 60.
-SOME_STEPS, STEPS_A_STORAGE = 100_000, 80
+# Instructions that a pickle may have: torch writes one in 2.1 bytes or more, for a tensor 25 to 60.
+SOME_STEPS, MOST_STEPS = 30_000, 10_000_000
 NESTED = ("state_dict", "model", "module")  # where trainers put a model's tensors among other things
 
 _DTYPES = {  # of torch → safetensors' name, bytes
@@ -41,6 +37,7 @@ _DTYPES = {  # of torch → safetensors' name, bytes
     "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1), "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1), "float8_e8m0fnu": ("F8_E8M0", 1),
     "complex64": ("C64", 8),
 }  # fmt: skip
+_WIDTHS = dict(_DTYPES.values())
 _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -54,26 +51,48 @@ _CALLED = (
 
 @dataclass(frozen=True)
 class PickledTensor(ForeignTensor):
-    """A tensor of such an archive; ``keys`` lead to it from the outermost dictionary."""
+    """A tensor of such an archive.
 
-    keys: tuple[str, ...] = ()
+    ``span`` reaches from its first value to its last, ``strides`` count elements, ``stamp`` is the file's size and time
+    of change when it was opened.
+    """
+
+    strides: tuple[int, ...] = ()
+    stamp: tuple[int, int] = field(default=(0, 0), compare=False, repr=False)
+
+    @property
+    def as_stored(self) -> bool:
+        return _in_order(self.shape, self.strides) or not self.size
 
     def value(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some of its leading rows, in an order of its own; raises CorruptFileError."""
+        import numpy as np
         import torch
 
+        names = {dtype: name for name, (dtype, _) in _DTYPES.items()}
+        width = _WIDTHS[self.dtype]
+        shape, begin, step = self.shape, 0, 1
+        if rows is not None and shape:
+            first, end, step = rows.indices(shape[0])
+            shape, begin = (max(0, end - first), *shape[1:]), first * self.strides[0]
+        wanted = _reach(shape, self.strides) * width
         try:
-            # The whole file is mapped, and only what is asked for becomes memory.
-            found: Any = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
-            for key in self.keys:
-                found = found[key]
-        except Exception as error:  # whatever unpickling raises: the file is at fault
-            what = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-            raise CorruptFileError(self.file, f"could not be read: {what}", self.name) from None
-        agrees = isinstance(found, torch.Tensor) and tuple(found.shape) == self.shape
-        if not agrees or _DTYPES.get(str(found.dtype).removeprefix("torch."), ("",))[0] != self.dtype:
+            with self.file.open("rb") as file:
+                file.seek(self.span[0] + (begin * width if wanted else 0))
+                raw = np.fromfile(file, np.uint8, wanted)
+                stamp = stamp_of(os.fstat(file.fileno()))
+        except OSError as error:
+            raise CorruptFileError(self.file, f"could not be read: {error.strerror or error}", self.name) from None
+        if raw.size != wanted or stamp != self.stamp:
             raise CorruptFileError(self.file, "the file changed while it was being read", self.name)
-        tensor: Tensor = found.detach() if rows is None else found.detach()[rows]
-        return tensor.clone(memory_format=torch.contiguous_format)
+        dtype = getattr(torch, names[self.dtype])
+        if not wanted:
+            tensor = torch.empty(shape, dtype=dtype)
+        elif _in_order(shape, self.strides):  # whatever the strides of sizes of 1
+            tensor = torch.from_numpy(raw).view(dtype).view(shape)
+        else:
+            tensor = torch.from_numpy(raw).view(dtype).as_strided(shape, self.strides).contiguous()
+        return tensor if step == 1 else tensor[::step]
 
 
 @dataclass(frozen=True)
@@ -101,15 +120,6 @@ class _Stored:
     dtype: str
 
 
-@dataclass
-class _Archive:
-    """The members of a torch archive: name after the first folder → (place, bytes) of its content in the file."""
-
-    path: Path
-    size: int
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
 def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """What ``torch.save`` stored: tensors by name, and the entries that are none, each with a reason.
 
@@ -118,109 +128,23 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises
     ------
     MissingFileError, CorruptFileError, AmbiguousFilesError
-    UnsafeFileError : it would call something, is of another kind than this reads, or torch is too old to read it.
+    UnsafeFileError : it would call something, or is of another kind than this reads.
     """
-    check_torch(path)
     try:
         size = check_regular(path)
         with path.open("rb") as file:
-            archive = _members(path, file, size)
+            archive = read_members(path, file, size)
             place, length = archive.members["data.pkl"]
             most = max(SMALL_PICKLE_BYTES, size - length)
             if length > min(most, MAX_PICKLE_BYTES):
                 raise CorruptFileError(path, f"malformed: its pickle has {length:,} bytes, more than what it describes")
             file.seek(place)
-            most = SOME_STEPS + STEPS_A_STORAGE * min(len(archive.members), size >> 12)
-            found = _Follower(path).follow(file.read(length), most)
+            found = _Follower(path).follow(file.read(length), min(SOME_STEPS + length // 2, MOST_STEPS))
     except MissingFileError:
         raise
     except OSError as error:
         raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
     return _tensors(archive, found)
-
-
-def check_torch(path: Path) -> None:
-    """Raises UnsafeFileError where the torch that is installed does not read pickles safely."""
-    found = re.match(r"(\d+)\.(\d+)", version("torch"))
-    if found is None or (int(found[1]), int(found[2])) < SAFE_TORCH:
-        raise UnsafeFileError(
-            path,
-            f"--allow-pickle needs torch 2.10 or later, and this is {version('torch')}: before, a pickle could run "
-            "code even with weights_only=True (CVE-2025-32434, CVE-2026-24747)",
-        )
-
-
-def _members(path: Path, file: BinaryIO, size: int) -> _Archive:
-    start = file.read(4)
-    if start != b"PK\x03\x04":
-        if not start:
-            raise CorruptFileError(path, "the file is empty")
-        if start[:1] == b"\x80":
-            raise UnsafeFileError(
-                path,
-                "this is a bare pickle, or what torch.save wrote before 1.6: neither can be bounded before it is read; "
-                "load it with torch.load(path, weights_only=True) and save it again",
-            )
-        raise CorruptFileError(path, "not an archive as torch.save writes it")
-    _check_directory(path, file, size)
-    try:
-        with zipfile.ZipFile(file) as opened:
-            infos = opened.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
-        raise CorruptFileError(path, f"truncated or malformed archive: {str(error)[:100]}") from None
-    roots = {info.filename.partition("/")[0] for info in infos}
-    if len(roots) != 1 or "data.pkl" not in {info.filename.partition("/")[2] for info in infos}:
-        raise CorruptFileError(path, "not an archive as torch.save writes it: it has no data.pkl in its one folder")
-    archive = _Archive(path, size)
-    for info in infos:
-        name = info.filename.partition("/")[2]
-        if name in archive.members:
-            raise CorruptFileError(path, f"malformed: {name[:80]!r} occurs twice in the archive")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise CorruptFileError(path, f"malformed: {name[:80]!r} is compressed, which torch.save never does")
-        archive.members[name] = (_content(path, file, info, size), info.file_size)
-    program = next((name for name in archive.members if name.startswith("code/") or name == "constants.pkl"), None)
-    if program is not None:
-        raise UnsafeFileError(path, f"this is a TorchScript program ({program[:80]!r}), not a dictionary of tensors")
-    end = 0
-    for name, (place, length) in sorted(archive.members.items(), key=lambda item: item[1]):
-        if place < end:
-            raise CorruptFileError(path, f"malformed: {name[:80]!r} overlaps another member of the archive")
-        end = place + length
-    place, length = archive.members.get("byteorder", (0, 0))
-    if length:
-        file.seek(place)
-        order = file.read(min(length, 16))
-        if order != b"little":
-            raise CorruptFileError(path, f"its numbers are stored in byte order {order!r}, which is not read")
-    return archive
-
-
-def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
-    """Raises CorruptFileError unless the archive ends as torch's do, in a directory of a bounded length."""
-    ends, zip64 = 22, 56 + 20
-    file.seek(max(0, size - ends - zip64))
-    tail = file.read()
-    end = tail[-ends:]
-    if len(end) < ends or end[:4] != b"PK\x05\x06":
-        raise CorruptFileError(path, "truncated: the directory at the end of the archive is missing")
-    length = int.from_bytes(end[12:16], "little")
-    if length == 0xFFFFFFFF and tail[:4] == b"PK\x06\x06":
-        length = int.from_bytes(tail[40:48], "little")
-    if length > min(MAX_DIRECTORY_BYTES, size):
-        raise CorruptFileError(path, f"malformed: its directory has {length:,} bytes")
-
-
-def _content(path: Path, file: BinaryIO, info: zipfile.ZipInfo, size: int) -> int:
-    """Where a member's content begins, behind a header of its own that repeats its name."""
-    file.seek(max(0, info.header_offset))  # negative, where the directory lies about itself
-    header = file.read(30) if info.header_offset >= 0 else b""
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CorruptFileError(path, f"malformed: {info.filename[:80]!r} is not where the archive's directory says")
-    place = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    if place + info.file_size > size:
-        raise CorruptFileError(path, f"truncated: {info.filename[:80]!r} would end behind the file")
-    return place
 
 
 class _Follower:
@@ -231,6 +155,7 @@ class _Follower:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.storages: dict[str, _Storage] = {}
 
     def follow(self, data: bytes, most: int) -> Any:
         try:
@@ -286,7 +211,10 @@ class _Follower:
             case "GLOBAL":
                 push(self._named(*argument.split(" ", 1)))
             case "BINPERSID":
-                push(_storage(*self.stack.pop()))
+                storage = _storage(*self.stack.pop())
+                if self.storages.setdefault(storage.key, storage) != storage:  # torch goes by the first
+                    raise ValueError(f"the storage {storage.key} in two forms")
+                push(storage)
             case "REDUCE":
                 called, arguments = self._taken(2)
                 push(self._called(called, arguments))
@@ -338,7 +266,10 @@ class _Follower:
             if type(arguments[0]) is not _Stored:
                 raise ValueError("a parameter of something that is no tensor")
             return arguments[0]
-        return _stored(arguments, own_dtype=name == "_rebuild_tensor_v3")
+        own_dtype = name == "_rebuild_tensor_v3"
+        if any(arguments[6 + own_dtype :]):
+            raise self._refused("a tensor whose values are stored conjugated or negated")
+        return _stored(arguments, own_dtype=own_dtype)
 
 
 def _storage(kind: Any, storage: Any, key: Any, _device: Any, count: Any) -> _Storage:
@@ -368,7 +299,7 @@ def _stored(arguments: tuple[Any, ...], *, own_dtype: bool) -> _Stored:
     return _Stored(storage, offset, shape, strides, dtype)
 
 
-def _tensors(archive: _Archive, found: Any) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _tensors(archive: Archive, found: Any) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     path = archive.path
     if type(found) is not dict:
         raise UnsafeFileError(path, f"it holds {_kind(found)}, not a dictionary of tensors")
@@ -380,6 +311,8 @@ def _tensors(archive: _Archive, found: Any) -> tuple[dict[str, TensorInfo], dict
         also = ", beside tensors of its own" if outer else ""
         raise AmbiguousFilesError(path, f"it holds several dictionaries of tensors: {listed}{also}; save one of them")
     aside: dict[str, str] = {}
+    for key in found:
+        _check_key(path, key)
     if inner:
         if inner[0] not in NESTED:
             raise UnsafeFileError(
@@ -390,15 +323,22 @@ def _tensors(archive: _Archive, found: Any) -> tuple[dict[str, TensorInfo], dict
         within, found = (inner[0],), found[inner[0]]
     tensors: dict[str, TensorInfo] = {}
     for key, value in found.items():
-        if type(key) is not str or len(key) > MAX_NAME or not key.isprintable():
+        _check_key(path, key)
+        if type(key) is not str:
             raise CorruptFileError(path, f"{str(key)[:80]!r} is no name of a tensor")
         if type(value) is _Stored:
-            tensors[key] = _info(archive, key, value, (*within, key))
+            tensors[key] = _info(archive, key, value)
         else:
             aside[".".join((*within, key))] = f"no tensor but {_kind(value)}"
     if not tensors:
         raise CorruptFileError(path, "holds no tensors by name: no state dict of a model")
     return tensors, {key: reason for key, reason in aside.items() if key not in tensors}
+
+
+def _check_key(path: Path, key: str | int) -> None:
+    """Raises CorruptFileError for a key that cannot be shown; it may be a number."""
+    if len(str(key)) > MAX_NAME or not str(key).isprintable():
+        raise CorruptFileError(path, f"{str(key)[:80]!r} is no name of a tensor, nor of anything beside them")
 
 
 def _holds_tensors(value: Mapping[Any, Any]) -> bool:
@@ -411,7 +351,22 @@ def _kind(value: Any) -> str:
     )
 
 
-def _info(archive: _Archive, name: str, stored: _Stored, keys: tuple[str, ...]) -> PickledTensor:
+def _in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor's values lie one after the other."""
+    step = 1
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count != 1 and stride != step:
+            return False
+        step *= count
+    return True
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements there are from a tensor's first to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+
+
+def _info(archive: Archive, name: str, stored: _Stored) -> PickledTensor:
     def wrong(what: str) -> CorruptFileError:
         return CorruptFileError(archive.path, f"malformed: {what}", name)
 
@@ -422,13 +377,10 @@ def _info(archive: _Archive, name: str, stored: _Stored, keys: tuple[str, ...]) 
     if stored.storage.count * _DTYPES[stored.storage.dtype][1] != length:
         raise wrong(f"its storage would have {stored.storage.count:,} values, but has {length:,} bytes")
     dtype, width = _DTYPES[stored.dtype]
-    size = math.prod(stored.shape)
-    last = sum((count - 1) * stride for count, stride in zip(stored.shape, stored.strides, strict=True))
-    if size and (size * width > length or (stored.offset + last + 1) * width > length):
+    size, reach = math.prod(stored.shape), _reach(stored.shape, stored.strides)
+    if size and (size * width > length or (stored.offset + reach) * width > length):
         raise wrong(f"its shape {list(stored.shape)} holds more than its storage of {length:,} bytes")
-    contiguous, step = True, 1
-    for count, stride in zip(reversed(stored.shape), reversed(stored.strides), strict=True):
-        contiguous &= count == 1 or stride == step
-        step *= count
-    span = (place + stored.offset * width, size * width) if contiguous or not size else member
-    return PickledTensor(name, dtype, stored.shape, archive.path, span, keys)
+    if math.prod(max(1, count) for count in stored.shape) * width >= 2**63:  # one of no values too
+        raise wrong(f"its shape {list(stored.shape)} is too large")
+    span = (place + stored.offset * width, reach * width) if size else (place, 0)
+    return PickledTensor(name, dtype, stored.shape, archive.path, span, stored.strides, archive.stamp)

@@ -249,7 +249,7 @@ class Analysis:
         """What an earlier run kept of this weight's spectrum."""
         if self.cache is None or job.first.rows is not None:
             return None
-        return self.cache.load(job.base, job.first.base.name, job.first.layout, W0.dtype)
+        return self.cache.load(job.base, job.first.base_key[0], job.first.layout, W0.dtype)
 
 
 def _describe(run: Run, pair: LayerPair) -> dict[str, Any]:

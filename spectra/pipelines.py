@@ -20,7 +20,7 @@ _PART = re.compile(r".*-[0-9]+-of-[0-9]+")  # a shard's "variant"
 _WITHOUT_WEIGHTS = re.compile(r".*(Scheduler|Tokenizer|FeatureExtractor|Processor)(Fast)?")  # classes that store none
 
 
-def components(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, Path], dict[str, Any]]:
+def components_of(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, Path], dict[str, Any]]:
     """(component → its one file of weights, or the index of its shards; the pipeline's and the components' configs).
 
     Of several variants the one without a name is meant, or the only one there is.

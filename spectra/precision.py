@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from spectra.adapters import Plan
 from spectra.checkpoint import Checkpoint
 from spectra.derived import Derived, Unreadable
+from spectra.gguf import BLOCKS
 from spectra.resolve import named_base
 from spectra.stored.quantised import settings_of
 
@@ -19,15 +21,21 @@ _NAMED = re.compile(
 def quantised_as(checkpoint: Checkpoint) -> str | None:
     """What some of a checkpoint's weights were quantised as ("nf4"; "fp8, nf4" where they differ); None if none were.
 
-    Where none of them can be read, what its config.json calls the method.
+    Of a GGUF file its own names ("Q4_0").  Where none of them can be read, what its config.json calls the method.
     """
-    found = {info.quantised for info in checkpoint.derived.values() if isinstance(info, Derived) and info.quantised}
+    found = _read_as(checkpoint) | {info.dtype for info in checkpoint.tensors.values() if info.dtype in BLOCKS}
     if found:
         return ", ".join(sorted(found))
-    method = settings_of(checkpoint.config).get("quant_method")
-    if any(isinstance(info, Unreadable) for info in checkpoint.derived.values()) and isinstance(method, str):
-        return method[:40]
-    return None
+    if not any(isinstance(info, Unreadable) for info in checkpoint.derived.values()):
+        return None
+    configs = [checkpoint.config, *(model.config for model in checkpoint.components.values())]
+    methods = (settings_of(config).get("quant_method") for config in configs)
+    return next((method[:40] for method in methods if isinstance(method, str)), None)
+
+
+def _read_as(checkpoint: Checkpoint) -> set[str]:
+    """What those of its weights were quantised as that are read."""
+    return {info.quantised for info in checkpoint.derived.values() if isinstance(info, Derived) and info.quantised}
 
 
 def sounds_quantised(name: str) -> bool:
@@ -35,24 +43,30 @@ def sounds_quantised(name: str) -> bool:
     return _NAMED.search(name.rstrip("/").rsplit("/", 1)[-1].lower()) is not None
 
 
-def caveat(base: Checkpoint, tuned: Checkpoint | None) -> str | None:
+def caveat(base: Checkpoint, tuned: Checkpoint | None = None, plan: Plan | None = None) -> str | None:
     """What a reader should know where base and fine-tune may have met at different precisions; None where nothing.
+
+    ``plan`` is the fine-tune's; without both, only what the base says of itself.
 
     What a trainer quantised while it loaded the model (QLoRA on a model stored in full) leaves no trace in an adapter,
     so nothing is said of that.
     """
     here = quantised_as(base)
-    said = [f"the base is stored as {here}: intruders are counted relative to its dequantised weights"] if here else []
-    if tuned is None:
+    said = []
+    if here and _read_as(base):
+        said = [f"the base is stored as {here}: intruders are counted relative to its dequantised weights"]
+    elif here:
+        said = [f"weights that the base stores as {here} are not read"]
+    if tuned is None or plan is None:
         return "; ".join(said) or None
-    if tuned.adapter_config is None:
+    if plan.complete:
         there = quantised_as(tuned)
         if there and there != here:
             said.append(f"the fine-tune is stored as {there}: what rounding changed counts as part of the update")
         elif here and not there:
             said.append("the fine-tune is not: what rounding changed in the base counts as part of the update")
         return "; ".join(said) or None
-    named = tuned.adapter_config.get("base_model_name_or_path")
+    named = (tuned.adapter_config or {}).get("base_model_name_or_path")
     if not isinstance(named, str) or not named or named_base(tuned, base):
         return "; ".join(said) or None
     if here and not sounds_quantised(named):

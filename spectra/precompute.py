@@ -34,7 +34,7 @@ class PlannedLayer:
 
     @property
     def name(self) -> str:
-        return self.pair.base.name
+        return self.pair.base_key[0]
 
     @property
     def shape(self) -> tuple[int, int]:

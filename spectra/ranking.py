@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from spectra import __version__
-from spectra.adapters import WholeTensor
+from spectra.adapters import WholeTensor, rescales_base
+from spectra.adapters.peft.replication import copies, ranges_of
 from spectra.adapters.peft.writing import (
     Whole,
     adapter_config,
@@ -23,7 +24,7 @@ from spectra.adapters.peft.writing import (
     write_adapter,
 )
 from spectra.analysis import ieee_arithmetic
-from spectra.derived import Derived
+from spectra.derived import Alternative, Derived
 from spectra.errors import LAYER_ERRORS, UsageError
 from spectra.folders import check_apart
 from spectra.layers import LEFT_OUT, LayerPair
@@ -42,6 +43,10 @@ TASKS = {
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
     "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
 }
+# Why no config names a layer whose weight is none of the base's modules.
+CUT = "a part of a weight that the base holds whole (experts, projections): no module that a config could name"
+PARAMETER = "a parameter that is no module's weight: PEFT takes it by target_parameters"
+OTHER_FORM = "a weight that the base has under another name, or with others: no module that a config could name"
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,10 @@ class _Work:
         others = {*run.base.tensors} | {item.name for item in run.skipped} | set(failed)
         if run.plan.format == "full":  # an adapter's tensors are none of the model's
             others |= set(run.tuned.tensors)
-        suggestion = suggest(ordered, **self.options, other_modules=sorted(others))
+        ranges = ranges_of(run.tuned)
+        suggestion = suggest(ordered, **self.options, other_modules=sorted(others | copies(others, ranges)))
+        if suggestion is not None and ranges:  # whose layers the names are
+            suggestion = replace(suggestion, layer_replication=ranges)
         settings = run.settings.record()
         kept = ("dtype", "device", "threads", "workers", "include", "exclude", "verify")
         return RankReport(
@@ -281,10 +289,11 @@ class _Work:
         size = float(torch.linalg.vector_norm(tuned.W0, dtype=torch.float64))
 
         def made(singular_values: np.ndarray) -> LayerRank:
-            return layer_rank(
+            found = layer_rank(
                 singular_values, pair.shape, name=pair.name, role=pair.role, kind=pair.update.kind,
                 trained_rank=pair.update.rank, parameters=pair.update.parameters, base_norm_fro=size,
             )  # fmt: skip
+            return replace(found, unnamed=_unnamed(pair), rescaled=rescales_base(pair.update))
 
         if tuned.is_unchanged():
             return made(np.zeros(1))
@@ -301,6 +310,15 @@ class _Work:
         if not why_not(layer):
             self.factors[pair.name] = factors
         return layer
+
+
+def _unnamed(pair: LayerPair) -> str | None:
+    """Why a layer's weight is no module of the base's own, or None."""
+    if isinstance(pair.base, Alternative):
+        return OTHER_FORM
+    if isinstance(pair.base, Derived) and pair.base.part_of is not None:
+        return CUT
+    return None if pair.base.name.endswith(".weight") else PARAMETER
 
 
 def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict[str, str]]:

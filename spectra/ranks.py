@@ -67,6 +67,8 @@ class LayerRank:
     noise_rank : how many singular values lie above it.
     values : the leading singular values, (≤ break-even rank,), descending, to seven digits.
     rest_norm : the Frobenius norm of what all further ones hold.
+    unnamed : why no config can name it, where its weight is no module of the base's own; else None.
+    rescaled : whether dW also holds the rescaling of the base, as with DoRA.
     """
 
     name: str
@@ -86,6 +88,8 @@ class LayerRank:
     noise_rank: int | None
     values: tuple[float, ...] = field(repr=False)
     rest_norm: float
+    unnamed: str | None = None
+    rescaled: bool = False
 
     @property
     def dense_parameters(self) -> int:
@@ -189,6 +193,7 @@ class Suggestion:
     relative_error : (Σ‖dW − dW_r‖_F² / Σ‖dW‖_F²)^½ over the targets.
     left_out_share : the share of Σ‖dW‖_F² over all layers that lies in the layers left out.
     rescaled : how many targets are DoRA's, whose dW also holds the rescaling of the base.
+    layer_replication : as PEFT has it, where the names are those of a model whose layers are ranges of the base's.
     """
 
     energy: float
@@ -210,20 +215,19 @@ class Suggestion:
     relative_error: float
     left_out_share: float
     rescaled: int
+    layer_replication: tuple[tuple[int, int], ...] = ()
 
     def peft_config(self) -> dict[str, Any]:
         """The fragment that ``peft.LoraConfig(**fragment)`` takes."""
         config: dict[str, Any] = {
-            "peft_type": "LORA",
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "use_rslora": self.use_rslora,
-            "target_modules": list(self.target_modules),
-        }
+            "peft_type": "LORA", "r": self.r, "lora_alpha": self.lora_alpha,
+            "rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern),
+            "use_rslora": self.use_rslora, "target_modules": list(self.target_modules),
+        }  # fmt: skip
         if self.exclude_modules:
             config["exclude_modules"] = list(self.exclude_modules)
+        if self.layer_replication:
+            config["layer_replication"] = [list(ends) for ends in self.layer_replication]
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,7 +236,8 @@ class Suggestion:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Suggestion:
         choices = tuple(Choice(**choice) for choice in value["choices"])
-        return cls(**{**known_fields(cls, value), "choices": choices})
+        ranges = tuple((start, end) for start, end in value.get("layer_replication", ()))
+        return cls(**{**known_fields(cls, value), "choices": choices, "layer_replication": ranges})
 
 
 def suggest(
@@ -305,7 +310,7 @@ def suggest(
         trained_parameters=sum(layer.parameters for layer in targets),
         relative_error=math.sqrt(float(np.sum(lost**2)) / held),
         left_out_share=max(0.0, 1 - held / everything),
-        rescaled=sum(layer.kind == "row_scaled" for layer in targets),
+        rescaled=sum(layer.rescaled for layer in targets),
     )  # fmt: skip
 
 
@@ -317,7 +322,7 @@ def why_not(layer: LayerRank) -> str | None:
         return PACKED
     if not layer.update_norm_fro > 0:
         return UNCHANGED
-    return None if layer.break_even_rank else TOO_THIN
+    return layer.unnamed or (None if layer.break_even_rank else TOO_THIN)
 
 
 def _alpha_rule(alpha: str | float | None, use_rslora: bool) -> tuple[float | None, float | None]:

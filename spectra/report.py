@@ -33,6 +33,7 @@ SCOPES = ("all", "paper", "non-noise", "new")
 # intruders at each level.  A convention of this project, to put a number into words; it says how
 # much of the top of the spectrum is new, not how much was forgotten.
 SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong"))
+CANNOT_TELL = "cannot tell"  # of a fine-tune of which no vector could be judged
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,17 @@ class Report:
     @property
     def severity(self) -> str:
         """ "none", "slight" (up to 1 % of the vectors compared), "moderate" (10 %) or "strong",
-        outside noise-like bases."""
-        trained = [layer for layer in self.layers if not layer.noise_like_base]
-        vectors = sum(len(layer.vectors) for layer in trained)
+        outside noise-like bases; "cannot tell" where layers changed and none of them could be judged."""
+        vectors = sum(len(layer.vectors) for layer in self.judged)
+        if not vectors and any(layer.status != "unchanged" for layer in self.layers):
+            return CANNOT_TELL
         share = self.total("non-noise") / vectors if vectors else 0.0
         return next(word for limit, word in SEVERITIES if share <= limit)
+
+    @property
+    def judged(self) -> tuple[LayerReport, ...]:
+        """The layers that the severity is about: those compared whose base is not noise-like."""
+        return tuple(layer for layer in self.layers if layer.vectors and not layer.noise_like_base)
 
     @property
     def failed(self) -> tuple[LayerReport, ...]:
@@ -420,8 +427,13 @@ def read_schema(name: str) -> dict[str, Any]:
 def module_type(name: str) -> str:
     """The part of a module's name after its last number: one word for what recurs by layer.
 
-    ``encoder.layer.3.attention.self.query`` → ``attention.self.query``.
+    ``encoder.layer.3.attention.self.query`` → ``attention.self.query``.  A number at the end stays (``to_out.0``), and
+    the number of an expert alone is left out: ``layers.3.mlp.experts.5.down_proj`` → ``mlp.experts.down_proj``.
     """
     parts = name.split("#")[0].split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) or name if numbers else name
+    parts = [part for i, part in enumerate(parts) if not (part.isdigit() and i and parts[i - 1] == "experts")]
+    end = len(parts)
+    while end and parts[end - 1].isdigit():
+        end -= 1
+    numbers = [i for i, part in enumerate(parts[:end]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

@@ -8,7 +8,15 @@ import re
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
-from spectra.errors import MissingFileError, SpectraError, UnsafeFileError, UsageError, WrongBaseError
+from spectra.errors import (
+    MissingFileError,
+    SpectraError,
+    UnsafeFileError,
+    UnsupportedMethodError,
+    UsageError,
+    WrongBaseError,
+)
+from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
@@ -76,6 +84,7 @@ def open_base(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     ------
     MissingFileError : it is not on this machine.
     WrongBaseError : it is itself an adapter.
+    UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
     return _open_base(_found(name), allow_pickle)
 
@@ -85,7 +94,7 @@ def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint
 
     Raises
     ------
-    UsageError : ``tuned`` is no adapter or names no base.
+    UsageError : ``tuned`` names no base.
     """
     return _open_base(_base_of_adapter(tuned), allow_pickle)
 
@@ -94,12 +103,16 @@ def _open_base(found: Path, allow_pickle: bool) -> Checkpoint:
     base = open_checkpoint(found, as_base=True, allow_pickle=allow_pickle)
     if base.layout in ("peft folder", "mlx folder", "gguf adapter"):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
+    matrices = [info for info in base.tensors.values() if len(info.shape) > 1]
+    types = sorted({info.dtype for info in matrices} & BLOCKS)
+    if base.layout == "gguf" and types and not any(info.is_float for info in matrices):
+        raise UnsupportedMethodError(base.path, f"its matrices are stored as {', '.join(types)}: {BLOCKS_NOT_READ}")
     return base
 
 
 def _base_of_adapter(tuned: Checkpoint) -> Path:
     if tuned.adapter_config is None:
-        raise UsageError(f"{tuned.path}: this is no adapter, so its base is not recorded; name it with --base")
+        raise UsageError(f"{tuned.path}: this format does not record its base; name it with --base")
     wanted = tuned.adapter_config.get("base_model_name_or_path")
     if not wanted and "peft_type" not in tuned.adapter_config:  # MLX's own config
         wanted = tuned.adapter_config.get("model")

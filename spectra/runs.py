@@ -22,7 +22,7 @@ from spectra.adapters import Skipped, plan_updates, uses_initial
 from spectra.analysis import DTYPES, check_device, checked_question, using_threads
 from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
-from spectra.layers import LayerPair, pair_layers
+from spectra.layers import LayerPair, pair_layers, why_not_merged
 from spectra.precision import caveat, quantised_as
 from spectra.resolve import named_base, open_base, open_base_of, open_tuned
 from spectra.splitting import split_apart
@@ -144,8 +144,7 @@ class SingleRun:
         pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
         self.pairs, self.skipped, self.counterpart = pairing.pairs, pairing.skipped, pairing.counterpart
         if not self.pairs:
-            reasons = sorted({item.reason for item in self.skipped})
-            raise UsageError(f"{self.tuned.path}: nothing to analyse ({'; '.join(reasons[:3]) or 'no tensors'})")
+            raise UsageError(f"{self.tuned.path}: nothing to analyse ({pairing.why_empty})")
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -170,10 +169,12 @@ class SingleRun:
         return update.tuned(W0), pair.base_copy_differs(self.tuned, W0)
 
     def prefetch(self, pair: LayerPair) -> None:
-        self.tuned.prefetch(pair.update.tensors)
+        self.tuned.prefetch([pair.made] if pair.made else pair.update.tensors)
 
     def non_finite(self, pair: LayerPair) -> tuple[str, ...]:
-        """The tensors of an update that hold NaN or infinity."""
+        """The tensors of an update that hold NaN or infinity; of what follows from stored ones, the weight itself."""
+        if pair.made:
+            return () if is_finite(self.tuned.load(pair.made)) else (pair.made.name,)
         values = ((name, self.tuned.read(name)) for name in pair.update.tensors)
         return tuple(name for name, value in values if value.is_floating_point() and not is_finite(value))
 
@@ -181,9 +182,9 @@ class SingleRun:
         names = pair.update.tensors
         if isinstance(error, NonFiniteError):  # say which of them
             names = self.non_finite(pair)
-            error = NonFiniteError(
-                "holds NaN or infinity" if names else "too large for this precision; try --dtype float64"
-            )
+            scaled = pair.made is not None and pair.made.quantised is not None
+            why = "its stored scales give NaN or infinity" if scaled else "holds NaN or infinity"
+            error = NonFiniteError(why if names else "too large for this precision; try --dtype float64")
         return explain(error, f"{self.tuned.path}: {', '.join(names or pair.update.tensors)}")
 
 
@@ -192,8 +193,8 @@ class MergedRun:
 
     Raises
     ------
-    UsageError : nothing to merge, a weight that is no finite number, not one base, or vocabularies that were
-        resized to different lengths.
+    UsageError : nothing to merge, a weight that is no finite number, not one base, vocabularies that were
+        resized to different lengths, or a base weight that one of them has in another form or layout than another.
     """
 
     def __init__(self, parts: Sequence[tuple[float, SingleRun]]):
@@ -216,8 +217,9 @@ class MergedRun:
             replace(sources[0][2], float64=any(pair.float64 for _, _, pair in sources))
             for sources in self._sources.values()
         )
-        if len({(pair.base.name, pair.layout) for pair in self.pairs}) < len(self.pairs):
-            raise UsageError(f"{self.name}: they resize the base's vocabulary differently, so they cannot be merged")
+        how = why_not_merged(self.pairs)
+        if how:
+            raise UsageError(f"{self.name}: {how}, so they cannot be merged")
 
     @property
     def name(self) -> str:
@@ -294,7 +296,7 @@ def base_facts(run: Run) -> dict[str, Any]:
         **fingerprint(run.base, run.settings.verify),
         "named_by_adapter": named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None,
         "quantised": quantised_as(run.base),
-        "caveat": caveat(run.base, run.tuned if isinstance(run, SingleRun) else None),
+        "caveat": caveat(run.base, run.tuned, run.plan) if isinstance(run, SingleRun) else caveat(run.base),
     }
 
 

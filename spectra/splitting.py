@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from spectra.adapters import InitialisedUpdate, Plan, PlannedUpdate, against_base
+from spectra.adapters import InitialisedUpdate, Plan, PlannedUpdate, against_base, formula_of, plan_updates
 from spectra.adapters.peft.vera import VeraUpdate
 from spectra.adapters.plan import UpdateKind
 from spectra.checkpoint import Checkpoint
@@ -54,6 +54,10 @@ class SplitUpdate:
         return self.whole.kind
 
     @property
+    def formula(self) -> str:
+        return formula_of(self.whole)
+
+    @property
     def rank(self) -> int | None:
         return self.whole.rank
 
@@ -82,8 +86,12 @@ class SplitUpdate:
 
 
 def _rows_of(update: Update, rows: Rows) -> Update | None:
+    from spectra.multiplying import Normed
     from spectra.updates import Added, Dense, Hadamard, LowRank, RowScaled, Scaled, SharedLowRank
 
+    if isinstance(update, Normed):
+        change = None if update.columns else _rows_of(update.change, rows)
+        return None if change is None else replace(update, change=change, magnitude=rows.of(update.magnitude))
     if isinstance(update, RowScaled):
         return replace(update, B=rows.of(update.B), magnitude=rows.of(update.magnitude))
     if isinstance(update, LowRank | SharedLowRank):
@@ -102,7 +110,7 @@ def split_apart(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkp
 
     What an adapter holds is split once its base is known, by :func:`against_split`.
     """
-    if tuned.adapter_config is None:
+    if tuned.adapter_config is None and plan_updates(tuned).complete:
         tuned = replace(tuned, split_fused=True, config=tuned.config or base.config)
     return replace(base, split_fused=True), tuned
 
@@ -136,10 +144,11 @@ def against_split(plan: Plan, base: Checkpoint) -> Plan:
 
 
 def _split(update: PlannedUpdate, parts: Mapping[str, list[Derived]], fused: Weight) -> list[PlannedUpdate]:
-    if update.kind not in BY_ROWS or isinstance(update, InitialisedUpdate | VeraUpdate):
+    by_column = getattr(update, "dora", None) == "columns"  # whose norms are those of all rows together
+    if update.kind not in BY_ROWS or by_column or isinstance(update, InitialisedUpdate | VeraUpdate):
         raise UnsupportedMethodError(
             fused.file,
-            f"{NO_ROWS} {update.module!r} ({update.kind.replace('_', ' ')}): of its "
+            f"{NO_ROWS} {update.module!r} ({update.kind.replace('_', ' ')}{', DoRA by column' * by_column}): of its "
             "method, or its initialisation, rows cannot be taken",
             fused.name,
         )

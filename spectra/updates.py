@@ -67,13 +67,14 @@ class FactoredWeight:
     """W1 = diag(left)·W0 + B·A.
 
     Shapes: W0 (m, n) in the working dtype; B (m, r), A (r, n) and left (m,), or None for the
-    identity, in float64.
+    identity, in float64.  ``normed`` : left is from norms, which were rounded when they were stored.
     """
 
     W0: Tensor
     B: Tensor
     A: Tensor
     left: Tensor | None = None
+    normed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,13 +112,14 @@ class FactoredWeight:
         return (self.B, self.A) if self.left is None else (self.B, self.A, self.left)
 
     def is_unchanged(self) -> bool:
-        # An untrained DoRA's magnitudes are the base's norms, rounded when they were stored.
-        identity = self.left is None or bool(((self.left - 1).abs() <= MAGNITUDE_ROUNDING).all())
+        # An untrained DoRA's magnitudes are the base's norms; IA3's scales are ones, exactly.
+        rounding = MAGNITUDE_ROUNDING if self.normed else 0.0
+        identity = self.left is None or bool(((self.left - 1).abs() <= rounding).all())
         return identity and not (bool(self.B.any()) and bool(self.A.any()))
 
     def scaled(self, weight: float) -> FactoredWeight:
         left = None if self.left is None else 1 + weight * (self.left - 1)
-        return FactoredWeight(self.W0, weight * self.B, self.A, left)
+        return FactoredWeight(self.W0, weight * self.B, self.A, left, self.normed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +185,7 @@ def merged(W0: Tensor, parts: Iterable[tuple[float, TunedWeight]]) -> TunedWeigh
             torch.cat([part.B for part in scaled], 1),
             torch.cat([part.A for part in scaled], 0),
             1 + torch.stack(lefts).sum(0) if lefts else None,
+            all(part.normed for part in scaled if part.left is not None),
         )
         if whole is None:
             return factored
@@ -199,7 +202,7 @@ def _assemble(weight: FactoredWeight, minus: Tensor | None = None) -> Tensor:
     return whole
 
 
-def _computed(W0: Tensor, block: Callable[[slice], Tensor]) -> DenseWeight:
+def computed(W0: Tensor, block: Callable[[slice], Tensor]) -> DenseWeight:
     """W1 from ``block(rows)``, float64 and exact, each entry rounded once."""
     whole = torch.empty_like(W0, memory_format=torch.contiguous_format)
     for rows in slabs(W0.shape[0]):
@@ -230,20 +233,24 @@ class LowRank:
 class RowScaled:
     """DoRA: W1 = m ⊙ (W0 + s·B·A) / ‖W0 + s·B·A‖ row by row; Liu et al. 2024, arXiv 2402.09353.
 
-    ``magnitude`` is m, one per output row, shape (m,).
+    ``magnitude`` is m, one per output row, shape (m,).  ``beyond`` (m,) is what columns that W0 does not have, those of
+    a resized vocabulary, add to the squares of the norms.
     """
 
     B: Tensor
     A: Tensor
     scaling: float
     magnitude: Tensor
+    beyond: Tensor | None = None
 
     def tuned(self, W0: Tensor) -> FactoredWeight:
         plain = FactoredWeight(W0, self.B.double() * self.scaling, self.A.double())
         norms = torch.cat([plain.block(rows, ALL).norm(dim=1) for rows in slabs(W0.shape[0])])
+        if self.beyond is not None:
+            norms = (norms.square() + self.beyond).sqrt()
         # A row that is zero stays zero whatever its magnitude.
         left = torch.where(norms > 0, self.magnitude.double() / norms, 1.0)
-        return FactoredWeight(W0, plain.B * left[:, None], plain.A, left)
+        return FactoredWeight(W0, plain.B * left[:, None], plain.A, left, normed=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +304,7 @@ class Hadamard:
         def block(rows: slice) -> Tensor:
             return W0[rows].double() + self.scaling * (self.B1[rows] @ self.A1) * (self.B2[rows] @ self.A2)
 
-        return _computed(W0, block)
+        return computed(W0, block)
 
 
 def _kron(X: Tensor, Y: Tensor) -> Tensor:
@@ -327,7 +334,7 @@ class Kronecker:
             product = first[outer[rows], :, None] * second[inner[rows], None, :]
             return W0[rows].double() + self.scaling * product.flatten(1)
 
-        return _computed(W0, block)
+        return computed(W0, block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +345,7 @@ class Added:
     free: bool = False
 
     def tuned(self, W0: Tensor) -> DenseWeight:
-        made = _computed(W0, lambda rows: W0[rows].double() + self.dW[rows])
+        made = computed(W0, lambda rows: W0[rows].double() + self.dW[rows])
         return DenseWeight(W0, made.W1, self.free)
 
 
@@ -359,7 +366,7 @@ class Scaled:
             return FactoredWeight(W0, nothing.expand(W0.shape[0], 1), nothing.expand(1, W0.shape[1]), self.rows)
         assert self.columns is not None
         columns = self.columns.repeat_interleave(W0.shape[1] // self.columns.numel())
-        return _computed(W0, lambda rows: W0[rows].double() * columns)
+        return computed(W0, lambda rows: W0[rows].double() * columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,7 +385,7 @@ class Rotated:
         d = self.blocks.shape[-1]
         if not self.output:
             turns = self.blocks.expand(n // d, d, d)
-            return _computed(
+            return computed(
                 W0,
                 lambda rows: torch.einsum("mbj,bij->mbi", W0[rows].double().reshape(-1, n // d, d), turns).flatten(1),
             )
@@ -438,4 +445,4 @@ class Butterfly:
                 part = turned.flatten(1)[:, order]
             return self.scale[rows, None] * part
 
-        return _computed(W0, block)
+        return computed(W0, block)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -104,7 +105,10 @@ def case(name: str, words: tuple[str, ...], build: Callable[[Path], Arguments | 
 
 def of_file(name: str, words: tuple[str, ...], content: Callable[[Path], bytes] | bytes, file: str = BIN) -> None:
     def build(box: Path) -> None:
-        (box / file).write_bytes(content if isinstance(content, bytes) else content(box))
+        if isinstance(content, bytes):
+            (box / file).write_bytes(content)
+        elif made := content(box):  # else it wrote the file itself
+            (box / file).write_bytes(made)
 
     case(name, (file, *words), build)
 
@@ -182,6 +186,55 @@ def _overlapping() -> bytes:
     return bytes(content)
 
 
+def _ends(count: int, length: int, begin: int) -> bytes:
+    return struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, length, begin, 0)
+
+
+def _ends64(count: int, length: int, begin: int) -> bytes:
+    return struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, length, begin)
+
+
+def _locates(place: int) -> bytes:
+    return struct.pack("<4sIQI", b"PK\x06\x07", 0, place, 1)
+
+
+def _parts() -> tuple[bytes, bytes]:
+    """What an archive begins with, and its directory."""
+    content = archive(GOOD)
+    begin = content.index(b"PK\x01\x02")
+    return content[:begin], content[begin:-22]
+
+
+def _gap() -> bytes:
+    members, directory = _parts()
+    return members + directory + b"gap" + _ends(4, len(directory), len(members))
+
+
+def _long_directory(box: Path, said: int = 0xFFFFFFFF) -> bytes:
+    """``said`` is its length in 32 bits."""
+    length = 300 << 20
+    with (box / BIN).open("wb") as out:
+        out.write(b"PK\x03\x04")
+        out.seek(length + 100)
+        out.write(_ends64(1, length, 100) + _locates(length + 100) + _ends(1, said, 100))
+    return b""
+
+
+def _two_lengths() -> bytes:
+    members, directory = _parts()
+    place = len(members) + len(directory)
+    ends = _ends64(4, len(directory), len(members)) + _locates(place)
+    return members + directory + ends + _ends(4, len(directory) - 1, len(members))
+
+
+def _two_directories() -> bytes:
+    """One directory lies before the locator, where some readers look, the other where it points, where others do."""
+    members, directory = _parts()
+    first, place = _ends64(4, len(directory), len(members)), len(members) + len(directory)
+    second = directory + _ends64(4, len(directory), place + len(first))
+    return members + directory + first + second + _locates(place) + _ends(0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+
+
 for _name, _words, _content in (
     ("what torch wrote before 1.6", ("before 1.6",), _legacy),
     ("an empty file", ("empty",), b""),
@@ -205,6 +258,14 @@ for _name, _words, _content in (
     ("a directory that is too long", ("directory",), _at(12, 2**31, 4, b"PK\x05\x06")),
     ("a directory that says nothing", ("archive",), _at(12, 0, 4, b"PK\x05\x06")),
     ("a directory of another archive", ("directory",), _at(12, 2**32 - 1, 4, b"PK\x05\x06")),
+    ("a zip64 directory of 300 MB", ("directory", "described"), lambda box: _long_directory(box, 100)),
+    ("a zip64 directory of 300 MB, as is said twice", ("directory has", "bytes"), _long_directory),
+    ("two directories, each found by another reader", ("directory", "archive"), _two_directories()),
+    ("a directory that leaves a member out", ("its directory has",), _at(10, 3, 2, b"PK\x05\x06")),
+    ("something between the directory and its end", ("directory ends",), _gap()),
+    ("a length in 32 bits and another in 64", ("described",), _two_lengths()),
+    ("a member that is marked as a folder", ("folder",), _at(38, 0x10, 4)),
+    ("a byte order that is empty", ("byte order",), archive(GOOD, {"byteorder": b""})),
     ("a program of TorchScript", ("TorchScript",), archive(GOOD, {"code/__torch__.py": b"import os"})),
     ("a program's constants", ("TorchScript",), archive(GOOD, {"constants.pkl": b"\x80\x02)."})),
     ("big-endian numbers", ("byte order",), archive(GOOD, {"byteorder": b"big"})),
@@ -218,8 +279,9 @@ for _name, _words, _content in (
     ("a pickle that is filled", ("malformed pickle",), archive(b"\x80\x02K\x01(K\x01K\x02u.")),
     ("a pickle with an odd dictionary", ("malformed pickle",), archive(b"\x80\x02}(K\x01u.")),
     ("dictionaries, 300,000 of them", ("more to it",), archive(b"\x80\x02" + b"}" * 300_000 + b".")),
-    ("places in the memo, 150,000 of them", ("more to it",),
+    ("places in the memo, 150,000 of them", ("no tensors",),
      archive(b"\x80\x02}" + b"".join(b"r" + n.to_bytes(4, "little") for n in range(150_000)) + b".")),
+    ("values of one byte, 700,000 of them", ("more to it",), archive(b"\x80\x02" + b"N" * 700_000 + b".")),
     ("a pickle of 40 MB", ("bytes",), archive(b"\x80\x02" + b"}0" * 20_000_000 + b".")),
     ("text of 900 kB", ("no name",), archive(whole(**{"x" * 900_000: tensor()}))),
     ("text that would be of 4 GB", ("malformed pickle",), archive(b"\x80\x02X\xff\xff\xff\xff.")),
@@ -241,9 +303,20 @@ for _name, _words, _content in (
     ("a model under another name", ("'ema'", "state_dict"), archive(whole(ema=table(w=tensor())))),
     ("a tensor whose name is a number", ("no name",), archive(b"\x80\x02}(K\x01" + tensor() + b"u.")),
     ("a tensor's name with a line of its own", ("no name",), archive(whole(**{"w\nspectra: error: fine": tensor()}))),
+    ("a key beside the model that is no name", ("no name", "epoch"),
+     archive(whole(**{"state_dict": table(w=tensor()), "\x1b]0;pwned\x07\x1b[2Jepoch": number(3)}))),
+    ("a key beside the model that never ends", ("no name",),
+     archive(whole(**{"state_dict": table(w=tensor()), "x" * 501: number(3)}))),
     ("a tensor's name that is no text", ("malformed pickle",),
      archive(b"\x80\x02}(" + text(b"\xff\xfe") + tensor() + b"u.")),
     ("a tensor without its storage", (Q, "not in the archive"), archive(whole(**{Q: tensor(of=storage("7"))}))),
+    ("a storage in two forms", ("malformed pickle", "two forms"),
+     archive(whole(**{Q: tensor(), K: tensor((16, 8), of=storage(count=128, kind="HalfStorage"))}))),
+    ("a tensor that is negated", ("conjugated or negated", *NOTHING_RUN), archive(whole(**{
+        Q: call("torch._utils._rebuild_tensor_v2", storage(), number(0), group(number(8), number(8)),
+                group(number(8), number(1)), b"\x89", b"}", table(neg=b"\x88"))}))),
+    ("an empty tensor of an enormous shape", (Q, "too large"),
+     archive(whole(**{Q: tensor((2**62, 2**62, 0), (1, 1, 1))}))),
     ("a storage that climbs out", ("malformed pickle",), archive(whole(**{Q: tensor(of=storage("../../outside/x"))}))),
     ("a storage that is a number", ("malformed pickle",), archive(whole(**{Q: tensor(of=number(3))}))),
     ("a storage of 4 TB", (Q, "its storage"), archive(whole(**{Q: tensor(of=storage(count=10**12))}))),

@@ -113,6 +113,28 @@ def test_fingerprint_of_headers_and_contents(good):
     assert open_checkpoint(good).fingerprint(verify=True).value != contents.value
 
 
+def test_what_no_one_reads_enters_the_fingerprint(tmp_path):
+    """Tensors of a dtype that has no form in memory are hashed where they lie."""
+    values = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.uint8), "c": torch.zeros(0, 3)}
+    save_file(values, tmp_path / "model.safetensors")
+    read = open_checkpoint(tmp_path)
+    for name in values:
+        read.read(name, digest=True)
+    assert read.fingerprint() == open_checkpoint(tmp_path).fingerprint(verify=True)
+    header = {"w": {"dtype": "F4", "shape": [4, 8], "data_offsets": [0, 16]},
+              "v": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [16, 19]}}  # fmt: skip
+    text, prints = json.dumps(header).encode(), set()
+    for last in (1, 2):
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(18) + bytes([last]))
+        prints.add(open_checkpoint(tmp_path).fingerprint(verify=True))
+    assert len(prints) == 2
+    assert {made.covers for made in prints} == {"contents"}
+    opened = open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(text)
+    with pytest.raises(CorruptFileError, match="the file changed"):
+        opened.fingerprint(verify=True)
+
+
 def test_fingerprint_does_not_depend_on_the_order_of_reading(good):
     prints = set()
     for names in (list(TENSORS), list(reversed(TENSORS))):
@@ -200,7 +222,7 @@ def test_no_bytes_make_it_crash(tmp_path_factory, data):
 def test_pickles_by_name(tmp_path):
     for name in ("pytorch_model.bin", "model.pt"):
         (tmp_path / name).write_bytes(b"whatever it is")
-        with pytest.raises(UnsafeFileError, match="weights_only=True"):
+        with pytest.raises(UnsafeFileError, match=r"--allow-pickle.*save_pretrained"):
             open_checkpoint(tmp_path / name)
     with pytest.raises(UnsafeFileError):
         open_checkpoint(tmp_path)
@@ -384,3 +406,21 @@ def test_the_next_layer_is_fetched_while_one_is_worked_on(make_base, make_adapte
         assert events.index(("ahead", f"{after}.weight")) < events.index(("read", f"{before}.weight"))
         assert events.index(("read", f"{before}.weight")) < events.index(("read", f"{after}.weight"))
     assert sum(kind == "read" and name.startswith("layer") for kind, name in events) == 3
+
+
+def test_a_training_run_is_named_as_one(tmp_path):
+    for step in (5, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"w": torch.zeros(2, 2)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    with pytest.raises(
+        AmbiguousFilesError, match=r"training run.*\(checkpoint-5, checkpoint-10, checkpoint-100\).*compare"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "index"), [("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")])
+def test_shards_without_their_index(tmp_path, kind, index):
+    for part in (1, 2):
+        (tmp_path / f"model-0000{part}-of-00002.{kind}").write_bytes(b"never read")
+    with pytest.raises(MissingFileError, match=rf"{index}\.index\.json: the index of these shards is missing"):
+        open_checkpoint(tmp_path, allow_pickle=True)

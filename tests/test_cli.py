@@ -111,7 +111,8 @@ def test_options_reach_the_analysis(capsys):
         (["--device", "meta"], "expected cpu or cuda"),
         (["--fail-on", "new"], "--baseline"),
         (["--fail-on", "paper"], "--fail-above"),
-        (["--include", "no such layer"], "nothing to analyse"),
+        (["--include", "no such layer"], "nothing to analyse (left out by --include or --exclude, such as 'model."),
+        (["--output", "report.xlsx"], "report.xlsx: ends in none of .json, .jsonl, .csv, .txt"),
         (["--output", "/no/such/folder/x.json"], "no such folder"),
     ],
 )
@@ -308,6 +309,24 @@ def test_inspect(capsys):
     assert len([update for update in found["updates"] if update["base_tensor"]]) == 28
     _, out, _ = run(capsys, "inspect", LORA, "--verbose")
     assert "q_proj.lora_A.weight  F32 [4, 160]" in out
+
+
+def test_inspect_names_what_it_does_not_read(capsys, make_base, make_adapter, rng):
+    W = rng.normal(size=(8, 8)).astype("f4")
+    words = rng.normal(size=(20, 8)).astype("f4")
+    base = make_base({"q.weight": W, "embed_tokens.weight": words})
+    tuned = make_base({"q.weight": W + 1, "embed_tokens.weight": np.concatenate([words, words[:3]])}, "tuned")
+    second = make_adapter({"q": (np.ones((8, 1), "f4"), np.ones((1, 8), "f4"))})
+    second.rename(tuned / "second")
+    (tuned / "assets").mkdir()
+    (tuned / "training_args.bin").write_bytes(b"")
+    code, out, err = run(capsys, "inspect", str(tuned), "--base", str(base))
+    assert (code, err) == (0, "")
+    assert "  not read   also here: second/\n" in out
+    assert "embed_tokens: vocabulary resized from 20 to 23 rows: the 20 shared ones are compared" in out
+    _, out, _ = run(capsys, "audit", str(tuned), "--base", str(base), "--verbose")
+    assert out.endswith("\nalso here, not read: second/\n")
+    assert "also here" not in run(capsys, "audit", str(tuned), "--base", str(base))[1]
 
 
 def test_inspect_goes_on_after_a_bad_path(capsys, tmp_path):

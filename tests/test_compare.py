@@ -498,6 +498,14 @@ def test_merges_that_make_no_sense(make_base, make_adapter, rng):
             spectra.compare([], merge=[[(weight, r4)]])
     with pytest.raises(UsageError, match="a merge of nothing"):
         spectra.compare([], merge=[[]])
+    # An embedding to one of them, and a matrix to the other.
+    home = make_base({"model.table.weight": rng.normal(size=(30, 8)).astype("f4")}, "table")
+    whole = make_base({"model.table.weight": rng.normal(size=(30, 8)).astype("f4")}, "whole")
+    rows = {"base_model.model.model.table.trainable_tokens_delta": rng.normal(size=(2, 8)).astype("f4")}
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2], "r": None, "lora_alpha": None}
+    tokens = make_adapter({}, "tokens", extra=rows, **config)
+    with pytest.raises(UsageError, match=r"'model.table.weight' as linear, another as embedding"):
+        spectra.compare([], home, merge=[[(0.5, whole), (0.5, tokens)]], quick=True)
     # One tensor that is embedding and head: an adapter of both merges with itself.
     home = make_base(
         {"model.embed_tokens.weight": rng.normal(size=(50, 20)).astype("f4")}, config={"tie_word_embeddings": True}

@@ -16,6 +16,7 @@ from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
 from spectra.derived import Derived, Unreadable, Weights, read_rows
 from spectra.errors import CorruptFileError, SpectraError
+from spectra.headers import TensorInfo
 from spectra.layers import pair_layers
 
 
@@ -180,3 +181,28 @@ def test_names_without_end_cost_nothing(tmp_path):
     with pytest.raises(SpectraError, match="is this the wrong base"):
         pair_layers(opened, fine, plan_updates(fine))
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name", "others"),
+    [
+        ({"a.both.weight": (8, 4), "a.upper.weight": (5, 7)}, "a.upper.weight", ["a.both.weight", "a.upper.weight"]),
+        ({"a.q.packed": (8, 4), "a.q.scale": (1,), "a.q.mystery": (3,)}, "a.q.weight", ["a.q.packed", "a.q.mystery"]),
+    ],
+)
+def test_two_weights_of_one_name_are_an_error(tmp_path, makers, tensors, name, others):
+    """A stored tensor with the name of a made one would be dropped silently, and so would one of two made ones."""
+    home = write(tmp_path / "base", {key: torch.ones(shape) for key, shape in tensors.items()})
+    with pytest.raises(CorruptFileError, match="two weights have this name") as error:
+        open_checkpoint(home).weights  # noqa: B018
+    assert all(repr(other) in str(error.value) for other in [name, *others])
+
+
+def test_many_quantised_tensors_take_no_time_for_each_other(tmp_path):
+    tensors = {
+        f"m.{i}.weight": TensorInfo(f"m.{i}.weight", "F8_E4M3", (4, 4), tmp_path, (16 * i, 16)) for i in range(50_000)
+    }
+    before = time.perf_counter()
+    made = spectra.stored.derive(tensors, {})
+    assert len(spectra.stored.weights_of(tensors, made)) == len(made) == 50_000
+    assert time.perf_counter() - before < 10

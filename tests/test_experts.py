@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
+from spectra.cache import SpectrumCache
 from spectra.checkpoint import open_checkpoint
 from spectra.derived import Derived, Unreadable
-from spectra.errors import WrongBaseError
+from spectra.errors import UsageError, WrongBaseError
 from spectra.layers import pair_layers
+from spectra.pipeline import Analysis
+from spectra.runs import MergedRun, SingleRun, checked_settings, jobs_of
 
 SEEDS = range(20)
 NEW = "new module: the base has no such weight"
@@ -389,8 +392,55 @@ def test_without_a_family_halves_are_not_named(make_base, make_adapter, rng):
         make_adapter({"mlp.experts.1.gate_proj": (rng.normal(size=(4, 1)), rng.normal(size=(1, 5)))})
     )
     base = open_checkpoint(make_base(tensors))
-    with pytest.raises(WrongBaseError, match=r"mlp\.experts\.1\.gate_proj"):
-        pair_layers(base, adapter, plan_updates(adapter))
+    pairing = pair_layers(base, adapter, plan_updates(adapter))
+    assert not pairing.pairs
+    assert [item.name for item in pairing.skipped] == ["mlp.experts.1.gate_proj"]
+    assert "no config gives model_type" in pairing.skipped[0].reason
+
+
+@pytest.mark.parametrize("fused_is_base", [True, False])
+@pytest.mark.parametrize(
+    ("fused", "apart", "turns"),
+    [
+        ("gpt_oss", None, True),  # the model that has them in one matrix tells their order
+        ("mixtral", None, False),
+        ("gpt_oss", "mixtral", True),
+        (None, "gpt_oss", True),
+        ("somecustom", None, None),
+        ("somecustom", "mixtral", None),
+        (None, None, None),
+    ],
+)
+def test_the_order_of_gate_and_up_is_that_of_the_model_that_has_both(
+    make_base, rng, fused_is_base, fused, apart, turns
+):
+    gate, up, down = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(6, 4))
+    both = np.stack([gate, up], 1).reshape(8, 6) if turns else np.concatenate([gate, up])
+    one = make_base(
+        {"m.mlp.experts.gate_up_proj": both[None], "m.mlp.experts.down_proj": down[None]},
+        "one", config={"model_type": fused} if fused else None,
+    )  # fmt: skip
+    parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    two = make_base(
+        {f"m.mlp.experts.0.{part}.weight": value for part, value in parts.items()},
+        "two", config={"model_type": apart} if apart else None,
+    )  # fmt: skip
+    base, tuned = (one, two) if fused_is_base else (two, one)
+    base, tuned = open_checkpoint(base), open_checkpoint(tuned)
+    if turns is None and fused_is_base:  # two of three matrices
+        with pytest.raises(WrongBaseError, match="below the other or take turns"):
+            pair_layers(base, tuned, plan_updates(tuned))
+        return
+    pairing = pair_layers(base, tuned, plan_updates(tuned))
+    if turns is None:
+        (skipped,) = pairing.skipped
+        assert "below the other or take turns" in skipped.reason
+        assert "'somecustom'" in skipped.reason or not fused
+        assert [pair.name for pair in pairing.pairs] == ["m.mlp.experts.0.down_proj"]
+        return
+    assert not pairing.skipped
+    for pair in pairing.pairs:
+        assert np.array_equal(base.load(pair.base), tuned.load(pair.update.module + ".weight"))
 
 
 def test_a_partly_tuned_mixture_is_unchanged_and_changed(make_base, rng, tmp_path):
@@ -509,3 +559,114 @@ def test_sharded_stacks_and_a_lone_head(tmp_path, rng):
         stacked = re.fullmatch(r"(.+experts)\.(\d)\.(\w+)", pair.name)
         if stacked:
             assert np.array_equal(W0, everything[f"{stacked[1]}.{stacked[3]}"][int(stacked[2])])
+
+
+def two_forms(make_base, rng, family="mixtral"):
+    """A base with stacks, and two changed copies: as stacks, and a file an expert under Mixtral's own names."""
+    config = {"model_type": family, "hidden_size": 12}
+    stacks = {"gate_up_proj": (2, 16, 12), "down_proj": (2, 12, 8)}
+    values = {part: rng.normal(size=shape).astype(np.float32) for part, shape in stacks.items()}
+    at = "model.layers.0"
+    base = make_base({f"{at}.mlp.experts.{part}": value for part, value in values.items()}, config=config)
+    changed = {part: value + 0.1 for part, value in values.items()}
+    stacked = make_base(
+        {f"{at}.mlp.experts.{part}": value for part, value in changed.items()}, "stacked", config=config
+    )
+    files = {}
+    for index in range(2):
+        gate, up = np.split(changed["gate_up_proj"][index], 2)
+        for letter, value in {"w1": gate, "w3": up, "w2": changed["down_proj"][index]}.items():
+            files[f"{at}.block_sparse_moe.experts.{index}.{letter}.weight"] = value
+    return base, stacked, make_base(files, "files", config=config)
+
+
+def test_fine_tunes_in_different_forms_are_merged_or_refused(make_base, rng):
+    """One expert's matrix under two names is one weight; one that is whole here and in halves there is not merged."""
+    base, stacked, files = two_forms(make_base, rng)
+    options = checked_settings(include=["w2", "down_proj"])
+    merged = MergedRun([(1.0, SingleRun(stacked, base, options)), (1.0, SingleRun(files, base, options))])
+    assert len(merged.pairs) == 2
+    for pair in merged.pairs:
+        W0 = pair.read_base(merged.base, torch.float64, "cpu")
+        assert np.allclose((merged.weight(pair, W0)[0].dense() - W0).numpy(), 0.2)
+    options = checked_settings()
+    with pytest.raises(UsageError, match="in different forms, so they cannot be merged") as error:
+        MergedRun([(1.0, SingleRun(stacked, base, options)), (1.0, SingleRun(files, base, options))])
+    assert "experts.0.gate_up_proj" in str(error.value)
+    assert "experts.0.w1" in str(error.value)
+
+
+@pytest.mark.parametrize("other", ["gate_proj", "gate_up_proj"])
+def test_two_forms_of_one_expert_in_one_fine_tune(make_base, rng, other):
+    """Both would be compared with the same rows of the base."""
+    base, _, files = two_forms(make_base, rng)
+    tuned = open_checkpoint(files)
+    tensors = {name: tuned.read(name) for name in tuned.tensors}
+    shape = (8, 12) if other == "gate_proj" else (16, 12)
+    tensors[f"model.layers.0.block_sparse_moe.experts.1.{other}.weight"] = torch.ones(shape)
+    tuned = open_checkpoint(make_base(tensors, "both", config={"model_type": "mixtral"}))
+    with pytest.raises(
+        WrongBaseError, match=r"both match the base weight '.*experts\.1\.gate_up_proj\.weight'"
+    ) as error:
+        pair_layers(open_checkpoint(base), tuned, plan_updates(tuned))
+    assert f"experts.1.{other}.weight" in str(error.value)
+
+
+def test_a_kept_spectrum_serves_every_name_of_its_weight(make_base, rng, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTRA_CACHE", str(tmp_path / "cache"))
+    base, _, files = two_forms(make_base, rng)
+    assert len(spectra.cache_base(base).written) == 4
+    settings = checked_settings(include=["w2"])
+    jobs = jobs_of([SingleRun(files, base, settings)])
+    assert [job.first.base.name.rpartition("experts.")[2] for job in jobs] == ["0.w2.weight", "1.w2.weight"]
+    for job in jobs:
+        assert Analysis(settings, SpectrumCache())._stored(job, job.read_base()) is not None
+
+
+def test_one_expert_fetches_no_more_than_itself(make_base, rng, monkeypatch):
+    """A stack is not fetched whole for each of its experts, nor what of a quantised one is read where nobody knows."""
+    base, stacked, files = two_forms(make_base, rng)
+    asked = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, begin, length, advice: asked.append(length), raising=False)
+    for tuned, sizes in ((stacked, {16 * 12 * 4, 12 * 8 * 4}), (files, {8 * 12 * 4, 12 * 8 * 4})):
+        run = SingleRun(tuned, base, checked_settings())
+        asked.clear()
+        for pair in run.pairs:
+            run.prefetch(pair)
+        assert set(asked) == sizes
+        assert len(asked) == len(run.pairs)
+        asked.clear()
+        run.base.prefetch([pair.base for pair in run.pairs])
+        assert set(asked) == {16 * 12 * 4, 12 * 8 * 4}
+    blocks = torch.randint(0, 256, (3, 64, 1, 16), dtype=torch.uint8)
+    tensors = {"m.experts.up_proj_blocks": blocks, "m.experts.up_proj_scales": torch.full((3, 64, 1), 120).byte()}
+    quantised = open_checkpoint(make_base(tensors, "mx", config={"model_type": "gpt_oss", "hidden_size": 32}))
+    asked.clear()
+    quantised.prefetch(list(quantised.weights.values()))
+    assert not asked
+
+
+def test_what_is_not_finite_is_the_expert_that_it_is(make_base, rng):
+    stack = torch.from_numpy(rng.normal(size=(3, 64, 32)).astype(np.float32))
+    changed = stack.clone() + 0.1
+    changed[2, 0, 0] = float("nan")
+    config = {"model_type": "nemotron_h", "hidden_size": 32}
+    base = make_base({"m.experts.up_proj": stack}, config=config)
+    report = spectra.audit(make_base({"m.experts.up_proj": changed}, "tuned", config=config), base=base)
+    status = {layer.name: (layer.status, layer.error) for layer in report.layers}
+    assert [status[f"m.experts.{i}.up_proj"][0] for i in range(3)] == ["analysed", "analysed", "non_finite"]
+    assert "m.experts.2.up_proj.weight: holds NaN or infinity" in str(status["m.experts.2.up_proj"][1])
+
+
+def test_scales_that_are_not_finite_say_so(make_base, rng):
+    blocks = torch.randint(0, 256, (3, 64, 1, 16), dtype=torch.uint8)
+    scales = torch.full((3, 64, 1), 120, dtype=torch.uint8)
+    config = {"model_type": "gpt_oss", "hidden_size": 32}
+    stored = {"m.experts.up_proj_blocks": blocks, "m.experts.up_proj_scales": scales}
+    base = make_base(stored, config=config)
+    broken = scales.clone()
+    broken[1, 0, 0] = 255
+    tuned = make_base(stored | {"m.experts.up_proj_scales": broken}, "tuned", config=config)
+    (layer,) = (layer for layer in spectra.audit(tuned, base=base).layers if layer.status == "non_finite")
+    assert layer.name == "m.experts.1.up_proj"
+    assert "m.experts.1.up_proj.weight: its stored scales give NaN or infinity" in (layer.error or "")

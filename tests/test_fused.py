@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import spectra
-from spectra.adapters import plan_updates
+from spectra.adapters import formula_of, plan_updates, rescales_base
 from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
-from spectra.derived import Derived
+from spectra.derived import Derived, Unreadable
 from spectra.errors import UnsupportedMethodError, UsageError, WrongBaseError
+from spectra.inspection import inspect
 from spectra.layers import pair_layers
 from spectra.splitting import split_apart
 from spectra.stored.rows import Rows
@@ -299,7 +301,7 @@ def test_dora_and_magnitudes_go_by_rows(rng, make_base, make_adapter):
 def test_split_and_fused_are_never_compared_silently(rng, make_base, make_adapter):
     base = phi_like(rng, "base", make_base)
     q = {"model.layers.0.self_attn.q_proj": (rng.normal(size=(8, 1)), rng.normal(size=(1, 8)))}
-    with pytest.raises(WrongBaseError, match=r"together with others in 'model.*qkv_proj.weight'.*--split-fused"):
+    with pytest.raises(WrongBaseError, match=r"together with others in 'model.*qkv_proj.weight'.*audit.*--split-fused"):
         spectra.audit(make_adapter(q), base=base)
     report = spectra.audit(make_adapter(q), base=base, split_fused=True)
     assert [layer.name for layer in report.layers] == ["model.layers.0.self_attn.q_proj"]
@@ -363,6 +365,48 @@ def test_methods_without_rows_are_refused(rng, make_base, make_adapter, tmp_path
     assert len(spectra.audit(adapter, base=base).layers) == 1
     with pytest.raises(UnsupportedMethodError, match=r"--split-fused cannot split the update of 'model\.layers\.0"):
         spectra.audit(adapter, base=base, split_fused=True)
+
+
+def lycoris_dora(rng, folder, on_out):
+    """A LoHa below DoRA of the fused projection, as LyCORIS writes it."""
+    shapes = {"hada_w1_a": (16, 2), "hada_w1_b": (2, 8), "hada_w2_a": (16, 2), "hada_w2_b": (2, 8)}
+    shapes["dora_scale"] = (16, 1) if on_out else (1, 8)
+    stored = {"alpha": torch.tensor(6.0, dtype=torch.float64)}  # before the factors, by its name
+    stored |= {name: torch.from_numpy(rng.uniform(0.5, 2, size=shape)) for name, shape in shapes.items()}
+    module = "lycoris_model_layers_0_self_attn_qkv_proj"
+    save_file({f"{module}.{name}": value for name, value in stored.items()}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def test_dora_of_any_change_goes_by_rows(rng, make_base, tmp_path):
+    opened = open_checkpoint(phi_like(rng, "base", make_base))
+    tuned = open_checkpoint(lycoris_dora(rng, tmp_path, True))
+    (whole,) = pair_layers(opened, tuned, plan_updates(tuned)).pairs
+    W0 = whole.read_base(opened, torch.float64, "cpu")
+    W1 = whole.read_update(tuned, torch.float64, "cpu").tuned(W0).dense()
+    split, tuned = split_apart(opened, tuned)
+    parts = {}
+    for pair in pair_layers(split, tuned, plan_updates(tuned)).pairs:
+        W = pair.read_base(split, torch.float64, "cpu")
+        parts[pair.name.split(".")[-1]] = pair.read_update(tuned, torch.float64, "cpu").tuned(W).dense()
+        assert rescales_base(pair.update)
+        assert formula_of(pair.update) == formula_of(whole.update)
+    assert torch.allclose(torch.cat([parts[f"{p}_proj"] for p in "qkv"]), W1, rtol=1e-12)
+    assert not torch.allclose(W1, W0, rtol=0.1)
+
+
+def test_dora_by_columns_is_refused_before_anything_is_read(rng, make_base, tmp_path):
+    base, adapter = phi_like(rng, "base", make_base), lycoris_dora(rng, tmp_path, False)
+    assert len(spectra.audit(adapter, base=base).layers) == 1
+    with pytest.raises(UnsupportedMethodError, match=r"cannot split the update of .*hadamard, DoRA by column"):
+        spectra.audit(adapter, base=base, split_fused=True)
+
+
+def test_messages_name_a_factor_rather_than_the_alpha(rng, make_base, tmp_path):
+    adapter = lycoris_dora(rng, tmp_path, True)
+    (update,) = plan_updates(open_checkpoint(adapter)).updates
+    assert not update.tensors[0].endswith("alpha")
+    assert update.tensors[-1].endswith("alpha")
 
 
 def test_torch_attention_is_split_in_thirds(rng, make_base, make_adapter):
@@ -434,3 +478,46 @@ def test_rows_of_groups():
     assert rows.of(torch.arange(12)).tolist() == [1, 2, 5, 6, 9, 10]
     assert rows.of(torch.arange(24).reshape(12, 2)).shape == (6, 2)
     assert str(Rows(1, 12, 4, 8)) == "rows 4:8"
+
+
+def test_what_is_left_out_need_not_be_known(rng, make_base):
+    """One matrix of unknown order ends no run: what is left out of it is not asked about, the rest is skipped."""
+    tensors = {
+        "model.layers.0.self_attn.qkv_proj.weight": rng.normal(size=(16, 8)),
+        "model.layers.0.mixer.Wqkv.weight": rng.normal(size=(24, 8)),
+    }
+    config = {"model_type": "phi3", "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = make_base(tensors, config=config)
+    tuned = make_base({name: value + 0.1 for name, value in tensors.items()}, "tuned", config=config)
+    report = spectra.audit(tuned, base=base, split_fused=True)
+    assert [layer.name.split(".")[-1] for layer in report.layers] == ["k_proj", "q_proj", "v_proj"]
+    (skipped,) = report.skipped
+    assert skipped["name"] == "model.layers.0.mixer.Wqkv"
+    assert "how Wqkv is ordered is not known of model_type 'phi3'" in skipped["reason"]
+
+
+@pytest.mark.parametrize(("family", "turns"), [("mixtral", False), ("gpt_oss", True), ("mine", None)])
+def test_gate_and_up_of_experts_are_split_in_their_familys_order(rng, make_base, family, turns):
+    stacks = {"mlp.experts.gate_up_proj": (2, 8, 6), "mlp.experts.down_proj": (2, 6, 4)}
+    tensors = {name: rng.normal(size=shape) for name, shape in stacks.items()}
+    base = replace(open_checkpoint(make_base(tensors, config={"model_type": family})), split_fused=True)
+    fused = tensors["mlp.experts.gate_up_proj"]
+    if turns is None:
+        assert isinstance(base.weights["mlp.experts.1.gate_up_proj.weight"], Unreadable)
+        assert set(base.weights) == {
+            f"mlp.experts.{i}.{part}.weight" for i in (0, 1) for part in ("gate_up_proj", "down_proj")
+        }
+        return
+    gate, up = (fused[1, ::2], fused[1, 1::2]) if turns else (fused[1, :4], fused[1, 4:])
+    assert np.array_equal(base.load("mlp.experts.1.gate_proj.weight"), gate)
+    assert np.array_equal(base.load("mlp.experts.1.up_proj.weight"), up)
+
+
+def test_inspect_lists_what_an_audit_would_split(rng, make_base, make_adapter):
+    base = phi_like(rng, "base", make_base)
+    module = "model.layers.0.self_attn.qkv_proj"
+    adapter = make_adapter({module: (rng.normal(size=(16, 1)), rng.normal(size=(1, 8)))})
+    found = inspect(adapter, base=base, split_fused=True)
+    assert {update["module"].rpartition(".")[2]: update["base_tensor"] for update in found.updates} == {
+        f"{part}_proj": f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"
+    }

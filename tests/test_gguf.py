@@ -24,6 +24,8 @@ from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import AdapterError, AmbiguousFilesError, SpectraError, UnsupportedMethodError, WrongBaseError
 from spectra.gguf import KEPT_ITEMS, MAX_ITEMS, MODULES, REORDERED, TYPES, in_order, read_gguf
+from spectra.precision import quantised_as
+from spectra.splitting import split_apart
 from tests import hostile
 from tests.conftest import ROOT
 from tests.hostile import Case
@@ -196,6 +198,20 @@ def test_a_lora_is_audited_and_told_of(tmp_path, capsys):
     assert "1 matched" in said
 
 
+def test_an_adapter_without_a_config_is_no_whole_model(tmp_path):
+    """What a quantised base means for a whole model is not said of it, nor is it split as one."""
+    path, folder = small_lora(tmp_path), small_base(tmp_path / "base", num_attention_heads=2)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    write(folder, {name: torch.eye(8).to(torch.float8_e4m3fn), "lm_head.weight": torch.eye(8)})
+    report = spectra.audit(path, folder)
+    assert (
+        report.base["caveat"] == "the base is stored as fp8: intruders are counted relative to its dequantised weights"
+    )
+    base, tuned = open_checkpoint(folder), open_checkpoint(path)
+    assert split_apart(base, tuned)[1] is tuned
+    assert split_apart(base, base)[1].split_fused
+
+
 def test_what_switches_an_adapter_on_makes_it_conditional(tmp_path):
     path = small_lora(tmp_path, fields=[*lora_fields(4.0), ("array", "adapter.alora.invocation_tokens", [3, 4])])
     assert plan_updates(open_checkpoint(path)).facts["conditional"] is True
@@ -311,6 +327,9 @@ def test_a_model_is_what_was_converted(tmp_path, seed):
     report = spectra.audit(path, base)
     assert {layer.name for layer in report.layers} == {name.removesuffix(".weight") for name in names}
     assert all(layer.status == "unchanged" for layer in report.layers)
+    for name in opened.tensors:
+        opened.read(name, digest=True)
+    assert opened.fingerprint() == open_checkpoint(tmp_path).fingerprint(verify=True), "in the order of transformers"
     report = spectra.audit(base, path)
     assert all(layer.status == "unchanged" for layer in report.layers)
 
@@ -347,6 +366,11 @@ def test_quantised_weights_of_a_model_are_skipped(tmp_path):
     assert {info.dtype for info in opened.tensors.values()} == {"F32", "Q8_0"}
     (skipped,) = plan_updates(opened).skipped
     assert "Q8_0" in skipped.reason
+    assert opened.fingerprint(verify=True).covers == "contents", "also of what is not read"
+    assert (quantised_as(opened), quantised_as(open_checkpoint(path))) == ("Q8_0", None)
+    report = spectra.audit(tmp_path / "b.gguf", tmp_path / "b.gguf", verify=True)
+    assert report.base["quantised"] == "Q8_0"
+    assert report.base["caveat"] == "weights that the base stores as Q8_0 are not read"
     assert open_checkpoint(path).tensors["model.layers.0.mlp.up_proj.weight"].shape == (8, 32)
 
 
@@ -605,3 +629,19 @@ def test_any_bytes_after_the_magic(tmp_path):
 if __name__ == "__main__":
     jobs = {name: partial(hostile.prepare, one=CASES[name]) for name in sys.argv[3:] or CASES}
     Path(sys.argv[2]).write_text(json.dumps(dict(hostile.run_all(Path(sys.argv[1]), jobs))))
+
+
+def test_a_base_of_quantised_types_alone_is_refused_with_a_remedy(tmp_path, capsys):
+    raw = gguf.quants.quantize(np.ones((4, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedMethodError, match=r"base\.gguf: .*Q8_0: GGUF's quantised types are not read; .*F16"):
+        spectra.audit(ROOT / "fixtures" / "full", tmp_path / "base.gguf")
+    assert main(["inspect", str(tmp_path / "base.gguf")]) == 0
+    out = capsys.readouterr().out
+    assert "matrices   none that can be read" in out
+    assert out.count("Q8_0") == 2  # what it holds, and why that is not read

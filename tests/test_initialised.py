@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError
-from spectra.initialisation import condensed, leading, of_first_columns
+from spectra.initialisation import UNDECIDED, as_saved, condensed, leading, of_first_columns, surer
 from spectra.layers import pair_layers
 from spectra.orientation import as_matrix
 
@@ -224,6 +225,113 @@ def test_corda_equals_the_trained_model(tmp_path, name, seed):
     torch.manual_seed(seed)
     config = config_of(name, "corda", rng, corda_config=CordaConfig())
     assert check(made(tmp_path, Net(rng), config, seed, prepare=with_eigens), tmp_path, initial=True)
+
+
+def read_in_half(folder, init, dtype, seed, amount, *, initial=True, others=()):
+    """Adapts a network in half precision; what was refused, and of each other layer (error of dW, its true dW)."""
+    rng = np.random.default_rng([8, seed])
+    torch.manual_seed(seed)
+    net = spread(Net(rng)).to(dtype)
+    save_base(folder, net)
+    targets = ["up", "down", "square", *others]
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=init, fan_in_fan_out=bool(others)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if init == "corda":
+            config.corda_config = CordaConfig()
+            with_eigens(net.float(), config)
+            net.to(dtype)
+        model = peft.get_peft_model(net, config)
+        model.save_pretrained(folder / "initial")
+        train(model, seed, amount)
+        model.save_pretrained(folder / "adapter")
+        base, tuned = open_checkpoint(folder / "base"), open_checkpoint(folder / "adapter")
+        merged = model.double().merge_and_unload().state_dict()
+    refused, errors = [], []
+    before = open_checkpoint(folder / "initial") if initial else None
+    for pair in pair_layers(base, tuned, plan_updates(tuned, before)).pairs:
+        W0 = pair.read_base(base, torch.float64, "cpu")
+        expected = as_matrix(merged[pair.base.name], pair.layout)
+        try:
+            W1 = pair.read_update(tuned, torch.float64, "cpu").tuned(W0).dense()
+        except AdapterError as error:
+            refused.append(str(error))
+        else:
+            errors.append((float((W1 - expected).norm()), float((expected - W0).norm()), float(W0.norm())))
+    return refused, errors
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("init", ["pissa_niter_2", "corda"])
+def test_a_saved_adapter_in_half_precision_tells_large_changes(tmp_path, init, dtype, seed):
+    refused, errors = read_in_half(tmp_path, init, dtype, seed, 1.0)
+    assert not refused
+    # The residual is rounded, too, some of it the other way.
+    unit = torch.finfo(dtype).eps / 2
+    assert all(error <= UNDECIDED * change + unit * size for error, change, size in errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("init", ["pissa_niter_2", "corda"])
+def test_a_saved_adapter_in_half_precision_does_not_tell_small_changes(tmp_path, init, dtype):
+    refused, errors = read_in_half(tmp_path, init, dtype, 1, 0.002)
+    assert not errors
+    assert len(refused) == 6
+    assert all("rounded to" in one and '"init_lora_weights": true' in one for one in refused)
+    assert not any("--initial-adapter" in one for one in refused)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_can_be_computed_in_half_precision_is_not_read_from_the_saved_adapter(tmp_path, init, dtype):
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    others = ["c_attn"] if init == "pissa" else []
+    found = read_in_half(tmp_path / "with", init, dtype, 1, 0.02, others=others)
+    assert found == read_in_half(tmp_path / "without", init, dtype, 1, 0.02, initial=False, others=others)
+    assert not found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_saved_adapter_of_a_square_conv1d_is_the_other_way_round_as_well(tmp_path, dtype):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"c_proj": Conv1D(12, 12)}).to(dtype)
+    save_base(tmp_path, net)
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2"}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=3, target_modules=["c_proj"], init_lora_weights="olora", fan_in_fan_out=True)
+        model = peft.get_peft_model(net, config)
+        model.save_pretrained(tmp_path / "initial")
+        train(model, 1, 0.02)
+        model.save_pretrained(tmp_path / "adapter")
+    half = dtype != torch.float32
+    assert check(model, tmp_path, initial=True, half=half, tolerance=1e-3 if half else 1e-6)
+
+
+def test_a_tie_in_half_precision_is_settled_by_the_saved_adapter():
+    torch.manual_seed(0)
+    W = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
+    B, A = W[:, :3], torch.eye(12, dtype=torch.float64)[:3]
+    saved = as_saved(B.bfloat16().double(), A, 1.0)
+    assert 0 < float((B @ A - saved.B @ saved.A).norm()) <= saved.error
+    assert surer(leading(W, 3), saved) is saved
+    assert surer(replace(leading(W, 3), error=0.0), saved) is saved
+    computed = replace(leading(W, 3), B=B, A=A, error=1e-6)
+    assert surer(computed, saved) is computed
+
+
+def test_a_saved_adapter_in_float32_is_exact():
+    B, A = torch.randn(9, 2).double(), torch.randn(2, 7).double()
+    assert as_saved(B, A, 2.0).error == 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for size in (1.0, 1e-6):
+            exact = size * B @ A
+            saved = as_saved((size * B).to(dtype).double(), A.to(dtype).double(), 3.0)
+            assert float((3 * exact - saved.B @ saved.A).norm()) <= saved.error
 
 
 def test_olora_takes_a_square_conv1d_the_other_way_round_as_peft_does(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from spectra.adapters import DIALECTS, plan_updates
 from spectra.adapters.peft.pattern import Pattern
 from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
+from spectra.headers import TensorInfo
 from spectra.layers import pair_layers
-from spectra.orientation import role_of
+from spectra.orientation import is_convolution, role_of
 from spectra.report import module_type
 from tests.conftest import FIXTURES, MEMBERS
 
@@ -87,6 +89,28 @@ def test_the_prefix_that_serves_most_decides(rng, make_base, make_adapter):
     base = make_base(tensors | {"decoder.layer.0.q.weight": f32(rng, 4, 4)})
     tuned = make_adapter({f"layer.{i}.q": (f32(rng, 4, 1), f32(rng, 1, 4)) for i in range(3)})
     assert matches(base, tuned) == {f"layer.{i}.q": f"encoder.layer.{i}.q.weight" for i in range(3)}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("layers", "language", "found"), [(4, 3, False), (4, 4, False), (4, 5, False), (7, 7, True)])
+def test_a_tower_is_not_taken_for_the_language_model(rng, make_base, make_adapter, whole, layers, language, found):
+    """It may well have more of the layers that were tuned in another model than the language model has."""
+    base = {f"language_model.model.layers.{i}.self_attn.q_proj.weight": f32(rng, 16, 16) for i in range(language)}
+    base |= {f"vision_tower.layers.{i}.self_attn.q_proj.weight": f32(rng, 16, 16) for i in range(6)}
+    modules = [f"layers.{i}.self_attn.q_proj" for i in range(layers)]
+    if whole:
+        tuned = make_base({f"{module}.weight": f32(rng, 16, 16) for module in modules}, "tuned")
+    else:
+        tuned = make_adapter({module: (f32(rng, 16, 2), f32(rng, 2, 16)) for module in modules})
+    base = make_base(base)
+    if found:
+        assert matches(base, tuned) == {module: f"language_model.model.{module}.weight" for module in modules}
+        return
+    with pytest.raises(WrongBaseError) as error:
+        matches(base, tuned)
+    if not whole or layers > language:  # whole models of which each could be two are not in the base at all
+        assert "could be any of 'language_model.model.layers.0" in str(error.value)
+        assert "'vision_tower.layers.0" in str(error.value)
 
 
 def test_shapes_tell_candidates_apart(rng, make_base, make_adapter):
@@ -240,6 +264,17 @@ def test_lora_on_a_resized_vocabulary(rng, make_base, make_adapter):
     assert layer.vectors[0].sigma == pytest.approx(expected.vectors[0].sigma)
 
 
+def test_the_copy_of_a_resized_embedding_is_compared_by_the_shared_rows(rng, make_base, make_adapter):
+    words = f32(rng, 50, 8)
+    base = make_base({"embed_tokens.weight": words})
+    prefix = "base_model.model.embed_tokens."
+    factors = {f"{prefix}lora_embedding_A": f32(rng, 2, 52), f"{prefix}lora_embedding_B": f32(rng, 8, 2)}
+    for copy, flags in ((words, ()), (f32(rng, 50, 8), ("base_copy_differs",))):
+        rows = np.concatenate([copy, f32(rng, 2, 8)])
+        tuned = make_adapter({}, extra={**factors, f"{prefix}base_layer.weight": rows}, r=2)
+        assert spectra.audit(tuned, base).layers[0].flags == flags
+
+
 def test_embedding_factors_for_a_vector(rng, make_base, make_adapter):
     base = make_base({"embed_tokens.weight": f32(rng, 8)})
     extra = {
@@ -276,6 +311,11 @@ def test_patterns_match_as_in_peft():
         "1.q_proj$",
         r".*1\.q_proj",
         r"layers\.\d+\.q_proj",
+        "layers.1..q_proj",
+        "..1.q_proj",
+        r"layers\..1.q_proj",
+        ".q_proj",
+        "q_proj.",
     ]
     for key in keys:
         pattern = Pattern(FIXTURES, {key: 5})
@@ -458,9 +498,63 @@ def test_module_types():
     assert module_type("model.layers.11.mlp.up_proj") == "mlp.up_proj"
     assert module_type("pooler.dense") == "pooler.dense"
     assert module_type("blocks.3") == "blocks.3"
+    assert module_type("unet.down_blocks.0.transformer_blocks.1.attn1.to_out.0") == "attn1.to_out.0"
+    assert module_type("transformer_blocks.1.ff.net.2") == "ff.net.2"
+    assert module_type("model.layers.3.mlp.experts.5.down_proj") == "mlp.experts.down_proj"
+    assert module_type("model.layers.3.mlp.experts.5") == "mlp.experts"
 
 
 def test_a_config_written_by_peft_has_only_known_fields():
     config = json.loads((FIXTURES / "lora-r4" / "adapter_config.json").read_text())
     assert config["peft_version"]
     assert plan_updates(open_checkpoint(FIXTURES / "lora-r4")).facts["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bias", "expected"),
+    [
+        ("conv1.weight", (8, 4, 40), False, True),
+        ("visual.patch_embed.proj.weight", (8, 3, 2, 14, 14), False, True),
+        ("vision_model.embeddings.patch_embedding.weight", (8, 3, 32, 32), False, True),
+        ("layer1.0.downsample.0.weight", (8, 4, 1, 1), False, True),
+        ("neck.0.weight", (8, 4, 3, 3), False, True),
+        ("attn.to_q.weight", (8, 8, 1), False, True),
+        ("resblocks.3.weight", (8, 4, 7), True, True),
+        ("resblocks.3.weight", (8, 4, 7), False, False),
+        ("depth_decoder.layers.0.fc1.weight", (8, 32, 16), False, False),  # Moshi's, one matrix a codebook
+        ("experts_like.weight", (8, 32, 64), True, False),
+        ("time_maa", (1, 1, 64), False, False),
+        ("q.weight", (8, 4), True, False),
+    ],
+)
+def test_what_is_a_convolution(name, shape, bias, expected):
+    own = TensorInfo("bias", "F32", shape[:1], Path("x"), (0, 0)) if bias else None
+    assert is_convolution(name, shape, own) is expected
+
+
+def test_three_dimensions_are_not_flattened_unless_they_are_a_convolutions(rng, make_base):
+    """JetMoe's stacks are cut into experts; others of which nothing is known are skipped, not flattened."""
+    tensors = {
+        "model.layers.0.mlp.input_linear.weight": f32(rng, 4, 32, 16),
+        "model.layers.0.mlp.output_linear.weight": f32(rng, 4, 16, 16),
+        "model.layers.0.self_attention.experts.input_linear.weight": f32(rng, 4, 24, 16),
+        "model.layers.0.self_attention.experts.output_linear.weight": f32(rng, 4, 16, 24),
+        "decoder.layers.0.gating.weight": f32(rng, 3, 8, 5),
+        "encoder.conv.weight": f32(rng, 6, 4, 3),
+    }
+    config = {"model_type": "jetmoe", "hidden_size": 16}
+    base = make_base(tensors, config=config)
+    tuned = make_base({name: value + f32(rng, *value.shape) for name, value in tensors.items()}, "tuned", config)
+    pairing = pairs_of(base, tuned)
+    shapes = {pair.name: pair.shape for pair in pairing.pairs}
+    assert shapes.pop("encoder.conv") == (6, 12)
+    at = "model.layers.0"
+    for index in range(4):
+        assert shapes.pop(f"{at}.mlp.experts.{index}.gate_up_proj") == (32, 16)
+        assert shapes.pop(f"{at}.mlp.experts.{index}.down_proj") == (16, 16)
+        assert shapes.pop(f"{at}.self_attention.experts.{index}.input_linear") == (24, 16)
+        assert shapes.pop(f"{at}.self_attention.experts.{index}.output_linear") == (16, 24)
+    assert not shapes
+    (skipped,) = pairing.skipped
+    assert skipped.name == "decoder.layers.0.gating.weight"
+    assert "no convolution by name, kernel or bias" in skipped.reason

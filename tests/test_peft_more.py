@@ -520,3 +520,39 @@ def test_all_that_is_put_into_a_model_is_the_merge(tmp_path, method, seed):
     assert {name for name in carried if name is not None and name.endswith("bias")} == changed
     for name in changed:
         assert torch.linalg.norm(carried[name].double() - expected[name]) <= 1e-6 * torch.linalg.norm(expected[name])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_that_was_trained_as_modules_to_save(tmp_path, tied):
+    """peft writes each of them three times; a model that it loads them into has what is read."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
+    net = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**size, num_attention_heads=2, tie_word_embeddings=tied)
+    )
+    net.save_pretrained(tmp_path / "base")
+
+    def resized() -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(43, mean_resizing=False)
+        return model
+
+    saved = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    model = peft.get_peft_model(resized(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    randomise(model, 1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.modules_to_save.weight" in stored
+    assert "base_model.model.model.embed_tokens.weight" in stored
+    loaded = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter").double().merge_and_unload().state_dict()
+    found, skipped = read_all(tmp_path / "base", tmp_path / "adapter")
+    assert {f"{name}.weight" for name in ("model.embed_tokens", "model.layers.0.self_attn.q_proj")} <= found.keys()
+    for name, (W1, layout) in found.items():
+        expected = as_matrix(loaded[name], layout)
+        assert torch.linalg.norm(W1 - expected[: W1.shape[0], : W1.shape[1]]) <= 1e-6 * torch.linalg.norm(W1), name
+    again = [item.name for item in skipped if "twice" in item.reason]
+    assert again == [
+        f"base_model.model.{name}.modules_to_save.weight"
+        for name in (["lm_head"] * (not tied) + ["model.embed_tokens"])
+    ]
+    all_accounted_for(tmp_path / "adapter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra import pickles
 from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
@@ -168,6 +168,7 @@ def test_pickles_are_read_as_torch_reads_them(tmp_path, seed):
     )
     same = open_checkpoint(whole)
     assert same.fingerprint(verify=True) == opened.fingerprint(verify=True)
+    assert open_checkpoint(tmp_path, allow_pickle=True).fingerprint(verify=True) == opened.fingerprint()
     skipped = {item.name for item in plan_updates(opened).skipped}
     assert skipped >= aside.keys()
 
@@ -276,38 +277,89 @@ def test_a_trainers_state_beside_the_weights_is_not_taken_for_them(tmp_path):
     assert list(open_checkpoint(tmp_path, allow_pickle=True).tensors) == ["w"]
 
 
-@pytest.mark.parametrize(("installed", "fine"), [("2.9.1", False), ("2.10.0", True), ("3.0", True), ("1.13", False)])
-def test_an_older_torch_is_not_trusted(tmp_path, monkeypatch, installed, fine):
-    torch.save({"w": torch.ones(2, 2)}, tmp_path / BIN)
-    monkeypatch.setattr(pickles, "version", lambda name: installed)
-    if fine:
-        assert read_pickle(tmp_path / BIN)[0].keys() == {"w"}
-    else:
-        with pytest.raises(UnsafeFileError, match="CVE-2025-32434"):
-            read_pickle(tmp_path / BIN)
-
-
-def test_values_are_only_ever_loaded_with_weights_only(tmp_path, monkeypatch):
+def test_values_are_read_without_unpickling(tmp_path, monkeypatch):
     """Also where the environment would have it otherwise; and a file that changed meanwhile is noticed."""
     torch.save({"w": torch.ones(2, 2)}, tmp_path / BIN)
-    opened, load, asked = open_checkpoint(tmp_path, allow_pickle=True), torch.load, []
-
-    def watched(*values, **options):
-        asked.append(options)
-        return load(*values, **options)
-
+    opened = open_checkpoint(tmp_path, allow_pickle=True)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    monkeypatch.setattr(torch, "load", watched)
-    opened.read("w")
-    assert [options["weights_only"] for options in asked] == [True]
+    with monkeypatch.context() as patched:
+        for owner, name in ((torch, "load"), (torch.serialization, "_load"), (pickle, "loads"), (pickle, "Unpickler")):
+            patched.setattr(owner, name, None)
+        assert torch.equal(opened.read("w"), torch.ones(2, 2))
     for content in (hostile.zipped(tmp_path), b"", b"PK\x03\x04"):
         (tmp_path / BIN).write_bytes(content)
-        with pytest.raises(spectra.SpectraError, match="could not be read"):
+        with pytest.raises(spectra.SpectraError, match="changed"):
             opened.read("w")
     torch.save({"w": torch.ones(3, 2)}, tmp_path / BIN)
     with pytest.raises(spectra.SpectraError, match="changed"):
         opened.read("w")
+    (tmp_path / BIN).unlink()
+    with pytest.raises(spectra.SpectraError, match="could not be read"):
+        opened.read("w")
     assert not (tmp_path.parent / "exploded").exists()
+
+
+EVERY = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.float8_e4m3fn,
+    torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+]  # fmt: skip
+
+
+def random_view(rng, dtype):
+    """A tensor of that dtype, in any order, of any part of its storage."""
+    raw = torch.from_numpy(rng.integers(0, 2 if dtype is torch.bool else 256, size=8 * 4**3, dtype=np.uint8))
+    value = raw.view(dtype)[int(rng.integers(3)) :]
+    shape = [int(size) for size in rng.integers(0 if rng.random() < 0.1 else 1, 4, size=int(rng.integers(0, 4)))]
+    if rng.integers(2):
+        strides = [int(stride) for stride in rng.integers(0, 9, size=len(shape))]
+        return value.as_strided(shape, strides, int(rng.integers(9)))
+    return value[: int(np.prod(shape))].reshape(shape)
+
+
+def bits(value):
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value).view(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_tensor_is_what_torch_loads(tmp_path, seed):
+    """Bit for bit, with any strides and offset; also some of its rows."""
+    rng = np.random.default_rng(seed)
+    state = {f"w{index}": random_view(rng, EVERY[int(rng.integers(len(EVERY)))]) for index in range(8)}
+    state["again"] = state["w0"]
+    torch.save(state, tmp_path / BIN)
+    opened, loaded = open_checkpoint(tmp_path, allow_pickle=True), torch.load(tmp_path / BIN, weights_only=True)
+    for name, expected in loaded.items():
+        found, info = opened.read(name), opened.tensors[name]
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(bits(found), bits(expected))
+        assert info.span[0] + info.span[1] <= (tmp_path / BIN).stat().st_size
+        if expected.ndim:
+            first, last = sorted(int(row) for row in rng.integers(0, expected.shape[0] + 2, size=2))
+            for rows in (slice(first, last), slice(last), slice(first, None, 2)):
+                part = opened.read(name, rows=rows)
+                assert part.shape == expected[rows].shape
+                assert torch.equal(bits(part), bits(expected[rows]))
+        if info.as_stored and info.size:
+            assert (tmp_path / BIN).read_bytes()[info.span[0] : sum(info.span)] == bytes(bits(expected).tolist())
+
+
+def test_thousands_of_small_tensors(tmp_path):
+    """Each with a storage of its own, and all in one."""
+    whole = torch.arange(6000.0)
+    torch.save({"own": {}, "model": {f"w{n}": torch.full((1, 1), float(n)) for n in range(6000)}}, tmp_path / BIN)
+    opened = open_checkpoint(tmp_path, allow_pickle=True)
+    assert len(opened.tensors) == 6000
+    assert opened.read("w5999").item() == 5999
+    torch.save({f"w{n}": whole[n : n + 1] for n in range(6000)}, tmp_path / BIN)
+    assert open_checkpoint(tmp_path, allow_pickle=True).read("w77").item() == 77
+
+
+def test_a_view_that_is_conjugated_is_refused(tmp_path):
+    """Its values are not the ones in the file."""
+    torch.save({"w": torch.ones(2, 2, dtype=torch.complex64).conj().imag}, tmp_path / BIN)
+    with pytest.raises(UnsafeFileError, match="conjugated or negated"):
+        read_pickle(tmp_path / BIN)
 
 
 def test_inspecting_a_pickle_loads_no_torch(pickled):

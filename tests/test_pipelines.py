@@ -16,8 +16,10 @@ import spectra
 from spectra.adapters import plan_updates
 from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
+from spectra.derived import Derived
 from spectra.errors import AmbiguousFilesError, MissingFileError, SpectraError, UnsafeFileError, UsageError
 from spectra.layers import pair_layers
+from spectra.precision import quantised_as
 from tests.test_dialects import check, draw
 
 pytestmark = [
@@ -101,6 +103,30 @@ def test_a_pipeline_as_a_full_fine_tune(written, tmp_path, capsys):
     assert report.base["format"] == report.tuned["format"].replace("full", "diffusers pipeline")
     assert main(["inspect", str(home), "--base", str(written / "whole")]) == 0
     assert "diffusers pipeline" in capsys.readouterr().out
+
+
+def test_each_component_is_read_by_its_own_config(written, tmp_path):
+    """Blocks of fp8 in the text encoder, whose size only its config.json tells; and a method that is not read."""
+    home, name, rng = copied(written, tmp_path), "encoder.layers.1.mlp.fc1.weight", np.random.default_rng(0)
+    values, config = load_file(home / TEXT), json.loads((home / "text_encoder/config.json").read_text())
+    stored, scale = draw(rng, *values[name].shape).to(torch.float8_e4m3fn), draw(rng, 3, 1).abs() + 0.5
+    save_file({**values, name: stored, f"{name}_scale_inv": scale}, home / TEXT)
+    settings = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 8]}}
+    (home / "text_encoder/config.json").write_text(json.dumps(config | settings))
+    opened = open_checkpoint(home)
+    info = opened.derived[f"text_encoder.{name}"]
+    assert isinstance(info, Derived)
+    assert info.sources == (f"text_encoder.{name}", f"text_encoder.{name}_scale_inv")
+    expected = stored.float() * scale.repeat_interleave(4, 0)
+    assert torch.equal(opened.load(f"text_encoder.{name}"), expected)
+    assert torch.equal(opened.load(f"text_encoder.{name}", rows=5), expected[:5])
+    assert open_checkpoint(home / TEXT).load(name).equal(expected)
+    assert set(open_checkpoint(written / "whole").weights) == set(opened.weights)
+    assert quantised_as(opened) == "fp8"
+    settings["quantization_config"]["weight_block_size"] = [5, 5]
+    (home / "text_encoder/config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(SpectraError, match="fc1"):
+        open_checkpoint(home).load(f"text_encoder.{name}")
 
 
 def a_lora(weights, rng, *, kohya):

@@ -22,7 +22,7 @@ from spectra.errors import UsageError
 from spectra.plots.counts import OTHER, PARTS
 from spectra.plots.kinds import KINDS
 from spectra.plots.style import INTRUDER, StyledFigure, look, styled, text_width
-from spectra.plots.subjects import fitting
+from spectra.plots.subjects import depth, fitting
 from spectra.records import LayerSpectra, Vector
 from spectra.report import LayerReport, Report, module_type
 from tests.conftest import ROOT
@@ -784,3 +784,18 @@ def test_a_wide_range_of_sizes_is_logarithmic():
     small, large = (model(1, LLAMA, path, size=size) for path, size in (("a", 0.001), ("b", 0.3)))
     assert plots.size_and_intruders([small, large]).axes[0].get_xscale() == "log"
     assert plots.size_and_intruders([large]).axes[0].get_xscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("model.layers.3.mlp.experts.7.down_proj", 3),
+        ("transformer.h.11.mlp.c_fc", 11),
+        ("text_encoders.1.layers.4.q_proj", 4),
+        ("down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_out.0", 2),
+        ("net.5.weight", 5),
+        ("pooler.dense", None),
+    ],
+)
+def test_the_number_of_a_layer(name, at):
+    assert depth(layer(name, [0.9])) == at

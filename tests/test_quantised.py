@@ -105,6 +105,24 @@ def test_fp8_without_scales_is_the_weight_itself(opened, rng, dtype):
     check(opened({"m.weight": weight, "m.bias": draw(rng, 7).to(dtype)}), "m.weight", weight.float(), "fp8")
 
 
+@pytest.mark.parametrize(
+    ("tensors", "settings", "name", "says"),
+    [
+        (("_weight_qdata", "_weight_scale"), {"quant_method": "torchao"}, "q.weight", "torchao"),
+        (("_weight_qdata", "_weight_scale"), None, "q.weight", "torchao"),
+        (("inner",), None, "q.inner", "a name that no parameter is known by"),
+        (("weight",), {"quant_method": "fp8"}, "q.weight", "without the scales that belong to it"),
+    ],
+)
+def test_fp8_that_may_lack_its_scales_is_refused(opened, rng, tensors, settings, name, says):
+    """torchao keeps scales under names of its own; what was scaled is never taken for the weight."""
+    stored = {f"q.{tensors[0]}": draw(rng, 8, 8).to(E4M3)}
+    stored |= {f"q.{end}": torch.rand(8, 1) for end in tensors[1:]}
+    checkpoint = opened(stored, settings)
+    assert says in refused(checkpoint, name)
+    assert set(checkpoint.weights) == {name}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_compressed_tensors_floats_and_bytes(opened, seed):
     compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -202,6 +220,35 @@ def test_modules_of_bitsandbytes(opened, rng):
     check(checkpoint, "a.weight", expected["a"], "nf4")
     check(checkpoint, "b.weight", expected["b"], "int8")
     assert set(checkpoint.weights) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_expert_of_four_bits_reads_no_more_than_its_own(opened, monkeypatch, nested, storage):
+    """Of odd sizes, so that bytes and blocks are shared by neighbours."""
+    bnb = pytest.importorskip("bitsandbytes")
+    rng = np.random.default_rng(3)
+    stack = draw(rng, 16, 31, 33 if storage == torch.uint8 else 36)
+    packed, state = bnb.functional.quantize_4bit(
+        stack, blocksize=64, compress_statistics=nested, quant_type="nf4", quant_storage=storage
+    )
+    name = "m.experts.up_proj"
+    stored = {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    checkpoint = opened(stored, model_type="nemotron_h", hidden_size=stack.shape[2])
+    expected = of_bitsandbytes(packed, state)
+    read = {}
+    own = type(checkpoint).read
+
+    def spy(self, name, **options):
+        value = own(self, name, **options)
+        read[name] = value.numel() * value.itemsize
+        return value
+
+    monkeypatch.setattr(type(checkpoint), "read", spy)
+    for index in range(16):
+        assert torch.equal(checkpoint.load(f"m.experts.{index}.up_proj.weight"), expected[index])
+        assert read[name] <= stack[0].numel() / 2 + 4
+        assert read[f"{name}.absmax"] <= (stack[0].numel() / 64 + 2) * (1 if nested else 4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

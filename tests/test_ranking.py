@@ -9,10 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra import measures, ranking, truncation
+from spectra.adapters.peft.replication import copies
 from spectra.cli import main
 from spectra.errors import UsageError
 from spectra.ranks import RankReport
@@ -281,3 +282,121 @@ def test_a_config_from_an_adapter_names_modules_of_the_model():
     assert found is not None
     assert found.exclude_modules == ()
     assert set(found.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def saved(folder, net, config, seed=0):
+    """The base and a random adapter of it, as peft saves them; peft's model."""
+    net.save_pretrained(folder / "base")
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(net, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder / "adapter")
+    return model
+
+
+def llama(layers=3):
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=layers, num_attention_heads=2
+        )
+    )
+
+
+def test_experts_of_a_stack_are_no_modules(tmp_path):
+    torch.manual_seed(0)
+    net = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=1,
+        )
+    )  # fmt: skip
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    saved(tmp_path, net, config)
+    report = spectra.suggest_ranks(tmp_path / "adapter", tmp_path / "base")
+    assert report.suggestion is not None
+    assert report.suggestion.target_modules == ("q_proj",)
+    assert {choice.name.rpartition(".")[2] for choice in report.suggestion.choices} == {"q_proj"}
+    assert len(report.layers) == 2 + 2 * 3 * 2
+    assert len(report.suggestion.left_out) == 2 * 3 * 2
+    assert all("no module that a config could name" in item["reason"] for item in report.suggestion.left_out)
+    assert RankReport.from_dict(json.loads(report.to_json())) == report
+
+
+def test_parts_of_a_fused_projection_are_no_modules(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
+    saved(tmp_path, net, peft.LoraConfig(r=2, target_modules=["query_key_value"]))
+    paths = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    code, out, _ = run(capsys, "ranks", *paths, "--split-fused")
+    assert code == 0
+    assert "Suggestion: none — what changed is a part of a weight that the base holds whole" in out
+    assert "target_modules" not in out
+    code, out, _ = run(capsys, "ranks", *paths)
+    assert "query_key_value" in out
+
+
+def test_a_suggestion_for_replicated_layers_builds_the_same_model(tmp_path):
+    ranges = [[0, 2], [1, 3]]
+    made = {"r": 2, "target_modules": ["q_proj"], "layer_replication": ranges, "rank_pattern": {"layers.3.*": 5}}
+    saved(tmp_path, llama(), peft.LoraConfig(**made))
+    with torch.no_grad():  # so that not all layers of the model get a LoRA
+        stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        save_file(
+            {name: value * (0 if "layers.1." in name else 1) for name, value in stored.items()},
+            tmp_path / "adapter" / "adapter_model.safetensors",
+        )
+    report = spectra.suggest_ranks(tmp_path / "adapter", tmp_path / "base", energy=0.999)
+    assert report.suggestion is not None
+    config = report.suggestion.peft_config()
+    assert config["layer_replication"] == ranges
+    assert RankReport.from_dict(json.loads(report.to_json())) == report
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**config))
+    adapted = {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert adapted == {choice.name: choice.rank for choice in report.suggestion.choices}
+    assert sorted(name.split(".")[2] for name in adapted) == ["0", "2", "3"]
+
+
+def test_the_names_of_replicated_layers_are_kept_apart():
+    assert copies(["layers.1.up", "layers.0.up", "head"], ((1, 3), (1, 2))) == {"layers.0.up", "layers.2.up"}
+    assert copies(["layers.1.up"], ()) == set()
+
+
+def test_a_conditional_adapter_is_said_to_be_one(tmp_path, capsys):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
+    saved(tmp_path, llama(2), config)
+    code, out, _ = run(capsys, "ranks", tmp_path / "adapter", "--base", tmp_path / "base")
+    assert code == 0
+    assert "conditional: active only after its invocation tokens" in out
+
+
+@pytest.mark.parametrize("on_out", [False, True])
+def test_dora_of_any_change_is_counted(tmp_path, on_out):
+    written = pytest.importorskip("lycoris").modules
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(24, 16) for name in "abc"})
+    save_file({name: value.clone() for name, value in net.state_dict().items()}, tmp_path / "base.safetensors")
+    state: dict[str, torch.Tensor] = {}
+    for name, make in (("a", written.LohaModule), ("b", written.LokrModule), ("c", written.LoConModule)):
+        options = {"lora_dim": 2, "weight_decompose": name != "c", "wd_on_out": on_out}
+        module = make(f"lycoris_{name}", net[name], multiplier=1.0, **options)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        state |= {f"lycoris_{name}.{key}": value.clone() for key, value in module.state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    report = spectra.suggest_ranks(tmp_path / "x.safetensors", tmp_path / "base.safetensors")
+    assert report.suggestion is not None
+    assert report.suggestion.rescaled == 2
+    assert [layer.rescaled for layer in report.layers] == [True, True, False]

@@ -159,12 +159,13 @@ def test_only_linear_layers_get_a_suggestion():
         with_rank("score", 2, role="head"),
         with_rank("patches", 2, role="conv"),
         with_rank("layers.0.attn.in_proj_weight", 2),
+        with_rank("layers.0.experts.0.up", 2, unnamed="a part"),
         with_rank("layers.0.gate", 1, shape=(1, 64)),
     ]
     found = suggested(layers)
     assert [choice.name for choice in found.choices] == ["layers.0.q_proj"]
     assert [item["name"] for item in found.left_out] == [layer.name for layer in layers[1:]]
-    assert found.left_out_share == pytest.approx(9 / 11)  # of the squares 2, 2, 2, 2, 2 and 1
+    assert found.left_out_share == pytest.approx(11 / 13)  # of the squares 2, 2, 2, 2, 2, 2 and 1
     assert suggested(layers[1:]) is None
 
 
@@ -445,8 +446,13 @@ def test_text_without_a_suggestion():
     assert render_ranks(report([], None)).startswith("Suggestion: none")
 
 
+def test_text_of_a_rank_without_an_alpha():
+    tuned = {"path": "tuned", "format": "mlx-lora", "rank": 4, "alpha": None, "scaling": 20.0}
+    assert "tuned  (mlx-lora, rank 4, scaling 20)" in render_ranks(report([], None, tuned=tuned))
+
+
 def test_text_of_dora_and_of_what_saves_nothing(rng):
-    dora = with_rank("layers.0.q", 2, kind="row_scaled")
+    dora = with_rank("layers.0.q", 2, kind="row_scaled", rescaled=True)
     assert "trained with DoRA" in render_ranks(report([dora], suggested([dora])))
     flat = of_matrix(rng.normal(size=(40, 30)))
     text = render_ranks(report([flat], suggested([flat])))

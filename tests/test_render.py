@@ -119,7 +119,7 @@ def test_failures_come_before_the_details():
     text = render_report(report([layer("layers.0.q", [0]), bad]))
     assert text.index("non_finite: layers.1.q") < text.index("worst layers")
     only = render_report(report([bad]))
-    assert only.startswith("Verdict: no layer could be analysed.")
+    assert only.startswith("Verdict: CANNOT TELL — no layer could be analysed.")
 
 
 def test_narrow_layers_are_warned_about():
@@ -157,3 +157,49 @@ def test_any_record_as_text():
     assert spectra.to_text(reports).startswith("fine-tune ")
     assert spectra.to_text(spectra.compare(paths, quick=True, include=["layers.0.*"])).startswith("base ")
     assert spectra.to_text(spectra.suggest_ranks(paths[0])).startswith("Suggestion: ")
+
+
+def test_no_verdict_where_nothing_could_be_judged():
+    noisy = layer("layers.0.q", [0], noise_like_base=True)
+    bad = layer("layers.1.q", vectors=(), status="non_finite", error="NaN")
+    same = layer("layers.2.q", vectors=(), status="unchanged")
+    for layers in ([noisy], [bad], [noisy, bad, same]):
+        made = report(layers)
+        assert made.severity == made.summary["severity"] == "cannot tell"
+        assert render_report(made).startswith("Verdict: CANNOT TELL")
+        assert "cannot tell" in render_summary([made, made])
+    assert report([same]).severity == "none"
+    assert render_report(report([same])).startswith("Verdict: nothing changed.")
+    assert "update  " not in render_report(report([same], tuned={"path": "tuned", "format": "full"}))
+
+
+@pytest.mark.parametrize(("noisy", "said"), [(3, False), (4, True), (31, True)])
+def test_a_verdict_from_few_layers_says_so(noisy, said):
+    layers = [layer(f"layers.{i}.q", [0], noise_like_base=i > 0) for i in range(noisy + 1)]
+    text = render_report(report(layers))
+    assert (f"This is from 1 of {noisy + 1} changed layers; the others are noise-like." in text) == said
+    assert "1 of 10 (10.0%) is an intruder dimension." in text
+
+
+def test_alike_failures_and_notes_are_said_once():
+    failed = [
+        layer(f"layers.{i}.q", vectors=(), status="non_finite", error=f"a: layers.{i}.q.lora_A: NaN") for i in range(4)
+    ]
+    other = layer("layers.9.q", vectors=(), status="failed", error="a: layers.9.q.lora_A: too large")
+    note = "vocabulary resized from 9 to 10 rows: the 9 shared ones are compared"
+    noted = [layer(name, notes=(note, "tied: as x")) for name in ("lm_head", "embed_tokens")]
+    copies = [layer(f"layers.{i}.v", notes=(f"layer_replication: layer {i} is 0",)) for i in range(9)]
+    text = render_report(report([*failed, other, *noted, *copies]))
+    assert text.count("NaN") == 1
+    assert "non_finite: 4 layers, first layers.0.q: a: layers.0.q.lora_A: NaN" in text
+    assert "failed: layers.9.q: a: layers.9.q.lora_A: too large" in text
+    assert f"note: lm_head, embed_tokens: {note}" in text
+    assert "tied" not in text
+    assert text.count("layer_replication") == 3
+    assert "note: 6 more of this kind" in text
+
+
+@pytest.mark.parametrize("known", [{"alpha": None, "scaling": 20.0}, {"scaling": 20.0}])
+def test_a_scaling_without_an_alpha_is_shown(known):
+    made = report([layer("layers.0.q")], tuned={"path": "tuned", "format": "mlx-lora", "rank": 4, **known})
+    assert "(mlx-lora, rank 4, scaling 20)" in render_report(made)

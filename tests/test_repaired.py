@@ -364,6 +364,7 @@ def resized(home, rng, rows, columns, dtype=torch.float32, **config):
     tensors = {f"{prefix}A": torch.randn(2, columns).to(dtype), f"{prefix}B": torch.randn(8, 2).to(dtype)}
     if config.get("use_dora"):
         tensors["base_model.model.embed_tokens.lora_magnitude_vector"] = torch.rand(8).to(dtype)
+        tensors["base_model.model.embed_tokens.base_layer.weight"] = torch.randn(columns, 8).to(dtype)
     save_file(tensors, tuned / WEIGHTS)
     (tuned / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config))
     return opened(home)

@@ -82,7 +82,7 @@ def test_adapter_that_names_no_base(tmp_path, name):
 
 
 def test_full_checkpoint_needs_a_base():
-    with pytest.raises(UsageError, match="--base"):
+    with pytest.raises(UsageError, match="this format does not record its base; name it with --base"):
         spectra.audit(FIXTURES / "full")
 
 

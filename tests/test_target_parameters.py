@@ -110,6 +110,45 @@ def check(model, folder, count):
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
+def test_raw_states_hold_copies_of_parameters(tmp_path, turned):
+    torch.manual_seed(0)
+    net = Net(np.random.default_rng(1), turned)
+    model = made(tmp_path, net, peft.LoraConfig(r=2, target_modules=[], target_parameters=[*BOTH, "router.matrix"]), 1)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+    base = open_checkpoint(tmp_path / "base")
+
+    def read():
+        tuned = open_checkpoint(tmp_path / "adapter")
+        plan = plan_updates(tuned)
+        pairing = pair_layers(base, tuned, plan)
+        used = {name for update in plan.updates for name in update.tensors} | {item.name for item in plan.skipped}
+        assert used == set(tuned.tensors)
+        found = {}
+        for pair in pairing.pairs:
+            W0 = pair.read_base(base, torch.float64, "cpu")
+            update = pair.read_update(tuned, torch.float64, "cpu").tuned(W0)
+            found[pair.base.name] = update.dense(), pair.update.kind, pair.base_copy_differs(tuned, W0)
+        return found, {item.name for item in pairing.skipped if "a copy of the base" in item.reason}
+
+    own, none = read()
+    save_file(state, file)
+    raw, copies = read()
+    assert not none
+    assert copies == {name for name in state if ".base_layer." in name and "lora_" not in name}
+    assert len(copies) == 6
+    for name, (W1, kind, differs) in own.items():
+        assert raw[name][1:] == (kind, differs) == ("low_rank", False)
+        assert torch.linalg.norm(raw[name][0] - W1) <= 1e-12 * torch.linalg.norm(W1)
+    assert all(kind == "dense" for name, (_, kind, _) in raw.items() if name not in own)
+    state = {name: value + ("router.base_layer" in name) for name, value in state.items()}
+    save_file(state, file)
+    assert {name for name, (_, _, differs) in read()[0].items() if differs} == {
+        f"model.layers.{layer}.router.matrix" for layer in range(2)
+    }
+
+
 def config_of(name, rng, **more):
     r, layer = int(rng.integers(1, 4)), int(rng.integers(2))
     specific: dict[str, dict[str, Any]] = {

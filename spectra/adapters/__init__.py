@@ -19,7 +19,7 @@ from spectra.adapters.peft.lora import PeftAdapter
 from spectra.adapters.peft.method import MethodUpdate
 from spectra.adapters.peft.methods import PeftMethods
 from spectra.adapters.peft.parameters import against_parameters
-from spectra.adapters.plan import FORMULAS, Dialect, Plan, PlannedUpdate, Skipped
+from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped, formula_of, rescales_base
 from spectra.adapters.unsupported import Unsupported
 from spectra.checkpoint import Checkpoint
 
@@ -30,8 +30,9 @@ DIALECTS: tuple[Dialect, ...] = (
 )  # fmt: skip
 
 __all__ = [
-    "DIALECTS", "FORMULAS", "Dialect", "InitialisedUpdate", "MethodUpdate", "Plan", "PlannedUpdate", "Skipped",
-    "StoredFactors", "WholeTensor", "against_base", "plan_updates", "uses_initial",
+    "DIALECTS", "Dialect", "InitialisedUpdate", "MethodUpdate", "Plan", "PlannedUpdate", "Skipped",
+    "StoredFactors", "WholeTensor", "against_base", "formula_of", "plan_updates", "rescales_base",
+    "uses_initial",
 ]  # fmt: skip
 
 

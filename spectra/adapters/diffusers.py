@@ -20,7 +20,7 @@ from typing import Any
 from spectra.adapters.factors import StoredFactors, check_factors, common_facts, scalar
 from spectra.adapters.peft.lora import KNOWN_FIELDS, NEUTRAL_INIT
 from spectra.adapters.peft.pattern import Pattern
-from spectra.adapters.plan import Plan, Skipped
+from spectra.adapters.plan import AddedToBias, Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, CorruptFileError, UnsupportedMethodError
@@ -70,6 +70,7 @@ class DiffusersLora:
     def plan(self, tuned: Checkpoint) -> Plan:
         components: dict[str, dict[str, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
         skipped: list[Skipped] = []
+        biases: dict[str, TensorInfo] = {}
         rest: dict[str, TensorInfo] = {}
         bare = _is_bare(tuned)
         for key, info in tuned.tensors.items():
@@ -80,6 +81,7 @@ class DiffusersLora:
             component, module, tail = parsed
             slot = components[component][module]
             if tail == "lora_B.bias":
+                biases[f"{component}.{module}"] = info
                 skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum"))
             elif tail in slot:
                 raise AdapterError(info.file, f"{tail} occurs twice for {component}.{module}", key)
@@ -98,7 +100,12 @@ class DiffusersLora:
             for component, modules in components.items()
             for update in _updates(component, modules, configs.get(component))
         ]
-        return Plan("diffusers-lora", tuple(updates), tuple(skipped), common_facts(updates))
+        by_module = {update.module: update for update in updates}
+        added = tuple(
+            AddedToBias(info.name, by_module[module].tensors[0], by_module[module].scaling)
+            for module, info in biases.items()
+        )
+        return Plan("diffusers-lora", tuple(updates), tuple(skipped), common_facts(updates), biases=added)
 
 
 def _parse(key: str, *, bare: bool) -> tuple[str, str, str] | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.checkpoint import Checkpoint
 from spectra.derived import Derived, Unreadable, Weight, sources_of
-from spectra.orientation import Layout, as_matrix
+from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
+from spectra.orientation import Layout, as_matrix, is_convolution
 
 if TYPE_CHECKING:
     import torch
@@ -49,19 +50,24 @@ class WholeTensor:
         return Dense(as_matrix(stored.to(device=device, dtype=dtype), layout))
 
 
-def whole_tensor(info: Weight, name: str) -> PlannedUpdate | Skipped:
-    """How a tensor that is stored whole, under the module name ``name``, is treated."""
+def whole_tensor(info: Weight, name: str, bias: Weight | None = None) -> PlannedUpdate | Skipped:
+    """How a tensor that is stored whole, under the module name ``name``, is treated; ``bias`` is its module's."""
     module = name.removesuffix(".weight")
     if isinstance(info, Unreadable):
         return Skipped(module, info.reason)
     if len(info.shape) < 2:
         return Skipped(name, "not a matrix: a vector or scalar has no spectrum")
+    if info.dtype in BLOCKS:
+        return Skipped(name, f"stored as {info.dtype}: {BLOCKS_NOT_READ}")
     if not info.is_float:
         return Skipped(name, f"stored as {info.dtype}: integers and quantised weights are not analysed")
     if info.size == 0:
         return Skipped(name, "empty")
     if len(info.shape) == 3 and "expert" in name:
-        return Skipped(name, "stacked experts are not split in this version")
+        return Skipped(name, "a stack of experts by a name that is not known")
+    if len(info.shape) > 2 and not is_convolution(name, info.shape, bias):
+        reason = "no convolution by name, kernel or bias: how it is a matrix is not known"
+        return Skipped(name, f"{len(info.shape)} dimensions, but {reason}")
     notes = (f"read from {info.how}",) if isinstance(info, Derived) else ()
     return WholeTensor(module, (name,), info, notes=notes)
 
@@ -78,7 +84,7 @@ class FullCheckpoint:
         updates: list[PlannedUpdate] = []
         skipped: list[Skipped] = []
         for name, info in tuned.weights.items():
-            planned = whole_tensor(info, name)
+            planned = whole_tensor(info, name, tuned.weights.get(f"{name.removesuffix('weight')}bias"))
             if isinstance(planned, Skipped):
                 skipped.append(planned)
             else:

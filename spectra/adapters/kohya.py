@@ -16,7 +16,7 @@ from spectra.adapters.factors import StoredFactors, alpha_of, check_factors, com
 from spectra.adapters.lycoris import is_lycoris, read_module
 from spectra.adapters.lycoris_multiplied import KOHYA_OFT
 from spectra.adapters.lycoris_products import LycorisUpdate
-from spectra.adapters.plan import Plan, Skipped
+from spectra.adapters.plan import AddedToBias, Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
@@ -75,6 +75,7 @@ class KohyaLora:
     def plan(self, tuned: Checkpoint) -> Plan:
         modules: dict[_Module, dict[str, TensorInfo]] = defaultdict(dict)
         skipped: list[Skipped] = []
+        biases: dict[_Module, TensorInfo] = {}
         rest: dict[str, TensorInfo] = {}
         for key, info in tuned.tensors.items():
             parsed = _parse(key)
@@ -83,11 +84,15 @@ class KohyaLora:
             elif parsed is None:
                 rest[key] = info
             elif len(info.shape) < 2 and parsed[1] in (*_VECTORS, "diff"):
+                if parsed[1] == "diff_b":
+                    biases[parsed[0]] = info
                 skipped.append(Skipped(key, "not a matrix: a vector or scalar has no spectrum"))
             else:
                 modules[parsed[0]][parsed[1]] = info
         updates: list[StoredFactors | LycorisUpdate] = []
+        added: list[AddedToBias] = []
         for module, slot in modules.items():
+            made = len(updates)
             if all(re.fullmatch(_PLAIN, factor) for factor in slot):
                 updates.append(_update(module, slot))
             elif module.joint == "_" or is_lycoris(slot.keys() - {"weight"}) or "dora_scale" in slot:
@@ -95,6 +100,8 @@ class KohyaLora:
                 updates.append(read_module(module.called, component, module.name, module.joint, slot))
             else:
                 rest |= {info.name: info for info in slot.values()}
+            if module in biases:
+                added += [AddedToBias(biases[module].name, update.tensors[0], 1.0) for update in updates[made:]]
         if rest:
             name, method = foreign_method(rest) or (next(iter(rest)), "another method")
             raise UnsupportedMethodError(
@@ -102,7 +109,8 @@ class KohyaLora:
                 "cannot read it", name,
             )  # fmt: skip
         plain = all(isinstance(update, StoredFactors) for update in updates)
-        return Plan("kohya-lora" if plain else "lycoris", tuple(updates), tuple(skipped), common_facts(updates))
+        facts = common_facts(updates)
+        return Plan("kohya-lora" if plain else "lycoris", tuple(updates), tuple(skipped), facts, biases=tuple(added))
 
 
 def _is_factor(name: str) -> bool:

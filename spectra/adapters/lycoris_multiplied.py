@@ -43,6 +43,11 @@ class OftUpdate(LycorisUpdate):
         return "rotated"
 
     @property
+    def formula(self) -> str:
+        turned = "l ⊙ (R·W0), by row" if "rescale" in dict(self.factors) else "R·W0"
+        return f"W1 = {turned}, with R a rotation"
+
+    @property
     def blocks(self) -> list[tuple[str, TensorInfo]]:
         return [(name, info) for name, info in self.factors if name.startswith("oft_")]
 
@@ -146,6 +151,10 @@ class Ia3Update(LycorisUpdate):
     @property
     def kind(self) -> UpdateKind:
         return "scaled"
+
+    @property
+    def formula(self) -> str:
+        return f"W1 = (1 + l) ⊙ W0, by {'column' if self.columns else 'row'}"
 
     def holds(self, shape: tuple[int, int], stored: tuple[int, ...]) -> bool:
         return self._info("weight").size == (stored[1] if self.columns else stored[0])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spectra.adapters.factors import alpha_of, check_factors, scalar
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal
-from spectra.adapters.plan import UpdateKind
+from spectra.adapters.plan import FORMULAS, UpdateKind
 from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError
 from spectra.orientation import Orientation
@@ -45,8 +45,20 @@ class LycorisUpdate(MethodUpdate):
         return self.found or (f"{self.name}.weight",)
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Those that were trained first: messages name the first."""
+        return tuple(info.name for _, info in sorted(self.factors, key=lambda item: item[0] in KNOWN))
+
+    @property
     def parameters(self) -> int:
         return sum(info.size for name, info in self.factors if name not in KNOWN)
+
+    @property
+    def formula(self) -> str:
+        plain = FORMULAS[self.kind]
+        if self.dora is None or self.kind in ("row_scaled", "column_scaled"):
+            return plain
+        return f"W1 = m/‖X‖ ⊙ X, norms by {self.dora.removesuffix('s')}, X = W0 + {plain.removeprefix('dW = ')}"
 
     def fits(self, shape: tuple[int, int], stored: tuple[int, ...]) -> bool:
         if self.dora is not None:

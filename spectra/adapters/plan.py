@@ -31,7 +31,7 @@ UpdateKind = Literal[
     "dense",
 ]
 
-# How dW = W1 - W0 follows from what is stored; s is the update's scaling.
+# How dW = W1 - W0 follows from what is stored; s is the update's scaling.  See formula_of.
 FORMULAS: dict[UpdateKind, str] = {
     "low_rank": "dW = s·B·A",
     "row_scaled": "W1 = m/‖W0 + s·B·A‖ ⊙ (W0 + s·B·A), norms by row",
@@ -92,6 +92,18 @@ class PlannedUpdate(Protocol):
     ) -> Update: ...
 
 
+def formula_of(update: PlannedUpdate) -> str:
+    """How dW, or W1, follows from what is stored: the update's own ``formula`` where it has one, else its kind's."""
+    own: str | None = getattr(update, "formula", None)
+    return own if own is not None else FORMULAS[update.kind]
+
+
+def rescales_base(update: PlannedUpdate) -> bool:
+    """Whether an update is DoRA, of whatever change, so that dW also holds the rescaling of W0."""
+    whole = getattr(update, "whole", update)  # of which it may be some rows
+    return whole.kind in ("row_scaled", "column_scaled") or getattr(whole, "dora", None) is not None
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A tensor or module that is not analysed, and why."""
@@ -101,12 +113,25 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class AddedToBias:
+    """A vector that is added, times ``scaling``, to the bias of a module whose weight has an update.
+
+    ``update`` is that update's first tensor, by which it is known whatever the base calls the module.
+    """
+
+    tensor: str
+    update: str
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a fine-tuned checkpoint holds: each tensor is in an update or skipped.
 
     ``facts`` describes the fine-tune for the report (rank, alpha and so on); ``complete`` says
     that the checkpoint is a whole model, so that what only the base has is worth naming.  Modules named in ``sharing``
-    may have one weight of the base in common.
+    may have one weight of the base in common.  ``biases`` says what some skipped tensors change; what PEFT keeps beside
+    its factors is found by its own names, and what else other adapters hold changes what is not known.
     """
 
     format: str
@@ -115,6 +140,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
     sharing: frozenset[str] = frozenset()
+    biases: tuple[AddedToBias, ...] = ()
 
 
 class Dialect(Protocol):

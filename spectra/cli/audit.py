@@ -116,11 +116,24 @@ def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
         from spectra.render.table import to_csv
 
         return to_csv(reports)
+    from spectra.render.columns import in_ascii
     from spectra.render.text import render_report, render_summary
 
     if len(reports) > 1:
         return render_summary(reports)
-    return render_report(reports[0], verbose=options.verbose, ascii_only=not is_unicode(options))
+    ascii_only = not is_unicode(options)
+    text = render_report(reports[0], verbose=options.verbose, ascii_only=ascii_only)
+    beside = _beside(options) if options.verbose else ""
+    return text + (in_ascii(beside) if ascii_only else beside)
+
+
+def _beside(options: argparse.Namespace) -> str:
+    """A line on what lies beside the fine-tune and is not read, where something does."""
+    from spectra.inspection import beside, in_words
+    from spectra.resolve import open_tuned
+
+    found = beside(open_tuned(options.tuned[0], allow_pickle=options.allow_pickle))
+    return f"\nalso here, not read: {in_words(found)}\n" if found else ""
 
 
 def _verdict(reports: Sequence[Report], options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from spectra.cli.options import (
     BAD,
     OK,
+    TUNED,
     Commands,
     Unreadable,
     add_base,
@@ -58,9 +59,7 @@ def add(commands: Commands) -> None:
 
 def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
     """What is compared and how thoroughly: ``options.tuned``, ``.merge``, ``.base``, ``.draws``, ``.quick``."""
-    parser.add_argument(
-        "tuned", nargs="*", metavar="TUNED", help="adapter or checkpoint folder, safetensors file, or a training run"
-    )
+    parser.add_argument("tuned", nargs="*", metavar="TUNED", help=f"{TUNED}; or a training run")
     parser.add_argument(
         "--merge",
         nargs="+",

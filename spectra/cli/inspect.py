@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from spectra.cli.options import BAD, OK, READING, Commands, add_initial, add_layers, add_split, complain
+from spectra.cli.options import BAD, OK, READING, TUNED, Commands, add_initial, add_layers, add_split, complain
 from spectra.errors import SpectraError, UsageError
 from spectra.output import emit
 
@@ -17,9 +17,7 @@ def add(commands: Commands) -> None:
         description="Says what each path holds, how it would be read, and which base it belongs to. "
         "Reads headers and configs only.",
     )
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="adapter folder, checkpoint folder or safetensors file"
-    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=TUNED)
     parser.add_argument(
         "--base", metavar="BASE", help="match against this base (default: the one the adapter's config names)"
     )

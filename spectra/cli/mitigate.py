@@ -65,7 +65,12 @@ def add(commands: Commands) -> None:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tuned", nargs="?", metavar="ADAPTER", help="adapter or checkpoint folder")
+    parser.add_argument(
+        "tuned",
+        nargs="?",
+        metavar="ADAPTER",
+        help="adapter or checkpoint folder, .safetensors file, or ORG/NAME of what this machine's hub cache holds",
+    )
     add_base(parser)
     _add_repair(parser)
     add_definition(parser)

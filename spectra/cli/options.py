@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from spectra.errors import SpectraError, in_one_line
+from spectra.errors import SpectraError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from spectra.report import Report
@@ -31,6 +31,11 @@ EXIT_CODES = """exit codes:
      (the report of the rest is still written)
 """
 
+TEXT = ("txt", "md", "log")  # endings of files that take a table
+TUNED = (
+    "adapter folder, checkpoint folder or pipeline, .safetensors or .gguf file (.bin with --allow-pickle), or ORG/NAME "
+    "of what this machine's hub cache holds"
+)
 DTYPES = ("float32", "float64")
 
 READING = ("include", "exclude", "split_fused", "allow_pickle", "initial_adapter")
@@ -41,9 +46,7 @@ SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
 
 def add_tuned(parser: argparse.ArgumentParser) -> None:
     """One fine-tune or several: ``options.tuned``, a list."""
-    parser.add_argument(
-        "tuned", nargs="+", metavar="TUNED", help="adapter folder, checkpoint folder or safetensors file"
-    )
+    parser.add_argument("tuned", nargs="+", metavar="TUNED", help=TUNED)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
@@ -174,9 +177,19 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def format_of(target: Path | None, formats: Sequence[str]) -> str:
-    """The format that the ending of an output file asks for; without one, the first."""
+    """The format that the ending of an output file asks for; without one, and for text, the first.
+
+    Raises
+    ------
+    UsageError : it asks for another.
+    """
     ending = target.suffix.removeprefix(".") if target is not None else ""
-    return ending if ending in formats else formats[0]
+    if ending.lower() in formats[1:]:
+        return ending.lower()
+    if target is not None and ending.lower() not in ("", *TEXT):
+        known = ", ".join(f".{known}" for known in (*formats[1:], *TEXT))
+        raise UsageError(f"{target}: ends in none of {known}; rename it, or say with --format what to write")
+    return formats[0]
 
 
 def is_unicode(options: argparse.Namespace) -> bool:

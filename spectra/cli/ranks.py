@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.cli.options import (
     BAD,
     OK,
+    TUNED,
     Commands,
     add_base,
     add_computation,
@@ -42,7 +43,7 @@ def add(commands: Commands) -> None:
         description="Says what rank each layer's update really uses, what a lower one would lose, and suggests rank "
         "and alpha as a PEFT config. Of a full fine-tune, --extract writes the suggested low-rank adapter.",
     )
-    parser.add_argument("tuned", metavar="TUNED", help="adapter or checkpoint folder, or safetensors file")
+    parser.add_argument("tuned", metavar="TUNED", help=TUNED)
     add_base(parser)
     add_initial(parser)
     add_split(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from spectra.records import LayerSpectra
 from spectra.report import LayerReport, Report
 
 SEPARATORS = "/.-_ "
+_LISTED = re.compile(r"(layer|block)s?$|^h$")
 FineTunes: TypeAlias = Comparison | Report | Sequence[Report]
 
 
@@ -63,10 +65,14 @@ def compared(report: Report, top_k: int | None = None) -> int:
 
 
 def depth(layer: LayerReport) -> int | None:
-    """The last number in the layer's name, None where there is none: ``encoder.layer.3.query`` is at 3."""
+    """The number of the layer in the model, None where its name has none: ``encoder.layer.3.experts.7.w1`` is at 3.
+
+    That is the first number after a word for layers or blocks, or else the first of all.
+    """
     parts = layer.name.split("#")[0].split(".")
-    numbers = [int(part) for part in parts if part.isdigit()]
-    return numbers[-1] if numbers else None
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    listed = [i for i in numbers if i and _LISTED.search(parts[i - 1])]
+    return next((int(parts[i]) for i in listed + numbers), None)
 
 
 def panel_names(layers: Sequence[LayerSpectra]) -> tuple[str, list[str]]:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectra.report import LayerReport
+
+NAMED, NOTES = 3, 4  # so many layers are named in a note, and so many notes shown
+# How the notes of layers begin that matter to who reads totals alone.
+WEIGHTY = (
+    "vocabulary resized", "layer_replication", "no alpha is stored", "the stored alpha", "one alpha is stored",
+    "peft applies the update of a MultiheadAttention", "VeRA's projections were not stored",
+)  # fmt: skip
 
 # What a terminal that knows no more than ASCII shows instead, longer ones first.
 ASCII_WORDS = {
@@ -36,6 +46,51 @@ def number(value: Any, digits: int | None = None) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}g}" if digits else f"{value:g}"
+
+
+def method_of(tuned: Mapping[str, Any]) -> str:
+    """The method of a report's fine-tune with its rank, alpha and scaling, as far as they are known."""
+    text = str(tuned["format"])
+    if tuned.get("rank") is not None:
+        text += f", rank {tuned['rank']}"
+    if tuned.get("alpha") is not None:
+        text += f", alpha {number(tuned['alpha'])}"
+    if tuned.get("scaling") is not None:
+        text += f", scaling {number(tuned['scaling'], 3)}"
+    return text
+
+
+def failures(failed: Sequence[LayerReport]) -> list[str]:
+    """A line for each reason for which layers could not be analysed, equal but for the layer's name."""
+    alike: dict[tuple[str, str], list[LayerReport]] = {}
+    for layer in failed:
+        alike.setdefault((layer.status, str(layer.error).replace(layer.name, "…")), []).append(layer)
+    lines = []
+    for (status, _), layers in alike.items():
+        first = layers[0]
+        which = first.name if len(layers) == 1 else f"{len(layers)} layers, first {first.name}"
+        lines.append(f"{status}: {which}: {first.error}")
+    return lines
+
+
+def grouped_notes(of_layers: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """What the notes of layers say that matters for the whole, each once, with the layers it is about.
+
+    Parameters
+    ----------
+    of_layers : (layer's name, its notes).
+    """
+    about: dict[str, list[str]] = {}
+    for name, notes in of_layers:
+        for note in notes:
+            if note.startswith(WEIGHTY):
+                about.setdefault(note, []).append(name)
+    lines = []
+    for note, names in about.items():
+        few = len(names) <= NAMED
+        lines.append(f"{', '.join(names) if few else f'{len(names)} layers, first {names[0]}'}: {note}")
+    more = len(lines) - NOTES
+    return lines if more <= 0 else [*lines[:NOTES], f"{more} more of this kind; each layer's own are in the JSON"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from spectra import sweeps
 from spectra.comparison import Comparison
 from spectra.errors import UsageError
-from spectra.render.columns import decimals, in_ascii, number, plural, table
+from spectra.render.columns import decimals, failures, in_ascii, number, plural, table
 from spectra.render.table import as_csv
 from spectra.report import Report
 
@@ -174,7 +174,9 @@ def _overlaps(comparison: Comparison) -> str:
     for a, label in enumerate(labels):
         cells = (found.get((min(a, b), max(a, b))) for b in range(len(labels)))
         lines.append([label, *("·" if cell is None else f"{cell['overlap']:.2f}" for cell in cells)])
-    short = [label if len(label) <= SHARED_WIDTH else "…" + label[1 - SHARED_WIDTH :] for label in labels]
+    bare = [label.removesuffix(".safetensors").removesuffix(".gguf") for label in labels]
+    bare = bare if len(set(bare)) == len(bare) else list(labels)
+    short = [label if len(label) <= SHARED_WIDTH else "…" + label[1 - SHARED_WIDTH :] for label in bare]
     randoms = sorted(found[pair]["random"] for pair in combinations(range(len(labels)), 2) if pair in found)
     low, high = f"{randoms[0]:.2f}", f"{randoms[-1]:.2f}"
     note = NOTES["overlap"].format(random=low if low == high else f"{low} to {high}")
@@ -191,9 +193,9 @@ def _layers(comparison: Comparison) -> str:
 
 def _problems(comparison: Comparison) -> str:
     lines = [
-        f"{label}: {layer.status}: {layer.name}: {layer.error}"
+        f"{label}: {line}"
         for label, report in zip(comparison.labels, comparison.reports, strict=True)
-        for layer in report.failed
+        for line in failures(report.failed)
     ]
     noisy = {layer.name for report in comparison.reports for layer in report.layers if layer.noise_like_base}
     if noisy:

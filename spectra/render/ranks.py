@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import TypeVar
 
 from spectra.ranks import ROW_COLUMNS, LayerRank, RankReport, Suggestion
-from spectra.render.columns import in_ascii, plural, table
+from spectra.render.columns import in_ascii, method_of, plural, table
 from spectra.render.table import as_csv
 
 Item = TypeVar("Item")
@@ -72,7 +72,7 @@ def reasons(suggestion: Suggestion) -> list[str]:
     if suggestion.rescaled:
         lines.append(
             f"note       {plural(suggestion.rescaled, 'layer')} trained with DoRA: their dW also holds the rescaling "
-            "of the base's rows, which a plain LoRA spends ranks on"
+            "of the base's rows or columns, which a plain LoRA spends ranks on"
         )
     return lines
 
@@ -102,6 +102,9 @@ def about_alpha(suggestion: Suggestion) -> str:
 def _answer(report: RankReport) -> str:
     suggestion = report.suggestion
     if suggestion is None:
+        unnamed = next((layer.unnamed for layer in report.layers if layer.unnamed and layer.update_norm_fro > 0), None)
+        if unnamed:
+            return f"Suggestion: none — what changed is {unnamed}."
         return "Suggestion: none — no linear layer changed."
     ranks = [choice.rank for choice in suggestion.choices]
     what = f"r = {suggestion.r}" + (f" ({_span(ranks)} by layer)" if len(set(ranks)) > 1 else "")
@@ -116,10 +119,10 @@ def _answer(report: RankReport) -> str:
 
 def _facts(report: RankReport) -> str:
     tuned = report.tuned
-    method = tuned["format"]
-    if tuned.get("rank") is not None:
-        method += f", rank {tuned['rank']}, alpha {tuned['alpha']:g}"
-    lines = [f"fine-tune  {tuned['path']}  ({method})", f"base       {report.base['path']}"]
+    lines = [f"fine-tune  {tuned['path']}  ({method_of(tuned)})"]
+    if tuned.get("conditional"):
+        lines.append("           conditional: active only after its invocation tokens, which no suggestion covers")
+    lines.append(f"base       {report.base['path']}")
     if report.base.get("caveat"):
         lines.append(f"           note: {report.base['caveat']}")
     if report.suggestion is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from spectra.render.columns import decimals, in_ascii, number, plural, table
+from spectra.render.columns import decimals, failures, grouped_notes, in_ascii, method_of, number, plural, table
 from spectra.report import LayerReport, Report
 from spectra.sweeps import mean_update_size
 
 PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
 PICTURE_COLUMNS = 60
 WORST_ROWS = 8
+FEW = 0.25  # of the changed layers; where fewer were judged, the verdict says how many
 RANGES = 6  # so many runs of indices are spelled out in the table of worst layers
 UNRELATED = 1.0  # ‖dW‖/‖W0‖ of a real fine-tune is far below; of two unrelated weights about √2
 MARKS = {"intruder": "█", "borderline intruder": "▓", "borderline": "░", "not": "·", "absent": " "}
@@ -79,17 +80,23 @@ def _verdict(report: Report) -> str:
     summary = report.summary
     analysed = [layer for layer in report.layers if layer.vectors]
     if not analysed:
-        return "Verdict: no layer could be analysed." if report.failed else "Verdict: nothing changed."
+        return "Verdict: CANNOT TELL — no layer could be analysed." if report.failed else "Verdict: nothing changed."
     vectors = sum(len(layer.vectors) for layer in analysed if not layer.noise_like_base)
     trained, word = summary["intruders_outside_noise_like_base"], summary["severity"]
     noisy = summary["intruders"] - trained
     if vectors:
         share = f"{trained} of {vectors} ({trained / vectors:.1%})"
-        lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} are intruder dimensions."]
+        what = "is an intruder dimension" if trained == 1 else "are intruder dimensions"
+        lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} {what}."]
+        judged, changed = len(report.judged), len(analysed) + len(report.failed)
+        if judged < FEW * changed:
+            others = "noise-like or failed" if report.failed else "noise-like"
+            lines.append(f"This is from {judged} of {changed} changed layers; the others are {others}.")
         if noisy:
             lines.append(f"Another {noisy} lie in layers whose base is plain noise, where anything moves the vectors.")
     else:
-        lines = ["Verdict: CANNOT TELL — the base of every changed layer is plain noise, as if it was never trained."]
+        which = "layer that could be analysed" if report.failed else "changed layer"
+        lines = [f"Verdict: {word.upper()} — the base of every {which} is plain noise, as if it was never trained."]
         if noisy:
             lines.append(f"All {noisy} intruders lie there, where anything moves the vectors.")
     size = mean_update_size(report)
@@ -106,11 +113,7 @@ def _verdict(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     summary, settings, tuned = report.summary, report.settings, report.tuned
-    method = tuned["format"]
-    if tuned.get("rank") is not None:
-        method += f", rank {tuned['rank']}"
-    if tuned.get("alpha") is not None:
-        method += f", alpha {number(tuned['alpha'])}, scaling {number(tuned['scaling'], 3)}"
+    method = method_of(tuned)
     if tuned.get("conditional"):
         method += " (conditional: active only after its invocation tokens)"
     floors = sorted({f"{layer.random_floor:.2f}" for layer in report.layers if layer.random_floor is not None})
@@ -129,20 +132,20 @@ def _facts(report: Report) -> str:
         f"the top {settings['top_k']} {settings['side']} singular vectors of each layer, epsilon {settings['epsilon']}"
     )
     rows = [("fine-tune", f"{tuned['path']}  ({method})"), ("base", report.base["path"])]
-    if report.base.get("named_by_adapter") is False:
+    said = str(report.base.get("caveat") or "")
+    if report.base.get("named_by_adapter") is False and repr(tuned["base_model_name_or_path"]) not in said:
         rows.append(("", f"note: the adapter's config names {tuned['base_model_name_or_path']!r} as its base"))
-    if report.base.get("caveat"):
-        rows.append(("", f"note: {report.base['caveat']}"))
+    if said:
+        rows.append(("", f"note: {said}"))
     rows.append(("looked at", top))
     if floors:
         floor = floors[0] if len(floors) == 1 else f"{floors[0]}–{floors[-1]}"
         rows.append(("", f"(a random direction would show a cosine of about {floor})"))
     parameters = f"{summary['trainable_parameters']:,} values in the updates of these layers"
-    rows += [
-        ("layers", ", ".join(counts)),
-        ("intruders", intruders),
-        ("update", f"mean ‖dW‖/‖W0‖ {decimals(mean_update_size(report))}, {parameters}"),
-    ]
+    rows += [("layers", ", ".join(counts)), ("intruders", intruders)]
+    size = mean_update_size(report)
+    if size is not None:
+        rows.append(("update", f"mean ‖dW‖/‖W0‖ {decimals(size)}, {parameters}"))
     if summary["borderline"]:
         cosines = plural(summary["borderline"], "cosine")
         rows.append(("borderline", f"{cosines} within 0.001 of epsilon, settled in float64"))
@@ -150,7 +153,8 @@ def _facts(report: Report) -> str:
 
 
 def _problems(report: Report) -> str:
-    lines = [f"{layer.status}: {layer.name}: {layer.error}" for layer in report.failed]
+    lines = failures(report.failed)
+    lines += ["note: " + note for note in grouped_notes((layer.name, layer.notes) for layer in report.layers)]
     lines += [
         f"note: {layer.name}: the copy of its base weight that came with the adapter is another weight; "
         "is this the wrong base?"

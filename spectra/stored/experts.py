@@ -23,17 +23,28 @@ from typing import Any
 from spectra.derived import Alternative, Derived, Unreadable, Weight, Weights, sources_of
 from spectra.stored.rows import Joined, Member, Part, Rows, Same, Turned
 
-# Families whose stacks are (E, in, out) or (E, out, in), and those in which gate and up take turns, row by row.
+# Families whose stacks are (E, out, in) or (E, in, out), and those in which gate and up take turns, row by row.
 STRAIGHT = frozenset({"nemotron_h", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"})
 TURNED = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"})
 INTERLEAVED = frozenset({"gpt_oss"})
+# Families in which gate lies above up, as their models in transformers 5.23 split what comes of both.
+GATE_FIRST = frozenset([
+    "afmoe", "aria", "aria_text", "axk1", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "deepseek_v4", "dots1", "ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "exaone_moe",
+    "flex_olmo", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa",
+    "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba",
+    "jetmoe", "kimi_linear", "laguna", "lfm2_moe", "llama4", "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash",
+    "minimax", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "mistral4", "mixtral", "olmoe",
+    "openai_privacy_filter", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+    "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "solar_open", "step3p5", "zaya",
+])  # fmt: skip
 # Families whose experts' files are called w1, w3 and w2, and whose block transformers 5 renamed to mlp.
 LETTERED = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe", "lfm2_moe", "deepseek_v4", "minimax_m3_vl"})
 RENAMED = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe", "minimax_m3_vl"})
 
 FUSED = "gate_up_proj"
-FROM_HIDDEN = frozenset({FUSED, "gate_proj", "up_proj", "w1", "w3", "v1", "fc1", "fc3"})
-TO_HIDDEN = frozenset({"down_proj", "w2", "fc2"})
+FROM_HIDDEN = frozenset({FUSED, "gate_proj", "up_proj", "w1", "w3", "v1", "fc1", "fc3", "input_linear"})
+TO_HIDDEN = frozenset({"down_proj", "w2", "fc2", "output_linear"})
 LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 # More experts than any model has; and how many weights may come of how many bytes, or a small file could name millions.
@@ -42,7 +53,7 @@ MIN_WEIGHTS, BYTES_A_WEIGHT = 16_384, 1024
 
 _STACK = re.compile(r"(?P<home>(?:.+\.)?experts)\.(?P<part>[a-z]\w*)(?:\.weight)?")
 # Stacks that stand beside no "experts" in their names, and what transformers 5 calls them.
-_GRANITE = re.compile(r"(?P<home>.+\.block_sparse_moe)\.(?P<part>input_linear|output_linear)\.weight")
+_GRANITE = re.compile(r"(?P<home>.+\.(?:block_sparse_moe|mlp))\.(?P<part>input_linear|output_linear)\.weight")  # JetMoe
 _STEP = re.compile(r"(?P<home>.+\.moe)\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
 _SWITCH = re.compile(r"(?P<home>.+)\.switch_mlp\.(?P<part>gate_proj|up_proj|down_proj)\.weight")  # of MLX
 _DBRX = re.compile(r"(?P<home>.+\.ffn\.experts)\.mlp\.(?P<part>w1|v1|w2)")
@@ -72,8 +83,10 @@ def experts(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived | U
                 _STACK.fullmatch(name) or _GRANITE.fullmatch(name) or _STEP.fullmatch(name) or _SWITCH.fullmatch(name)
             )
             if found:
-                home = found["home"] if found["home"].endswith("experts") else f"{found['home']}.experts"
-                stacks[home][_CALLED.get(found["part"], found["part"])] = info
+                home, part = found["home"], found["part"]
+                if home.rpartition(".")[2] != "experts":  # JetMoe's attention has input_linear of experts, too: no gate
+                    home, part = f"{home}.experts", _CALLED.get(part, part)
+                stacks[home][part] = info
     for home, stack in stacks.items():
         if stack.keys() >= {"fc1", "fc2"} and (_family(config) or "").startswith("aria"):
             stack = {{"fc1": FUSED, "fc2": "down_proj"}.get(part, part): info for part, info in stack.items()}
@@ -159,13 +172,27 @@ def _dbrx(info: Weight, home: str, part: str, config: Mapping[str, Any], left: i
         )  # fmt: skip
 
 
-def other_forms(weights: Weights, config: Mapping[str, Any]) -> Iterator[Alternative]:
+def is_expert(name: str) -> bool:
+    """Whether a weight is that of one expert."""
+    return _EXPERT.fullmatch(name) is not None
+
+
+def takes_turns(family: str | None) -> bool | None:
+    """Whether gate and up take turns, row by row, in a family's fused matrices; None where that is not known."""
+    return family in INTERLEAVED if family in INTERLEAVED | GATE_FIRST else None
+
+
+def other_forms(
+    weights: Weights, config: Mapping[str, Any], tuned: Mapping[str, Any]
+) -> Iterator[Alternative | Unreadable]:
     """Experts, and what chooses among them, in the forms and under the names that other writers use.
 
-    They serve fine-tunes whose form is not the base's.
+    They serve fine-tunes whose form is not the base's.  The order of gate and up in one matrix is that of the model
+    that has them so: the fine-tune, by its config ``tuned``, or the base; each stands in for the other.
     """
-    family = _family(config)
+    family, theirs = _family(config), _family(tuned)
     named = family is not None
+    joined, halved = theirs or family, family or theirs
     homes: dict[str, dict[str, Weight]] = defaultdict(dict)
     for name, info in weights.items():
         if isinstance(info, Unreadable) or len(info.shape) != 2:
@@ -186,9 +213,9 @@ def other_forms(weights: Weights, config: Mapping[str, Any]) -> Iterator[Alterna
                 yield from _same(info, own, part, lettered)
             gate, up = plain.get("gate_proj"), plain.get("up_proj")
             if gate is not None and up is not None and gate.shape == up.shape and gate.dtype == up.dtype:
-                yield _fused(gate, up, f"{own}.{FUSED}.weight", family in INTERLEAVED)
-            if FUSED in plain and named and plain[FUSED].shape[0] % 2 == 0:
-                yield from _halves(plain[FUSED], own, lettered, family in INTERLEAVED)
+                yield _fused(gate, up, f"{own}.{FUSED}.weight", joined)
+            if FUSED in plain and plain[FUSED].shape[0] % 2 == 0:
+                yield from _halves(plain[FUSED], own, lettered, halved)
 
 
 def _routers(info: Weight, family: str | None, named: bool) -> Iterator[Alternative]:
@@ -221,18 +248,35 @@ def _alias(info: Weight, name: str) -> Alternative:
     return _alternative(info, name, info.shape, Same(info), f"{_of(info)}", (info.name,))
 
 
-def _fused(gate: Weight, up: Weight, name: str, interleaved: bool) -> Alternative:
+def _fused(gate: Weight, up: Weight, name: str, family: str | None) -> Alternative | Unreadable:
+    interleaved = takes_turns(family)
+    if interleaved is None:
+        return _unordered(name, family, gate, up)
     how = f"{_of(gate)} and {_of(up)}, " + ("row by row" if interleaved else "one below the other")
     shape = (2 * gate.shape[0], gate.shape[1])
     return _alternative(gate, name, shape, Joined((gate, up), interleaved), how, (gate.name, up.name))
 
 
-def _halves(fused: Weight, home: str, lettered: bool, interleaved: bool) -> Iterator[Alternative]:
-    half = fused.shape[0] // 2
+def _unordered(name: str, family: str | None, *used: Weight) -> Unreadable:
+    """What cannot be compared, since the order of gate and up is the family's own."""
+    known = f"not known of model_type {family[:60]!r}" if family else "the family's own, and no config gives model_type"
+    return Unreadable(
+        name, used[0].dtype, (), used[0].file, used[0].span,
+        sources=tuple(source for info in used for source in sources_of(info)), uses=tuple(info.name for info in used),
+        reason="gate and up are one matrix in the base or the fine-tune, and apart in the other: whether they lie one "
+        f"below the other or take turns is {known}",
+    )  # fmt: skip
+
+
+def _halves(fused: Weight, home: str, lettered: bool, family: str | None) -> Iterator[Alternative | Unreadable]:
+    half, interleaved = fused.shape[0] // 2, takes_turns(family)
     for place, part in enumerate(("gate_proj", "up_proj")):
         rows = Rows(half, 2, place, place + 1) if interleaved else Rows(1, 2 * half, place * half, (place + 1) * half)
         names = (part, *(letter for letter, plain in LETTERS.items() if plain == part and lettered))
         for name in names:
+            if interleaved is None:
+                yield _unordered(f"{home}.{name}.weight", family, fused)
+                continue
             yield _alternative(
                 fused, f"{home}.{name}.weight", (half, fused.shape[1]), Part(fused, rows),
                 f"{rows} of {_of(fused)}", (fused.name,),

@@ -10,7 +10,7 @@ grouped      all of q, then the fewer heads of k and v: Phi-3, DBRX, multi-query
 by head      q, k and v of the first head, then of the next: GPT-NeoX, BLOOM, Falcon-RW, Persimmon
 by group     the queries of a group of heads, its key, its value, then the next: Falcon-40B and 180B, InternLM2
 by device    in quarters, each q, v, k: CodeGen
-halves       gate, then up: Phi-3, GLM-4
+halves       gate, then up: Phi-3, GLM-4; of experts as stored/experts.py knows it
 ===========  ========================================================================================================
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from spectra.derived import Derived, Unreadable, Weight, Weights, sources_of
-from spectra.errors import UsageError
+from spectra.stored.experts import is_expert, takes_turns
 from spectra.stored.rows import Part, Rows
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -163,6 +163,12 @@ def _halves(fields: _Fields, shape: tuple[int, int]) -> dict[str, Rows]:
     return _following(GATED, (shape[0] // 2,) * 2)
 
 
+def _turns(fields: _Fields, shape: tuple[int, int]) -> dict[str, Rows]:
+    if shape[0] % 2:
+        raise _Missing(f"{shape[0]} rows are no pairs")
+    return _following(GATED, (1, 1), shape[0] // 2)
+
+
 # (family, module) → how it is split.  ModernBERT's and others' gate without a gate_up_proj stays whole.
 SPLITTERS: dict[tuple[str, str], Splitter] = {
     **{(family, "query_key_value"): _by_head for family in ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")},
@@ -185,12 +191,10 @@ SPLITTERS: dict[tuple[str, str], Splitter] = {
 _TURNED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
-def split_fused(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived]:
+def split_fused(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived | Unreadable]:
     """The projections of every module that has several in one matrix.
 
-    Raises
-    ------
-    UsageError : the family or a field that would tell how a module is split is not known; it is named.
+    Unreadable, with the reason, where the family or a field that would tell how a module is split is not known.
     """
     for name, info in weights.items():
         fused = fused_module(name)
@@ -202,7 +206,15 @@ def split_fused(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived
         shape = (info.shape[1], info.shape[0]) if turned else (info.shape[0], info.shape[1])
         home = name.rpartition(".")[0] if fused == "in_proj_weight" else name.removesuffix(f".{fused}.weight")
         prefix = "" if home == f"{fused}.weight" or not home else f"{home}."
-        for part, rows in parts_of(info, name, shape, config).items():
+        try:
+            parts = _parts(name, shape, config)
+        except _Missing as problem:
+            yield Unreadable(
+                name, info.dtype, (), info.file, info.span, sources=sources_of(info), part_of=_whole_of(info),
+                reason=f"{info.file}: tensor {name!r}: --split-fused cannot tell its projections apart: {problem}",
+            )  # fmt: skip
+            continue
+        for part, rows in parts.items():
             how = f"{rows} of {info.name}" + (", turned, since it is stored (in, out)" if turned else "")
             how += f" ({info.how})" if isinstance(info, Derived) else ""
             yield Derived(
@@ -226,27 +238,29 @@ def is_turned(name: str, config: Mapping[str, Any]) -> bool:
     return fused_module(name) == "c_attn" and _family(name, config) in _TURNED
 
 
-def parts_of(info: Weight, name: str, shape: tuple[int, int], config: Mapping[str, Any]) -> dict[str, Rows]:
-    """The rows of each projection in a fused matrix of ``shape`` (out, in); raises UsageError as split_fused does."""
+def _parts(name: str, shape: tuple[int, int], config: Mapping[str, Any]) -> dict[str, Rows]:
+    """The rows of each projection in a fused matrix of ``shape`` (out, in); raises _Missing."""
     module, values, family = fused_module(name), _of_module(name, config), _family(name, config)
-    try:
-        if module == "in_proj_weight":
-            split: Splitter | None = _thirds
-        elif not family:
-            raise _Missing("config.json does not give model_type")
-        else:
-            split = SPLITTERS.get((family, str(module)))
-        if split is None:
-            raise _Missing(f"how {module} is ordered is not known of model_type {family[:60]!r}")
-        parts = split(_Fields(values), shape)
-        rows = next(iter(parts.values())).total
-        if rows != shape[0]:
-            raise _Missing(f"by config.json it has {rows} rows, not {shape[0]}")
-    except _Missing as problem:
-        raise UsageError(
-            f"{info.file}: tensor {info.name!r}: --split-fused cannot tell its projections apart: {problem}"
-        ) from None
+    if module == "in_proj_weight":
+        split: Splitter | None = _thirds
+    elif not family:
+        raise _Missing("config.json does not give model_type")
+    elif is_expert(name):
+        split = {True: _turns, False: _halves, None: None}[takes_turns(family)]
+    else:
+        split = SPLITTERS.get((family, str(module)))
+    if split is None:
+        raise _Missing(f"how {module} is ordered is not known of model_type {family[:60]!r}")
+    parts = split(_Fields(values), shape)
+    rows = next(iter(parts.values())).total
+    if rows != shape[0]:
+        raise _Missing(f"by config.json it has {rows} rows, not {shape[0]}")
     return parts
+
+
+def _whole_of(info: Weight) -> str | None:
+    """What a weight is a part of, which is not to come back where the part cannot be read."""
+    return info.part_of if isinstance(info, Derived) else None
 
 
 def apart(module: str) -> tuple[str, ...]:

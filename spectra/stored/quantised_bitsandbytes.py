@@ -77,8 +77,20 @@ def _four_bit(checkpoint: Quantised, name: str, state: TensorInfo, kind: str) ->
         expect(absmax, ("F32",), (blocks,))
 
     def make(read: Reader, rows: slice | None) -> Tensor:
-        scales = _absmax(read, name, said)
-        return _unpacked(read(name), _code(read, values, kind), scales, shape, blocksize, rows)
+        width = math.prod(shape[1:])
+        first, last, _ = (rows or slice(None)).indices(shape[0])
+        begin, end = first * width, max(first, last) * width
+        code = _code(read, values, kind)
+        if rows is None:
+            at, block, stored, scales = 0, 0, read(name), _absmax(read, name, said)
+        else:  # what these rows lie in: bytes that hold two values each, in elements of a byte or more; and blocks
+            size = packed.span[1] // packed.shape[0]
+            at, block = begin // 2 // size, begin // blocksize
+            stored = read(name, slice(at, blocks_of(end, 2 * size)))
+            scales = _absmax(read, name, said, slice(block, blocks_of(end, blocksize)))
+            at *= 2 * size
+        made = _unpacked(stored, code, scales, at, block, blocksize, begin, end)
+        return made.reshape(-1, *shape[1:])
 
     how = f"{kind}, blocks of {blocksize}{', scales quantised too' if 'nested_blocksize' in said else ''}"
     return checkpoint.derived(name, shape, sources, make, how, kind, linear=True)
@@ -117,37 +129,38 @@ def _code(read: Reader, values: TensorInfo, kind: str) -> Tensor:
     return stored
 
 
-def _absmax(read: Reader, name: str, said: Mapping[str, Any]) -> Tensor:
-    stored = read(f"{name}.absmax")
+def _absmax(read: Reader, name: str, said: Mapping[str, Any], blocks: slice | None = None) -> Tensor:
+    stored = read(f"{name}.absmax", blocks)
     if "nested_blocksize" not in said:
         return stored
     import torch
 
     values = read(f"{name}.nested_quant_map")[stored.long()]
-    scales = read(f"{name}.nested_absmax").repeat_interleave(said["nested_blocksize"])[: len(values)]
+    places = torch.arange(len(values)) + (blocks.start if blocks else 0)
+    scales = read(f"{name}.nested_absmax")[places // said["nested_blocksize"]]
     return values * scales + torch.tensor(float(said["nested_offset"]), dtype=torch.float32)
 
 
 def _unpacked(
-    packed: Tensor, code: Tensor, scales: Tensor, shape: tuple[int, ...], blocksize: int, rows: slice | None
+    packed: Tensor, code: Tensor, scales: Tensor, value: int, block: int, blocksize: int, begin: int, end: int
 ) -> Tensor:
-    """(rows, …) of float32: code · absmax, without more than AT_ONCE values of what lies between."""
+    """Values ``begin`` to ``end`` in float32: code · absmax, without more than AT_ONCE of what lies between.
+
+    ``packed`` begins with the value of that number, an even one, ``scales`` with the block.
+    """
     import torch
 
-    width = math.prod(shape[1:])
-    first, last, _ = (rows or slice(None)).indices(shape[0])
-    begin, end = first * width, max(first, last) * width
     stored = packed.reshape(-1).view(torch.uint8)
     made = torch.empty(end - begin, dtype=torch.float32)
     at = begin
     while at < end:
         stop = min(at - at % 2 + AT_ONCE, end)
-        part = stored[at // 2 : (stop + 1) // 2]
+        part = stored[(at - value) // 2 : (stop - value + 1) // 2]
         codes = torch.stack((part >> 4, part & 15), dim=-1).reshape(-1)[at % 2 :][: stop - at]
-        block = torch.arange(at, stop) // blocksize
-        made[at - begin : stop - begin] = code[codes.long()] * scales[block]
+        places = torch.arange(at, stop) // blocksize - block
+        made[at - begin : stop - begin] = code[codes.long()] * scales[places]
         at = stop
-    return made.reshape(-1, *shape[1:])
+    return made
 
 
 def eight_bit(checkpoint: Quantised) -> Iterator[Derived | Unreadable]:

@@ -2,7 +2,8 @@
 
 fp8: every value is its own float, times a scale: one for all, one for each row, or one for each block, whose size is
 in ``config.json`` (DeepSeek's 128 by 128; the last blocks may be shorter).  ``weight_scale_inv`` is multiplied with,
-whatever its name says.  Scales of activations are not part of the weight.  Without a scale the floats are the weight.
+whatever its name says.  Scales of activations are not part of the weight.  Without a scale the floats are the weight,
+where it has a parameter's name and the config names no method.
 
 int8 of compressed-tensors: the same, less a zero point where there is one.
 
@@ -20,12 +21,15 @@ from typing import TYPE_CHECKING
 from spectra.derived import Derived, Make, Reader, Unreadable, Weight
 from spectra.errors import CorruptFileError
 from spectra.headers import TensorInfo
+from spectra.stored.experts import FROM_HIDDEN, TO_HIDDEN
 from spectra.stored.quantised import SCALES, Quantised, blocks_of, expect, is_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
+# Parameters that are a weight under their own names.
+PARAMETERS = frozenset({"weight", "in_proj_weight"}) | FROM_HIDDEN | TO_HIDDEN
 # Of activations, by their names in a module, or after a parameter's name and an underscore.
 ACTIVATIONS = ("input_scale", "activation_scale", "act_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -44,6 +48,10 @@ def float8(checkpoint: Quantised) -> Iterator[Derived | Unreadable]:
             continue
         form = f"fp8 ({FLOAT8[info.dtype]})"
         if scale is None:
+            problem = _no_weight(checkpoint, info)
+            if problem:
+                yield checkpoint.refused(name, problem, (name,))
+                continue
             how = f"{form}, without scales"
             yield checkpoint.derived(name, info.shape, [info, *activations], _cast(info), how, "fp8")
             continue
@@ -54,6 +62,15 @@ def float8(checkpoint: Quantised) -> Iterator[Derived | Unreadable]:
         sources = [info, scale, *activations]
         made = scaled(info, scale, block, None)
         yield checkpoint.derived(name, info.shape, sources, made, f"{form}, {_in_words(info, scale, block)}", "fp8")
+
+
+def _no_weight(checkpoint: Quantised, info: TensorInfo) -> str | None:
+    """Why floats without a scale may not be the weight itself, or None."""
+    if checkpoint.method:
+        return f"fp8 without the scales that belong to it (quantised by {checkpoint.method[:40]!r}, says config.json)"
+    if len(info.shape) > 1 and info.name.rpartition(".")[2] not in PARAMETERS:
+        return "fp8 under a name that no parameter is known by, and without scales: it may be a part of another form"
+    return None
 
 
 def int8(checkpoint: Quantised) -> Iterator[Derived | Unreadable]:

@@ -17,6 +17,7 @@ NAMES = {
     "weight._data": "quanto",
     "weight_qdata": "torchao",
     "weight__qdata": "torchao",
+    "_weight_qdata": "torchao",
     "weight_global_scale": "NVFP4 (compressed-tensors)",
     "weight_scale_2": "NVFP4 (modelopt)",
     "weight_packed": "compressed-tensors, four-bit floats",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.derived import Make, Reader, Weight, read_rows
+from spectra.derived import Alternative, Make, Reader, Weight, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +107,26 @@ class Turned:
 
     def __call__(self, read: Reader, leading: slice | None = None) -> Tensor:
         return _leading(self.make(read, None).T, leading)
+
+
+def own_name(info: Weight) -> str:
+    """The name of the weight that it is: its own, unless that is another one's under a name of another writer."""
+    return info.uses[0] if isinstance(info, Alternative) and isinstance(info.make, Same) else info.name
+
+
+def footprint(info: Weight) -> tuple[tuple[str, Rows | None], ...]:
+    """The weights of the base that a weight is made of, each with the rows that it has of it; None for all of them."""
+    if not isinstance(info, Alternative):
+        return ((info.name, None),)
+    rows = info.make.rows if isinstance(info.make, Part) and not info.make.turned else None
+    return tuple((name, rows) for name in info.uses)
+
+
+def overlap(one: Rows | None, other: Rows | None) -> bool:
+    """Whether two parts of one weight may share rows."""
+    if one is None or other is None or (one.groups, one.width) != (other.groups, other.width):
+        return True
+    return one.start < other.stop and other.start < one.stop
 
 
 def _leading(tensor: Tensor, rows: slice | None) -> Tensor:

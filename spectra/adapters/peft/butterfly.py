@@ -26,6 +26,10 @@ class BoftUpdate(MethodUpdate):
         return "rotated"
 
     @property
+    def formula(self) -> str:
+        return "W1 = l ⊙ (W0·R), by row, with R a rotation"
+
+    @property
     def shape(self) -> tuple[int, int]:
         _, blocks, size, _ = self._info("boft_R").shape
         return self._info("boft_s").size, blocks * size

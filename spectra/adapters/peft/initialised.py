@@ -1,8 +1,8 @@
 """LoRA of PEFT whose initialisation changed the base: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ.
 
 Such an adapter belongs to what was left of the base, which nobody keeps.  What was taken out is computed from the base
-again where it follows from that, and else read from the adapter as it was before training.  As peft 0.21 has it:
-embeddings and convolutions are left as they were.
+again where it follows from that, and else read from the adapter as it was before training.  As peft 0.21 has it,
+embeddings are left as they were; so are convolutions by LoRA-GA, and the others have no form for them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ class InitialisedUpdate(LoraUpdate):
     initial: tuple[Checkpoint, LoraUpdate] | None = None
     stored: str | None = None
 
+    @property
+    def formula(self) -> str:
+        own = "W0 − s·B₀·A₀ + s·B·A"
+        if self.magnitude is None:
+            return f"W1 = {own}, with B₀·A₀ from before training"
+        return f"W1 = m/‖X‖ ⊙ X, norms by row, X = {own}, with B₀·A₀ from before training"
+
     def on(self, base: Weight) -> PlannedUpdate | Skipped:
         """The update for a base weight; :class:`Skipped` where the initialisation cannot be had for it."""
         if isinstance(base, Derived) and base.quantised:
@@ -66,6 +73,8 @@ class InitialisedUpdate(LoraUpdate):
         notes = self.notes
         if base.dtype in ("F16", "BF16"):
             notes += (f"what was left of the base weight is rounded to {base.dtype}, as it is stored",)
+            if self.initial is not None and self.how in FROM_BASE:
+                notes += ("what was taken out is computed where the adapter before training holds it less exactly",)
         return replace(self, stored=base.dtype, base_copy=None, notes=notes)
 
     def read(  # type: ignore[override]
@@ -82,19 +91,30 @@ class InitialisedUpdate(LoraUpdate):
             lambda reason: AdapterError(self.A.file, reason, self.A.name),
             {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.stored or ""),
             # peft takes the weight as it is stored, which is the other way round for Conv1D.
-            turned=self.initial is None and self.how == "olora" and layout == "conv1d",
+            turned=self.how == "olora" and layout == "conv1d",
             from_base=self.initial is None,
         )
 
     def _taken(
         self, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
     ) -> Callable[[torch.Tensor], Taken]:
-        from spectra.initialisation import Taken, leading, of_first_columns
+        from spectra.initialisation import Taken, as_saved, surer
 
-        if self.initial is not None:
-            checkpoint, before = self.initial
-            first = replace(before, magnitude=None).read(checkpoint, layout, rows, dtype, device)
+        if self.initial is None:
+            return self._computed()
+        checkpoint, before = self.initial
+        first = replace(before, magnitude=None).read(checkpoint, layout, rows, dtype, device)
+        if self.how == "lora_ga":  # which rounds its factors before their product is taken out
             return lambda W: Taken(first.B * first.scaling, first.A)
+        saved = as_saved(first.B, first.A, first.scaling)
+        if not saved.error or self.how not in FROM_BASE:
+            return lambda W: saved
+        compute = self._computed()
+        return lambda W: surer(compute(W), saved)
+
+    def _computed(self) -> Callable[[torch.Tensor], Taken]:
+        from spectra.initialisation import leading, of_first_columns
+
         if self.how == "pissa":
             return lambda W: leading(W, self.rank)
 
@@ -128,7 +148,8 @@ def with_initial(plan: Plan, tuned: Checkpoint, initial: Checkpoint | None) -> P
         raise UnsupportedMethodError(
             config,
             f"init_lora_weights = {how!r} took something out of the base that cannot be computed from it; give the "
-            f"adapter as it was saved before training with --initial-adapter, or {LEFT}",
+            "adapter as it was saved before training (audit, compare, plot, ranks and inspect take it as "
+            f"--initial-adapter), or {LEFT}",
         )
     if plan.sharing:
         raise UnsupportedMethodError(config, f"layer_replication with init_lora_weights = {how!r} cannot be read")

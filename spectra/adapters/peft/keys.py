@@ -20,6 +20,7 @@ PREFIX = "base_model.model."
 TOKENS = "trainable_tokens_delta"
 DEEPEST = 3  # parts of a name from a factor on: the factor, the adapter, "weight"
 VELORA = "lora_velora_embed"
+SAVED_AGAIN = "peft stores this saved module twice, and loads the one under the model's own name"
 BASE_COPY = "a copy of the base weight that peft stores beside the adapter"
 
 # What the factors of each method are called.
@@ -66,6 +67,8 @@ class StoredKeys:
     biases : module → the bias of its lora_B.
     shared : factor → tensor.
     plain : the model's own name, wrappers included → tensor, of all that is stored whole.
+    again : the keys of ``plain`` that hold what is stored under the model's own name too, which is what peft loads.
+        So peft saves embeddings that were resized and trained as modules to save.
     """
 
     def __init__(self, tuned: Checkpoint, factors: Sequence[str], shared: Sequence[str] = ()):
@@ -94,6 +97,11 @@ class StoredKeys:
         self.adapter = next(iter(named), "")
         if self.adapter:
             self._check_saved()
+        self.again = frozenset(
+            name
+            for name in self.plain
+            if _SAVED in name and name.endswith(".weight") and own_name(name, self.adapter) in self.plain
+        )
 
     def _check_saved(self) -> None:
         """Of a raw state dict, modules to save must be this adapter's."""
@@ -115,15 +123,17 @@ class StoredKeys:
         }
 
     def own_name(self, name: str) -> str | None:
-        """The model's own name of a tensor stored whole; None for the untrained original of a saved module."""
-        return own_name(name, self.adapter)
+        """The model's own name of a tensor stored whole; None for what peft keeps beside a saved module."""
+        return None if name in self.again else own_name(name, self.adapter)
 
     def saved(self, name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
         """How a tensor that is stored whole is treated: a module to save, a bias, or what peft keeps beside them."""
+        if name in self.again:
+            return Skipped(info.name, SAVED_AGAIN)
         plain = self.own_name(name)
         if plain is None:
             return Skipped(info.name, "the untrained original that peft keeps beside a saved module")
-        planned = whole_tensor(info, plain)
+        planned = whole_tensor(info, plain, self.plain.get(f"{name.removesuffix('weight')}bias"))
         return Skipped(info.name, planned.reason) if isinstance(planned, Skipped) else planned
 
 
@@ -153,11 +163,15 @@ def beside_factors(tuned: Checkpoint, plan: Plan) -> Iterator[tuple[str, str, fl
     """
     method = (tuned.adapter_config or {}).get("peft_type")
     stored = StoredKeys(tuned, FACTORS.get(method, FACTORS["LORA"]) if isinstance(method, str) else FACTORS["LORA"])
-    scalings = {update.module: update.scaling for update in plan.updates}
+    scalings = {update.module: update.scaling for update in plan.updates if update.kind != "dense"}
     used = {update.base_copy for update in plan.updates}
     used |= {name for update in plan.updates if update.kind != "dense" for name in update.tensors}
+    used |= {item.name for item in plan.skipped if item.reason == BASE_COPY}
     for module, info in stored.biases.items():
-        yield info.name, f"{unwrapped(module)}.bias", scalings[unwrapped(module)]
+        scaling = scalings.get(unwrapped(module))
+        if scaling is None:
+            raise AdapterError(info.file, f"its partner {module}.lora_B is missing", info.name)
+        yield info.name, f"{unwrapped(module)}.bias", scaling
     for name, info in stored.plain.items():
         plain = stored.own_name(name)
         if info.name not in used and plain is not None:

@@ -8,7 +8,7 @@ projections, DoRA.  Names, formulas and defaults are those of peft 0.21.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from spectra.adapters.peft.fields import COMMON_FIELDS, ConfigFields, common
@@ -110,12 +110,27 @@ class LoraUpdate:
             # Factors are small and kept in float64: only the weight has the working dtype.
             return checkpoint.read(info.name, digest=True).to(device=device).double()
 
-        A, B = factor(self.A).flatten(1), factor(self.B).flatten(1)
-        if rows is not None:  # of a resized vocabulary, which an embedding's A spans
-            A = A[:, :rows]
+        whole, B = factor(self.A).flatten(1), factor(self.B).flatten(1)
+        A = whole if rows is None else whole[:, :rows]  # of a resized vocabulary, which an embedding's A spans
         if self.magnitude is None:
             return LowRank(B, A, self.scaling)
-        return RowScaled(B, A, self.scaling, factor(self.magnitude).flatten())
+        beyond = None
+        if rows is not None and rows < whole.shape[1]:
+            assert self.base_copy is not None, "why_not_cut is asked before"
+            new = factor(checkpoint.tensors[self.base_copy])[rows:].T + self.scaling * (B @ whole[:, rows:])
+            beyond = new.square().sum(1)
+        return RowScaled(B, A, self.scaling, factor(self.magnitude).flatten(), beyond)
+
+    def why_not_cut(self, checkpoint: Checkpoint, rows: int) -> str | None:
+        """Why an embedding's update is not known for the leading rows of its vocabulary alone, or None."""
+        if self.magnitude is None or rows >= self.shape[1]:
+            return None
+        if self.base_copy is not None and checkpoint.tensors[self.base_copy].shape == self.shape[::-1]:
+            return None
+        return (
+            f"DoRA's magnitudes are over all {self.shape[1]} rows of the resized vocabulary, of which the base has "
+            f"{rows}, and the adapter holds no copy of the others"
+        )
 
 
 class PeftAdapter:
@@ -131,10 +146,18 @@ class PeftAdapter:
         config = _Config(tuned)
         stored = StoredKeys(tuned, FACTORS["LORA"])
         copies = stored.copies()
-        updates: list[PlannedUpdate] = [*parameter_updates(config, config, stored.modules)]
         skipped = [
             Skipped(info.name, "the bias of lora_B: a vector has no spectrum") for info in stored.biases.values()
         ]
+        updates: list[PlannedUpdate] = []
+        for stack in parameter_updates(config, config, stored.modules):
+            own = {item.parameter: copies.get(f"{stack.home}.{item.parameter}") for item in stack.candidates}
+            found = {parameter: copy for parameter, copy in own.items() if copy is not None}
+            for name, info in found.values():
+                if stored.plain.pop(name, None) is not None:  # several updates of a module may be of it
+                    skipped.append(Skipped(info.name, BASE_COPY))
+            copied_as = tuple((parameter, info.name) for parameter, (_, info) in found.items())
+            updates.append(replace(stack, copies=copied_as))
         for module, slot in stored.modules.items():
             if VELORA in slot:
                 skipped.append(Skipped(slot.pop(VELORA).name, "what VeLoRA compresses activations with, for training"))

@@ -30,6 +30,10 @@ class Ia3Update(MethodUpdate):
         return "scaled"
 
     @property
+    def formula(self) -> str:
+        return f"W1 = l ⊙ W0, by {'column' if self.columns else 'row'}"
+
+    @property
     def layouts(self) -> tuple[Layout, ...]:
         return ("conv",) if len(self._info("ia3_l").shape) > 2 else ("linear", "conv1d")
 
@@ -93,6 +97,10 @@ class OftUpdate(MethodUpdate):
     @property
     def kind(self) -> UpdateKind:
         return "rotated"
+
+    @property
+    def formula(self) -> str:
+        return f"W1 = {'R·W0' if self.embedding else 'W0·R'}, with R a rotation"
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

@@ -78,10 +78,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class StackUpdate(MethodUpdate):
-    """lora_A and lora_B of a parameter of the module ``home``, before it is known of which."""
+    """lora_A and lora_B of a parameter of the module ``home``, before it is known of which.
+
+    ``copies`` has the tensor of each parameter of which a copy of the base's lies beside them.
+    """
 
     home: str = ""
     candidates: tuple[Candidate, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     @property
     def kind(self) -> UpdateKind:
@@ -113,6 +117,10 @@ class ParameterUpdate(MethodUpdate):
     @property
     def kind(self) -> UpdateKind:
         return "low_rank"
+
+    @property
+    def formula(self) -> str:
+        return "dW = s·(B·A)ᵀ" if self.turned else "dW = s·B·A"
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -330,7 +338,7 @@ def _members(
         candidate.scaling, target=name, turned=None, kept=kept,
     )  # fmt: skip
     if place.experts is None:
-        return [whole]
+        return [replace(whole, base_copy=dict(stack.copies).get(candidate.parameter))]
     if len(own) > 1 and len(ways) != 1:
         raise AdapterError(
             A.file,

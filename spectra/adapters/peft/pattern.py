@@ -21,7 +21,8 @@ MAX_LENGTH = 500
 MAX_GROUPS = 20
 MAX_REPEATS = 10_000  # bounds the product of counted repetitions, which are unrolled when compiled
 
-_LITERAL = re.compile(r"(\^?)((?:[\w\-]|\\?\.)+)\$?")
+# A dot that is first, last or beside another one stands for any character: no module is called so.
+_LITERAL = re.compile(r"(\^?)([\w\-]+(?:\\?\.[\w\-]+)*)\$?")
 
 
 class Pattern:

@@ -30,6 +30,10 @@ class AdaLoraUpdate(MethodUpdate):
         return "low_rank"
 
     @property
+    def formula(self) -> str:
+        return "dW = s·B·(E ⊙ A)"
+
+    @property
     def layouts(self) -> tuple[Layout, ...]:
         return "linear", "conv1d", "conv"
 

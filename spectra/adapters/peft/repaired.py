@@ -17,6 +17,8 @@ from torch import Tensor
 from spectra.adapters.peft.initialised import InitialisedUpdate
 from spectra.adapters.peft.lora import LoraUpdate
 from spectra.adapters.peft.naming import ModuleNames
+from spectra.adapters.peft.parameters import StackUpdate
+from spectra.adapters.peft.tokens import TokensUpdate
 from spectra.adapters.peft.writing import CONFIG, WEIGHTS
 from spectra.adapters.plan import Plan, PlannedUpdate
 from spectra.checkpoint import Checkpoint
@@ -41,6 +43,18 @@ def replaceable(folder: Path) -> str | None:
         if path.name not in {*written, RECORD} or path.is_symlink() or not path.is_file()
     )  # fmt: skip
     return f"holds more than was written there ({', '.join(others[:3])})" if others else None
+
+
+def why_no_adapter(plan: Plan) -> str | None:
+    """Why no adapter can be written as this fine-tune is one, or None."""
+    if plan.format not in ("peft-lora", "peft-rslora", "peft-dora"):
+        return f"mitigate writes LoRA and DoRA of PEFT, not {plan.format}"
+    if any(isinstance(update, StackUpdate) for update in plan.updates):
+        return "mitigate writes LoRA and DoRA of PEFT's modules, not of parameters (target_parameters)"
+    kinds = {type(update) for update in plan.updates}
+    if TokensUpdate in kinds and not any(issubclass(kind, LoraUpdate) for kind in kinds):
+        return "mitigate writes LoRA and DoRA of PEFT, not rows of tokens alone"
+    return None
 
 
 def why_not_writable(source: Checkpoint, update: PlannedUpdate, rows: int | None = None) -> str | None:

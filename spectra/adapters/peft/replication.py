@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.plan import PlannedUpdate
+from spectra.checkpoint import Checkpoint
 from spectra.errors import AdapterError
 
 MAX_LAYERS = 100_000  # of all ranges together; a crafted config could name any number
@@ -33,6 +35,26 @@ def replication(config: ConfigFields) -> list[int] | None:
             raise AdapterError(config.file, f"layer_replication: {str(one)[:80]!r}; expected [start, end)")
         layers += range(one[0], one[1])
     return layers
+
+
+def ranges_of(tuned: Checkpoint) -> tuple[tuple[int, int], ...]:
+    """The ranges [start, end) of the base's layers that make up an adapter's model; none where it is no such model."""
+    if tuned.adapter_config is None or replication(ConfigFields(tuned)) is None:
+        return ()
+    return tuple((start, end) for start, end in tuned.adapter_config["layer_replication"])
+
+
+def copies(names: Iterable[str], ranges: Iterable[tuple[int, int]]) -> set[str]:
+    """What names of the base's modules or tensors become in a model of such ranges, each as often as its layer."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layer for start, end in ranges for layer in range(start, end)):
+        places[layer].append(index)
+    found: set[str] = set()
+    for name in names if places else ():
+        parts = _LAYER.fullmatch(name)
+        if parts is not None:
+            found.update(f"{parts['before']}{index}{parts['after']}" for index in places.get(int(parts["index"]), ()))
+    return found
 
 
 def replicated(file: Path, update: PlannedUpdate, layers: Sequence[int]) -> PlannedUpdate:

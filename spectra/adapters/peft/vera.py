@@ -62,6 +62,10 @@ class VeraUpdate(MethodUpdate):
         return "low_rank"
 
     @property
+    def formula(self) -> str:
+        return "dW = (b ⊙ B)·(d ⊙ A), with A and B random and shared"
+
+    @property
     def layouts(self) -> tuple[Layout, ...]:
         return "linear", "conv1d"
 
