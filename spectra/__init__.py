@@ -8,13 +8,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from spectra.analysis import Findings, find_intruders
+    from spectra.audits import audit, audit_many
     from spectra.checking import verify_mitigation
     from spectra.comparing import compare, layer_spectra
     from spectra.comparison import Comparison
     from spectra.errors import SpectraError
     from spectra.mitigating import mitigate
     from spectra.mitigation import Mitigation, Verification
-    from spectra.pipeline import audit, audit_many
     from spectra.precompute import CachedBase, cache_base
     from spectra.ranking import Extraction, extract_adapter, suggest_ranks
     from spectra.ranks import RankReport
@@ -34,8 +34,8 @@ _HOMES = {
     "Report": "spectra.report",
     "SpectraError": "spectra.errors",
     "Verification": "spectra.mitigation",
-    "audit": "spectra.pipeline",
-    "audit_many": "spectra.pipeline",
+    "audit": "spectra.audits",
+    "audit_many": "spectra.audits",
     "cache_base": "spectra.precompute",
     "compare": "spectra.comparing",
     "extract_adapter": "spectra.ranking",

@@ -142,6 +142,14 @@ class Checkpoint:
             self._digests[name] = digest_of(tensor)
         return tensor
 
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """sha256 of the bytes of those of the named tensors that were read with ``digest``."""
+        return {name: self._digests[name] for name in names if name in self._digests}
+
+    def remember(self, name: str, digest: str) -> None:
+        """Takes a tensor for read whose digest an earlier or another process found."""
+        self._digests[name] = digest
+
     def prefetch(self, weights: Iterable[str | Weight]) -> None:
         """Asks the system to fetch these weights' bytes from the disk, without waiting or keeping them."""
         if not hasattr(os, "posix_fadvise"):

@@ -21,6 +21,7 @@ and names the tensor.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class SpectraError(Exception):
@@ -46,6 +47,15 @@ class CheckpointError(SpectraError):
         self.tensor = tensor
         where = f"{path}: tensor {in_one_line(tensor, 200)!r}" if tensor else f"{path}"
         super().__init__(in_one_line(f"{where}: {problem}"))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # workers send them
+        return _as_it_was, (type(self), str(self), self.path, self.tensor)
+
+
+def _as_it_was(kind: type[CheckpointError], message: str, path: Path, tensor: str | None) -> CheckpointError:
+    error = kind.__new__(kind)
+    error.args, error.path, error.tensor = (message,), path, tensor
+    return error
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):

@@ -149,11 +149,15 @@ class Report:
     def severity(self) -> str:
         """ "none", "slight" (up to 1 % of the vectors compared), "moderate" (10 %) or "strong",
         outside noise-like bases; "cannot tell" where layers changed and none of them could be judged."""
-        vectors = sum(len(layer.vectors) for layer in self.judged)
-        if not vectors and any(layer.status != "unchanged" for layer in self.layers):
+        if not self.judged and any(layer.status != "unchanged" for layer in self.layers):
             return CANNOT_TELL
-        share = self.total("non-noise") / vectors if vectors else 0.0
-        return next(word for limit, word in SEVERITIES if share <= limit)
+        return next(word for limit, word in SEVERITIES if self.share <= limit)
+
+    @property
+    def share(self) -> float:
+        """Of the vectors that the severity is about, how many are intruders: 0 to 1."""
+        vectors = sum(len(layer.vectors) for layer in self.judged)
+        return self.total("non-noise") / vectors if vectors else 0.0
 
     @property
     def judged(self) -> tuple[LayerReport, ...]:
@@ -272,22 +276,7 @@ class Report:
         """
         if value.get("schema") != SCHEMA:
             raise UsageError(f"not a Spectra report of schema {SCHEMA} (its schema is {value.get('schema')!r})")
-        layers = []
-        names = {field.name for field in fields(LayerReport)}
-        for layer in value["layers"]:
-            layer = {key: item for key, item in layer.items() if key in names}  # fields may be added
-            vectors = tuple(
-                Vector(
-                    **{
-                        **vector,
-                        "max_cosine_bounds": tuple(vector["max_cosine_bounds"]),
-                        "flags": tuple(vector["flags"]),
-                    }
-                )
-                for vector in layer["vectors"]
-            )
-            lists = {key: tuple(item) for key, item in layer.items() if isinstance(item, list)}
-            layers.append(LayerReport(**{**layer, **lists, "vectors": vectors}))
+        layers = [layer_from_dict(layer) for layer in value["layers"]]
         return cls(
             base=value["base"],
             tuned=value["tuned"],
@@ -362,6 +351,12 @@ def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> p
     except ImportError:
         raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
     return pandas.DataFrame(rows, columns=list(columns))
+
+
+def layer_from_dict(value: Mapping[str, Any]) -> LayerReport:
+    """The layer that ``asdict`` and JSON made of one."""
+    vectors = tuple(Vector(**known_fields(Vector, vector)) for vector in value["vectors"])
+    return LayerReport(**{**known_fields(LayerReport, value), "vectors": vectors})
 
 
 def load_report(path: str | Path) -> Report:

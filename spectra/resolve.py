@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
@@ -15,9 +16,12 @@ from spectra.errors import (
     UnsupportedMethodError,
     UsageError,
     WrongBaseError,
+    in_short,
 )
 from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
+from spectra.headers import check_regular
 
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
 
@@ -25,8 +29,12 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
     """The local path that ``name`` stands for, or None.
 
     A path comes first (from ``beside``, where given, before the working directory), then the
-    Hugging Face hub's cache on this machine (``HF_HUB_CACHE``, ``HF_HOME``).  Nothing is
-    downloaded.
+    Hugging Face hub's cache on this machine (``HF_HUB_CACHE``, ``HF_HOME``), where ``org/name@revision``
+    names a branch, a tag or a commit.  Nothing is downloaded.
+
+    Raises
+    ------
+    UsageError : the name is empty, or its revision is none.
     """
     text = str(name)
     if not text:
@@ -37,8 +45,12 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
             if candidate.exists():
                 plain = Path(os.path.normpath(candidate))  # no "adapter/../base", unless a link is in the way
                 return plain if plain.exists() and plain.samefile(candidate) else candidate
-    if text.count("/") > 1 or text.startswith((".", "/", "~")):
+    text, _, wanted = text.partition("@")
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or not text:
         return None
+    if wanted and not is_revision(wanted):
+        raise UsageError(f"{name}: {wanted!r} is no name of a revision")
+    revision = wanted or revision
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -46,6 +58,11 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
         return Path(snapshot_download(text, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+
+
+def is_revision(text: str) -> bool:
+    """Whether this may be a branch, a tag or a commit: nothing that leads out of the hub's cache."""
+    return ".." not in text and not re.search(r"^[/~]|[\\:\x00-\x1f]", text)
 
 
 def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path]:
@@ -64,12 +81,57 @@ def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path
     return [path for _, path in found] or [name]
 
 
+def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
+    """What is named, with ``@FILE`` replaced by that file's lines and a folder of fine-tunes by these.
+
+    A folder of several adapters, or of several checkpoints, that holds no weights itself stands for them, by name (a
+    training run's by their step).  Empty lines and those that begin with # are left out.
+
+    Raises
+    ------
+    MissingFileError, UsageError : the list cannot be read, or there is nothing in it.
+    """
+    found: list[str | Path] = []
+    for name in names:
+        if not str(name).startswith("@"):
+            found += _within(name)
+            continue
+        file = Path(str(name)[1:])
+        try:
+            check_regular(file)
+            with file.open(encoding="utf-8") as lines:
+                listed = [line.strip() for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            raise MissingFileError(file, f"this list could not be read: {in_short(error)}") from None
+        listed = [line for line in listed if line and not line.startswith("#")]
+        if not listed:
+            raise UsageError(f"{file}: this list names nothing")
+        found += [item for line in listed for item in _within(line)]
+    return found
+
+
+def _within(name: str | Path) -> list[str | Path]:
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("adapter_config.json")) or any(folder.glob("model_index.json")):
+        return [name]
+    if any(child.is_file() and WEIGHTS.search(child.name) for child in folder.iterdir()):
+        return [name]
+    run = checkpoints_of(name)
+    if len(run) > 1:
+        return run
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    adapters: list[str | Path] = [child for child in children if (child / "adapter_config.json").exists()]
+    models: list[str | Path] = [child for child in children if any(child.glob("*.safetensors"))]
+    return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
+
+
 def open_tuned(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens what was fine-tuned: a path, or a model in the hub's cache on this machine."""
-    return open_checkpoint(_found(name), allow_pickle=allow_pickle)
+    return open_checkpoint(located(name), allow_pickle=allow_pickle)
 
 
-def _found(name: str | Path) -> Path:
+def located(name: str | Path) -> Path:
+    """The local path that a person means by ``name``; raises MissingFileError where there is none."""
     found = find(name)
     if found is None:
         hint = "; Spectra downloads nothing" if str(name).count("/") == 1 else ""
@@ -86,7 +148,7 @@ def open_base(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     WrongBaseError : it is itself an adapter.
     UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
-    return _open_base(_found(name), allow_pickle)
+    return open_base_at(located(name), allow_pickle)
 
 
 def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
@@ -96,10 +158,11 @@ def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint
     ------
     UsageError : ``tuned`` names no base.
     """
-    return _open_base(_base_of_adapter(tuned), allow_pickle)
+    return open_base_at(base_of(tuned), allow_pickle)
 
 
-def _open_base(found: Path, allow_pickle: bool) -> Checkpoint:
+def open_base_at(found: Path, allow_pickle: bool) -> Checkpoint:
+    """Opens the base at a local path; raises as :func:`open_base` does."""
     base = open_checkpoint(found, as_base=True, allow_pickle=allow_pickle)
     if base.layout in ("peft folder", "mlx folder", "gguf adapter"):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
@@ -110,7 +173,8 @@ def _open_base(found: Path, allow_pickle: bool) -> Checkpoint:
     return base
 
 
-def _base_of_adapter(tuned: Checkpoint) -> Path:
+def base_of(tuned: Checkpoint) -> Path:
+    """The local path of the base that an adapter's config names; raises as :func:`open_base_of` does."""
     if tuned.adapter_config is None:
         raise UsageError(f"{tuned.path}: this format does not record its base; name it with --base")
     wanted = tuned.adapter_config.get("base_model_name_or_path")
@@ -123,7 +187,7 @@ def _base_of_adapter(tuned: Checkpoint) -> Path:
     # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
     if wanted.startswith(("\\\\", "//")):
         raise UnsafeFileError(home / "adapter_config.json", f"its base model {wanted!r} is on another host")
-    if isinstance(revision, str) and (".." in revision or re.search(r"^[/~]|[\\:\x00-\x1f]", revision)):
+    if isinstance(revision, str) and not is_revision(revision):
         raise UnsafeFileError(home / "adapter_config.json", f"its revision {revision!r} is no name of one")
     found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=home)
     if found is None:
@@ -138,6 +202,20 @@ def _base_of_adapter(tuned: Checkpoint) -> Path:
 def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
     """Whether ``base`` is the one that the adapter's config names; None where that cannot be told."""
     try:
-        return _base_of_adapter(tuned).samefile(base.path)
+        return base_of(tuned).samefile(base.path)
     except (SpectraError, OSError):
         return None
+
+
+class Bases:
+    """The bases of a run's fine-tunes, each opened once."""
+
+    def __init__(self, allow_pickle: bool):
+        self._allow_pickle, self._opened = allow_pickle, dict[Path, Checkpoint]()
+
+    def of(self, tuned: Checkpoint, named: str | Path | None) -> Checkpoint:
+        """The base that was named, or that the fine-tune's config names; raises as :func:`open_base` does."""
+        place = base_of(tuned) if named is None else located(named)
+        if place not in self._opened:
+            self._opened[place] = open_base_at(place, self._allow_pickle)
+        return self._opened[place]

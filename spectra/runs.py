@@ -24,7 +24,7 @@ from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers, why_not_merged
 from spectra.precision import caveat, quantised_as
-from spectra.resolve import named_base, open_base, open_base_of, open_tuned
+from spectra.resolve import Bases, named_base, open_tuned
 from spectra.splitting import split_apart
 from spectra.svd import Question, choose_engine
 from spectra.updates import TunedWeight, merged
@@ -121,6 +121,9 @@ class Run(Protocol):
         ...
 
 
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
 class SingleRun:
     """One fine-tune from one path.
 
@@ -129,17 +132,14 @@ class SingleRun:
     SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
     """
 
-    def __init__(self, path: str | Path, base: str | Path | None, settings: Settings):
+    def __init__(self, path: str | Path, base: str | Path | None, settings: Settings, bases: Bases | None = None):
         self.settings = settings
-        allow = settings.allow_pickle
-        self.tuned: Checkpoint = open_tuned(path, allow_pickle=allow)
-        self.base: Checkpoint = (
-            open_base_of(self.tuned, allow_pickle=allow) if base is None else open_base(base, allow_pickle=allow)
-        )
+        self.tuned: Checkpoint = open_tuned(path, allow_pickle=settings.allow_pickle)
+        self.base = (bases or Bases(settings.allow_pickle)).of(self.tuned, base)
         if settings.split_fused:
             self.base, self.tuned = split_apart(self.base, self.tuned)
         before = settings.initial_adapter
-        initial = open_tuned(before, allow_pickle=allow) if before is not None else None
+        initial = open_tuned(before, allow_pickle=settings.allow_pickle) if before is not None else None
         self.plan = plan_updates(self.tuned, initial)
         pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
         self.pairs, self.skipped, self.counterpart = pairing.pairs, pairing.skipped, pairing.counterpart
@@ -358,7 +358,9 @@ class Job:
             run.prefetch(pair)
 
 
-def opened(openings: Iterable[Callable[[], Run]], on_unreadable: Callable[[SpectraError], None] | None) -> list[Run]:
+def opened(
+    openings: Iterable[Callable[[], AnyRun]], on_unreadable: Callable[[SpectraError], None] | None
+) -> list[AnyRun]:
     """The runs that could be opened; the errors of the others are handed over, or raised where nobody takes them."""
     runs = []
     for opening in openings:

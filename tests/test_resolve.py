@@ -14,6 +14,8 @@ from spectra.cli import main
 from spectra.errors import MissingFileError, UsageError, WrongBaseError
 from tests.conftest import FIXTURES
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -23,7 +25,7 @@ def hub(tmp_path, monkeypatch):
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     repo = cache / "models--acme--tiny"
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    commit = COMMIT
     (repo / "refs").mkdir(parents=True)
     (repo / "blobs").mkdir()
     (repo / "snapshots" / commit).mkdir(parents=True)
@@ -52,6 +54,30 @@ def test_path_relative_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     home = adapter(tmp_path, base_model_name_or_path="my-base")
     assert spectra.audit(home).base["path"] == "my-base"
+
+
+@pytest.mark.parametrize("name", ["acme/tiny", "acme/tiny@main", "acme/tiny@v2", f"acme/tiny@{COMMIT}"])
+def test_a_name_with_its_revision(hub, name):
+    assert resolve.find(name) == hub
+    assert spectra.audit(FIXTURES / "lora-r1", name, include=["layers.0.self_attn.q_proj"]).base["path"] == str(hub)
+
+
+def test_a_revision_that_is_not_there(hub):
+    assert resolve.find("acme/tiny@v3") is None
+    with pytest.raises(MissingFileError, match="acme/tiny@v3"):
+        spectra.audit(FIXTURES / "lora-r1", "acme/tiny@v3")
+
+
+@pytest.mark.parametrize("revision", ["../../main", "/etc", "~", "a\\b", "a\nb"])
+def test_a_revision_does_not_lead_out(hub, revision):
+    with pytest.raises(UsageError, match="no name of a revision"):
+        resolve.find(f"acme/tiny@{revision}")
+
+
+def test_a_folder_may_have_an_at_sign(tmp_path, monkeypatch):
+    shutil.copytree(FIXTURES / "base", tmp_path / "base@home")
+    monkeypatch.chdir(tmp_path)
+    assert str(resolve.find("base@home")) == "base@home"
 
 
 @pytest.mark.parametrize("revision", [None, "v2"])
