@@ -31,7 +31,7 @@ ALLOWED = {
     "pipelines": {"errors", "headers"},
     "fingerprints": {"errors", "headers"},
     "checkpoint": {"derived", "errors", "fingerprints", "gguf", "headers", "pickles", "pipelines", "stored"},
-    "resolve": {"checkpoint", "errors", "gguf"},
+    "resolve": {"checkpoint", "errors", "gguf", "headers"},
     "orientation": {"headers"},
     "updates": set(),
     "multiplying": {"updates"},
@@ -82,6 +82,9 @@ ALLOWED = {
     "analysis": {"detect", "errors", "measures", "records", "study", "svd", "updates"},
     "report": {"errors", "records"},
     "sweeps": {"errors", "report"},
+    "journal": {"errors", "report"},
+    "workers": {"errors"},
+    "audits": {"analysis", "checkpoint", "errors", "journal", "pipeline", "report", "resolve", "runs", "workers"},
     "comparison": {"errors", "report", "sweeps"},
     "ranks": {"adapters", "errors", "measures", "report"},
     "folders": {"checkpoint", "errors"},
@@ -202,6 +205,7 @@ ALLOWED = {
     "plots": {"comparison", "errors", "records", "report", "sweeps"},
     "output": {"checkpoint", "errors"},
     "cli": {
+        "audits",
         "checking",
         "comparing",
         "comparison",
@@ -219,6 +223,7 @@ ALLOWED = {
         "render",
         "report",
         "resolve",
+        "workers",
     },
 }
 

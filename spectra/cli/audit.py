@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from spectra.cli.options import (
@@ -33,6 +35,9 @@ from spectra.errors import UsageError
 from spectra.output import check_output, emit, progress
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from spectra.errors import SpectraError
     from spectra.report import Report
 
 FORMATS = ("table", "json", "jsonl", "csv")
@@ -48,13 +53,24 @@ def add(commands: Commands) -> None:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_tuned(parser)
+    add_tuned(parser, several=True)
     add_base(parser)
     add_initial(parser)
     add_split(parser)
     add_definition(parser)
     add_layers(parser)
     add_computation(parser)
+    long = parser.add_argument_group("long runs")
+    long.add_argument(
+        "--resume",
+        metavar="RUN.jsonl",
+        help="append each weight's results there as they come; given again after an end of any kind, the run goes on",
+    )
+    long.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="have the workers of a Dask cluster do it, e.g. tcp://host:8786; they read the same paths",
+    )
     gate = parser.add_argument_group("gate")
     gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
     gate.add_argument(
@@ -79,7 +95,10 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Audits; returns the exit code."""
-    if options.baseline is not None and len(options.tuned) > 1:
+    from spectra.resolve import fine_tunes_of
+
+    tuned = fine_tunes_of(options.tuned)
+    if options.baseline is not None and len(tuned) > 1:
         raise UsageError("--baseline compares one fine-tune with one earlier report; give one TUNED")
     if options.fail_on == "new" and options.baseline is None:
         raise UsageError("--fail-on new needs --baseline REPORT.json")
@@ -91,27 +110,49 @@ def run(options: argparse.Namespace) -> int:
     from spectra.report import load_report
 
     baseline = load_report(options.baseline) if options.baseline is not None else None
-    from spectra.pipeline import audit_many
+    from spectra.audits import audit_many
 
     return_freed_matrices()
     unreadable = Unreadable()
-    with progress(options.quiet) as show:
-        reports = audit_many(options.tuned, options.base, **settings(options), progress=show, on_unreadable=unreadable)
+    try:
+        with progress(options.quiet) as show, _executor(options) as executor:
+            reports = audit_many(
+                tuned, options.base, **settings(options), progress=show,
+                on_unreadable=unreadable, resume=options.resume, executor=executor,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if options.resume is not None:
+            print(
+                f"spectra: what is finished is in {options.resume}; the same command goes on from there",
+                file=sys.stderr,
+            )
+        raise
     if not reports:
         return BAD
     if baseline is not None:
         reports = [report.against(baseline) for report in reports]
-    emit(_rendered(reports, options), target)
+    emit(_rendered(reports, unreadable, options), target)
     announce(target, options.format, options)
     code = _verdict(reports, options)
     return BAD if unreadable else code
 
 
-def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
-    if options.format == "json" and len(reports) == 1:
+def _executor(options: argparse.Namespace) -> AbstractContextManager[Executor | None]:
+    if options.dask is None:
+        return nullcontext()
+    from spectra.workers import dask_executor
+
+    return dask_executor(options.dask)
+
+
+def _rendered(reports: Sequence[Report], unreadable: Sequence[SpectraError], options: argparse.Namespace) -> str:
+    several = len(reports) + len(unreadable) > 1
+    if options.format == "json" and not several:
         return reports[0].to_json() + "\n"
     if options.format in ("json", "jsonl"):
-        return "".join(report.to_json(indent=None) + "\n" for report in reports)
+        lines = [report.to_json(indent=None) for report in reports]
+        lines += [json.dumps({"schema": "spectra.unreadable/1", "error": str(error)}) for error in unreadable]
+        return "".join(line + "\n" for line in lines)
     if options.format == "csv":
         from spectra.render.table import to_csv
 
@@ -119,20 +160,20 @@ def _rendered(reports: Sequence[Report], options: argparse.Namespace) -> str:
     from spectra.render.columns import in_ascii
     from spectra.render.text import render_report, render_summary
 
-    if len(reports) > 1:
-        return render_summary(reports)
+    if several:
+        return render_summary(reports, unreadable)
     ascii_only = not is_unicode(options)
     text = render_report(reports[0], verbose=options.verbose, ascii_only=ascii_only)
-    beside = _beside(options) if options.verbose else ""
+    beside = _beside(reports[0], options) if options.verbose else ""
     return text + (in_ascii(beside) if ascii_only else beside)
 
 
-def _beside(options: argparse.Namespace) -> str:
+def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
     from spectra.inspection import beside, in_words
     from spectra.resolve import open_tuned
 
-    found = beside(open_tuned(options.tuned[0], allow_pickle=options.allow_pickle))
+    found = beside(open_tuned(report.tuned["path"], allow_pickle=options.allow_pickle))
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""
 
 

@@ -44,9 +44,10 @@ COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "veri
 SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
 
 
-def add_tuned(parser: argparse.ArgumentParser) -> None:
-    """One fine-tune or several: ``options.tuned``, a list."""
-    parser.add_argument("tuned", nargs="+", metavar="TUNED", help=TUNED)
+def add_tuned(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """One fine-tune or several: ``options.tuned``, a list; ``several`` says that a folder of them or a list will do."""
+    more = "; a folder of several, or @FILE with a name a line" if several else ""
+    parser.add_argument("tuned", nargs="+", metavar="TUNED", help=TUNED + more)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

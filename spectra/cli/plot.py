@@ -143,7 +143,7 @@ def _layers(options: argparse.Namespace) -> tuple[Sequence[LayerSpectra], bool]:
 
 def _worst(tuned: Sequence[str | Path], options: argparse.Namespace) -> tuple[list[str], bool]:
     """The layers with the most intruders: some of a single fine-tune, the one of several; and whether any failed."""
-    from spectra.pipeline import audit_many
+    from spectra.audits import audit_many
 
     with progress(options.quiet) as show:
         reports = audit_many(tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from spectra.errors import in_one_line
 from spectra.render.columns import decimals, failures, grouped_notes, in_ascii, method_of, number, plural, table
 from spectra.report import LayerReport, Report
 from spectra.sweeps import mean_update_size
@@ -41,8 +42,8 @@ def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = F
     return in_ascii(text) if ascii_only else text
 
 
-def render_summary(reports: Sequence[Report]) -> str:
-    """Several reports as one table, a row each."""
+def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = ()) -> str:
+    """Several reports as one table, a row each, the worst first; then what could not be read."""
     header = [
         "fine-tune",
         "method",
@@ -56,7 +57,7 @@ def render_summary(reports: Sequence[Report]) -> str:
         "verdict",
     ]
     rows = []
-    for report in reports:
+    for report in sorted(reports, key=lambda report: report.share, reverse=True):
         summary = report.summary
         verdict = summary["severity"]
         if summary["layers_failed"]:
@@ -69,9 +70,12 @@ def render_summary(reports: Sequence[Report]) -> str:
             str(summary["intruders_outside_noise_like_base"]),
             f"{summary['layers_with_intruders']} of {summary['layers_analysed']}", verdict,
         ])  # fmt: skip
+    for error in unreadable:
+        path, _, problem = str(error).partition(": ")
+        rows.append([path, "not read", *["-"] * (len(header) - 3), in_one_line(problem, 100)])
     notes = (
-        "‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; non-noise leaves out layers whose base "
-        "is plain noise."
+        "The worst first. ‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; non-noise leaves out "
+        "layers whose base is plain noise."
     )
     return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
 
