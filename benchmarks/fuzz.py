@@ -197,7 +197,7 @@ def restructure(rng: random.Random, text: bytes) -> bytes | None:
 def _retype(rng: random.Random, said: dict[str, Any]) -> None:
     """Another dtype for the bytes that an entry has, in a shape that fits where one does."""
     said["dtype"] = rng.choice(list(BITS))
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError):
         begin, end = said["data_offsets"]
         said["shape"] = [(end - begin) * 8 // BITS[said["dtype"]], *rng.choice(([], [1], [1, 1]))]
 
