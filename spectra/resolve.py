@@ -112,16 +112,20 @@ def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
 
 def _within(name: str | Path) -> list[str | Path]:
     folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("adapter_config.json")) or any(folder.glob("model_index.json")):
+    try:
+        if not folder.is_dir() or (folder / "adapter_config.json").exists() or (folder / "model_index.json").exists():
+            return [name]
+        children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+        if any(WEIGHTS.search(child.name) and not child.is_dir() for child in children):
+            return [name]
+        run = checkpoints_of(name)
+        if len(run) > 1:
+            return run
+        folders = [child for child in children if child.is_dir()]
+        adapters: list[str | Path] = [child for child in folders if (child / "adapter_config.json").exists()]
+        models: list[str | Path] = [child for child in folders if any(child.glob("*.safetensors"))]
+    except OSError:  # a name too long, a folder that may not be read: opening it will say so
         return [name]
-    if any(child.is_file() and WEIGHTS.search(child.name) for child in folder.iterdir()):
-        return [name]
-    run = checkpoints_of(name)
-    if len(run) > 1:
-        return run
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    adapters: list[str | Path] = [child for child in children if (child / "adapter_config.json").exists()]
-    models: list[str | Path] = [child for child in children if any(child.glob("*.safetensors"))]
     return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
 
 

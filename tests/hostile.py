@@ -672,17 +672,19 @@ def _(box: Path) -> None:
 
 
 @case("several adapters", "one, two")
-def _(box: Path) -> None:
+def _(box: Path) -> Arguments:
     for name in ("one", "two"):
         (box / name).mkdir()
         adapter(box / name)
+    return ["ranks", str(box), "--base", str(box.parent / "base")]  # audit takes them all
 
 
 @case("folders of adapters that forge a line", "several adapters")
-def _(box: Path) -> None:
+def _(box: Path) -> Arguments:
     for name in ("one\nspectra: error: fine", "two\x1b[2J"):
         (box / name).mkdir()
         adapter(box / name)
+    return ["ranks", str(box), "--base", str(box.parent / "base")]
 
 
 @case("an adapter for a base", "this is an adapter")

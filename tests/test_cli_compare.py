@@ -33,7 +33,9 @@ def test_the_options_are_the_pipelines_own():
 
     from spectra import audit_many
 
-    assert set(inspect.signature(audit_many).parameters) - {"tuned", "base", "progress", "on_unreadable"} == SETTINGS
+    assert set(inspect.signature(audit_many).parameters) - {"tuned", "base", "progress", "on_unreadable"} == (
+        SETTINGS | {"resume", "executor"}
+    )
 
 
 def test_table(capsys):

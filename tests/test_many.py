@@ -75,6 +75,16 @@ def test_the_table_has_the_worst_first_and_what_is_broken_last(folder, capsys):
     assert err.count("spectra: error:") == 1
 
 
+def test_names_forge_no_line(folder, capsys):
+    (folder / "lora-r1").rename(folder / "lora\n-r1\x1b[2J")
+    assert main(["audit", str(folder), "--base", str(BASE), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 6
+    assert all(line.isprintable() for line in out.splitlines())
+    assert main(["audit", str(folder / "lora\n-r1\x1b[2J"), "--base", str(BASE), "--quiet", "--verbose"]) == 0
+    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
 def test_a_line_each(folder, capsys):
     (folder / "lora-r16" / "adapter_model.safetensors").write_bytes(b"")
     assert main(["audit", str(folder), "--base", str(BASE), "--quiet", "--format", "jsonl"]) == 2

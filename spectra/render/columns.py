@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spectra.errors import in_one_line
+
 if TYPE_CHECKING:
     from spectra.report import LayerReport
 
@@ -94,10 +96,11 @@ def grouped_notes(of_layers: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Columns two spaces apart, those in ``left`` aligned to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    """Columns two spaces apart, those in ``left`` aligned to the left, the others to the right; a line each."""
+    filled = [header, *([in_one_line(cell) for cell in row] for row in rows)]  # names come from files
+    widths = [max(len(line[i]) for line in filled) for i in range(len(header))]
     lines = []
-    for line in [header, *rows]:
+    for line in filled:
         cells = [
             f"{cell:<{w}}" if i in left else f"{cell:>{w}}"
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))

@@ -153,7 +153,7 @@ def _facts(report: Report) -> str:
     if summary["borderline"]:
         cosines = plural(summary["borderline"], "cosine")
         rows.append(("borderline", f"{cosines} within 0.001 of epsilon, settled in float64"))
-    return "\n".join(f"{label:<11}{text}".rstrip() for label, text in rows)
+    return "\n".join(in_one_line(f"{label:<11}{text}".rstrip()) for label, text in rows)
 
 
 def _problems(report: Report) -> str:
