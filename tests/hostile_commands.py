@@ -26,7 +26,10 @@ COMMANDS: dict[str, Callable[[str, str, Path], Arguments]] = {
     "cache": lambda _, base, out: ["cache", base, "--cache", str(out / "kept"), "--quiet"],
 }
 # In the base's place these are no more than a base that does not have all that it could, or are not looked at.
-SOUND_AS_BASE = ("very many dimensions", "NaN and infinity in the base")
+SOUND_AS_BASE = (
+    "very many dimensions", "NaN and infinity in the base", "quantised: scales alone", "quantised: a map of nothing",
+    "thousands of names that end alike",
+)  # fmt: skip
 WITH_OPTIONS = ("an initial adapter", "pickled shards")  # are about options that not every command has
 # What headers and configurations do not show, and what is told as a problem with the base beside what was found.
 SEEN_BY_INSPECT = (
