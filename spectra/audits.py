@@ -153,10 +153,8 @@ def audit_many(
     bases = Bases(allow_pickle)
     runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
-    identity = identity_of(runs, settings)
-    with nullcontext() if resume is None else open_journal(resume, identity) as journal:
-        work = Work.of(runs, settings, cache, identity)
-        return _reports(_Steps(analysis, runs, work, journal, executor), started, progress)
+    with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
+        return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
 
 
 def identity_of(runs: Sequence[SingleRun], settings: Settings) -> dict[str, Any]:
@@ -204,13 +202,14 @@ class Work:
     identity: str
 
     @classmethod
-    def of(cls, runs: Sequence[SingleRun], settings: Settings, cache: CacheFolder, identity: Mapping[str, Any]) -> Work:
+    def of(cls, runs: Sequence[SingleRun], settings: Settings, cache: CacheFolder) -> Work:
+        """What the workers of an executor are told of a run."""
         return cls(
             tuple(str(run.tuned.path.absolute()) for run in runs),
             tuple(str(run.base.path.absolute()) for run in runs),
             settings,
             str(Path(cache).absolute()) if cache else False if cache is False else None,
-            _digest(identity),
+            _digest(identity_of(runs, settings)),
         )
 
 
@@ -254,7 +253,7 @@ class _Steps:
 
     analysis: Analysis
     runs: Sequence[SingleRun]
-    work: Work
+    cache: CacheFolder
     journal: Journal | None
     executor: Executor | None
 
@@ -269,7 +268,8 @@ class _Steps:
 
     def _anew(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Finished]]:
         if self.executor is not None:
-            yield from spread(self.executor, partial(finish, self.work), list(jobs), partial(self._lost, jobs))
+            work = Work.of(self.runs, self.analysis.settings, self.cache)
+            yield from spread(self.executor, partial(finish, work), list(jobs), partial(self._lost, jobs))
             return
         keys = {id(job): key for key, job in jobs.items()}
 

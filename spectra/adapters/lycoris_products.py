@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spectra.adapters.factors import alpha_of, check_factors, scalar
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal
+from spectra.adapters.peft.products import product, whole_or_product
 from spectra.adapters.plan import FORMULAS, UpdateKind
 from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError
@@ -96,17 +97,8 @@ class LycorisUpdate(MethodUpdate):
 _PLAIN = Orientation({}, {})  # LyCORIS wraps no module that stores its weight transposed
 
 
-def _product(values: Mapping[str, Tensor], core: str, a: str, b: str) -> tuple[Tensor, Tensor]:
-    """(B, A) of a·b; with a core (r, r, k…), a is (r, out), b (r, in) and A's columns are in·k…."""
-    import torch
-
-    if core not in values:
-        return values[a].flatten(1), values[b].flatten(1)
-    return values[a].T, torch.einsum("ij...,jq->iq...", values[core], values[b]).flatten(1)
-
-
 def _sides(factors: Mapping[str, TensorInfo], core: str, a: str, b: str) -> tuple[int, int]:
-    """(out, in·k…) of :func:`_product`."""
+    """(out, in·k…) of a ``product``."""
     if core not in factors:
         return factors[a].shape[0], math.prod(factors[b].shape[1:])
     return factors[a].shape[1], factors[b].shape[1] * math.prod(factors[core].shape[2:])
@@ -187,8 +179,8 @@ class LoHaUpdate(LycorisUpdate):
         from spectra.updates import Hadamard
 
         assert self.scaling is not None
-        first = _product(values, "hada_t1", "hada_w1_a", "hada_w1_b")
-        return Hadamard(*first, *_product(values, "hada_t2", "hada_w2_a", "hada_w2_b"), self.scaling)
+        first = product(values, "hada_t1", "hada_w1_a", "hada_w1_b")
+        return Hadamard(*first, *product(values, "hada_t2", "hada_w2_a", "hada_w2_b"), self.scaling)
 
 
 def loha(module: str, slot: Slot) -> LycorisUpdate:
@@ -228,7 +220,8 @@ class LoKrUpdate(LycorisUpdate):
         from spectra.updates import Kronecker
 
         assert self.scaling is not None
-        return Kronecker(*_lokr_product(values, 1), *_lokr_product(values, 2), self.scaling)
+        first, second = (whole_or_product(values, f"lokr_w{number}", f"lokr_t{number}") for number in (1, 2))
+        return Kronecker(*first, *second, self.scaling)
 
 
 def _lokr_sides(factors: Mapping[str, TensorInfo], number: int) -> tuple[int, int]:
@@ -236,17 +229,6 @@ def _lokr_sides(factors: Mapping[str, TensorInfo], number: int) -> tuple[int, in
     if whole is not None:
         return whole.shape[0], math.prod(whole.shape[1:])
     return _sides(factors, f"lokr_t{number}", f"lokr_w{number}_a", f"lokr_w{number}_b")
-
-
-def _lokr_product(values: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """A factor as (B, A) whose inner side is as short as its form allows."""
-    import torch
-
-    if f"lokr_w{number}" not in values:
-        return _product(values, f"lokr_t{number}", f"lokr_w{number}_a", f"lokr_w{number}_b")
-    whole = values[f"lokr_w{number}"].flatten(1)
-    one = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
-    return (one, whole) if whole.shape[0] <= whole.shape[1] else (whole, one)
 
 
 def lokr(module: str, slot: Slot) -> LycorisUpdate:

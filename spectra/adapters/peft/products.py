@@ -91,13 +91,13 @@ def _scaling(config: ConfigFields, module: str) -> tuple[int, float, float]:
     return int(rank), alpha, alpha / rank
 
 
-def _core(values: Mapping[str, Tensor], core: str, a: str, b: str) -> tuple[Tensor, Tensor]:
-    """(B, A) of a factor a·b; of a convolution's a (r, out), core (r, r, k, l) and b (r, in), A's columns in·k·l."""
+def product(values: Mapping[str, Tensor], core: str, a: str, b: str) -> tuple[Tensor, Tensor]:
+    """(B, A) of a factor a·b; with a core (r, r, k…), a is (r, out), b (r, in) and A's columns are in·k…."""
     import torch
 
     if core not in values:
-        return values[a], values[b]
-    return values[a].T, torch.einsum("ijkl,jq->iqkl", values[core], values[b]).flatten(1)
+        return values[a].flatten(1), values[b].flatten(1)
+    return values[a].T, torch.einsum("ij...,jq->iq...", values[core], values[b]).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class LoHaUpdate(MethodUpdate):
         from spectra.updates import Hadamard
 
         assert self.scaling is not None
-        first = _core(values, "hada_t1", "hada_w1_a", "hada_w1_b")
-        return Hadamard(*first, *_core(values, "hada_t2", "hada_w2_a", "hada_w2_b"), self.scaling)
+        first = product(values, "hada_t1", "hada_w1_a", "hada_w1_b")
+        return Hadamard(*first, *product(values, "hada_t2", "hada_w2_a", "hada_w2_b"), self.scaling)
 
 
 def _kernel_fits(core: TensorInfo, stored: tuple[int, ...]) -> bool:
@@ -191,13 +191,13 @@ class LoKrUpdate(MethodUpdate):
         from spectra.updates import Added, Kronecker
 
         assert self.scaling is not None
-        first = _pair(values, "lokr_w1", "")
+        first = whole_or_product(values, "lokr_w1", "")
         whole = values.get("lokr_w2")
         if whole is not None and whole.ndim == 3:
             # peft takes torch.kron of two and three dimensions and reshapes that: no Kronecker product of matrices.
             left = values["lokr_w1"] if "lokr_w1" in values else first[0] @ first[1]
             return Added(self.scaling * torch.kron(left, whole.contiguous()).reshape(self.shape))
-        return Kronecker(*first, *_pair(values, "lokr_w2", "lokr_t2"), self.scaling)
+        return Kronecker(*first, *whole_or_product(values, "lokr_w2", "lokr_t2"), self.scaling)
 
 
 def _sides(factors: Mapping[str, TensorInfo], name: str) -> tuple[int, int]:
@@ -209,16 +209,15 @@ def _sides(factors: Mapping[str, TensorInfo], name: str) -> tuple[int, int]:
     return a[0], b[1]
 
 
-def _pair(values: Mapping[str, Tensor], name: str, core: str) -> tuple[Tensor, Tensor]:
-    """A factor as (B, A) whose inner side is as short as its form allows."""
+def whole_or_product(values: Mapping[str, Tensor], name: str, core: str) -> tuple[Tensor, Tensor]:
+    """A factor that is stored whole or as a·b, as (B, A) whose inner side is as short as its form allows."""
     import torch
 
     if name not in values:
-        return _core(values, core, f"{name}_a", f"{name}_b")
+        return product(values, core, f"{name}_a", f"{name}_b")
     whole = values[name].flatten(1)
-    if whole.shape[0] <= whole.shape[1]:
-        return torch.eye(whole.shape[0], dtype=whole.dtype, device=whole.device), whole
-    return whole, torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
+    one = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
+    return (one, whole) if whole.shape[0] <= whole.shape[1] else (whole, one)
 
 
 def lokr(config: ConfigFields, module: str, slot: Slot) -> MethodUpdate:
