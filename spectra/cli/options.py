@@ -185,6 +185,8 @@ def format_of(target: Path | None, formats: Sequence[str]) -> str:
     UsageError : it asks for another.
     """
     ending = target.suffix.removeprefix(".") if target is not None else ""
+    if target is not None and "sarif" in formats and target.name.lower().endswith(".sarif.json"):
+        return "sarif"  # the standard has both endings
     if ending.lower() in formats[1:]:
         return ending.lower()
     if target is not None and ending.lower() not in ("", *TEXT):
