@@ -29,8 +29,8 @@ WORDS = (
     "An *intruder dimension* is a leading singular vector of a tuned weight that is nearly orthogonal to every "
     "singular vector of the base weight ([Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228)). The count says "
     "how much of the top of the spectrum is new. It does not say how good this model is, nor how much it forgot: "
-    "weights show risk, and only an evaluation shows forgetting. Counts of several fine-tunes compare only where their updates are "
-    "of like size."
+    "weights show risk, and only an evaluation shows forgetting. Counts of several fine-tunes compare "
+    "only where their updates are of like size."
 )
 
 
