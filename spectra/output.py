@@ -32,7 +32,7 @@ REPORT_MARKS = (
 )
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")
-TABLE_MARK = b"PAR1"  # parquet; ours name their maker, too
+TABLE_MARK, TABLE_SCHEMA = b"PAR1", b"spectra.rows/1"  # parquet, and what ours have in their metadata
 MAKER = b"intruder-spectra"
 MAX_CARD_BYTES = 10_000_000
 
@@ -85,8 +85,10 @@ def _is_ours(path: Path, picture: bool) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(64)
-        if start.startswith(PICTURE_MARKS if picture else TABLE_MARK):
+        if picture and start.startswith(PICTURE_MARKS):
             return MAKER in start + file.read()
+        if not picture and start.startswith(TABLE_MARK):
+            return TABLE_SCHEMA in start + file.read()
     return not start or (not picture and start.startswith(REPORT_MARKS))
 
 

@@ -21,6 +21,8 @@ _TYPES = {
 def to_parquet(reports: Sequence[Report]) -> bytes:
     """The rows of all reports, as in their CSV; ``tuned`` tells the fine-tunes apart.
 
+    The file's metadata name the schema, ``spectra.rows/1``, and the version.
+
     Raises
     ------
     UsageError : pandas or pyarrow is missing.
@@ -32,8 +34,8 @@ def to_parquet(reports: Sequence[Report]) -> bytes:
     frame = as_dataframe([row for report in reports for row in report.rows()], ROW_COLUMNS)
     frame = frame.astype({column: _TYPES.get(column, "string") for column in ROW_COLUMNS})
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
-    maker = {b"maker": b"intruder-spectra", b"version": reports[0].spectra_version.encode()}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **maker})
+    own = {b"schema": b"spectra.rows/1", b"spectra_version": reports[0].spectra_version.encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
