@@ -220,9 +220,9 @@ def _sarif(
 
 def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, Path]:
     """Module → the file that holds its weights; under None that of any other."""
-    from spectra.resolve import open_tuned
+    from spectra.resolve import Access, open_tuned
 
-    tuned = open_tuned(report.tuned["path"], allow_pickle=options.allow_pickle)
+    tuned = open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True))
     files: dict[str | None, Path] = {None: tuned.files[0]}
     if len(tuned.files) > 1:
         files |= {name.removesuffix(".weight"): info.file for name, info in tuned.tensors.items()}
@@ -232,9 +232,9 @@ def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, P
 def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
     from spectra.inspection import beside, in_words
-    from spectra.resolve import open_tuned
+    from spectra.resolve import Access, open_tuned
 
-    found = beside(open_tuned(report.tuned["path"], allow_pickle=options.allow_pickle))
+    found = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""
 
 
