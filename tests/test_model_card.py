@@ -72,12 +72,17 @@ def test_nothing_tells_whose_machine_it_was(tmp_path, monkeypatch, capsys):
     house = tmp_path / "home" / "jo" / "secret" / "adapter"
     house.parent.mkdir(parents=True)
     house.symlink_to(FIXTURES / "lora-r4")
+    monkeypatch.setenv("HOME", str(house.parent.parent))
+    monkeypatch.chdir(house.parent.parent)
+    few = ["--include", "layers.0.*", "--model-card"]
+    _, out, _ = run(capsys, "audit", str(house), "--base", str(FIXTURES / "base"), *few)
+    assert invoked(out)[1:5] == ["audit", "secret/adapter", "--base", "base"]
+    for place, base in ((tmp_path / "home", str(FIXTURES / "base")), (ROOT / "spectra", "../fixtures/base")):
+        monkeypatch.chdir(place)
+        _, out, _ = run(capsys, "audit", str(house), "--base", base, *few)
+        assert invoked(out)[1:5] == ["audit", "adapter", "--base", "base"]
     monkeypatch.chdir(tmp_path / "home")
-    _, out, _ = run(capsys, "audit", str(house), "--base", str(FIXTURES / "base"), "--model-card")
-    assert invoked(out)[1:] == ["audit", "jo/secret/adapter", "--base", "base"]
-    monkeypatch.chdir(ROOT / "spectra")
-    _, out, _ = run(capsys, "audit", str(house), "--base", "../fixtures/base", "--model-card")
-    assert invoked(out)[1:] == ["audit", "adapter", "--base", "base"]
+    _, out, _ = run(capsys, "audit", "jo/secret/adapter", "--base", str(FIXTURES / "base"), *few)
     for part in ("jo", "secret", str(ROOT), str(tmp_path), str(Path.home())):
         assert part not in out
 
@@ -114,6 +119,9 @@ def test_paths_are_told_apart():
         "sub/../own": "own", "/w/own2": "own2", "/w": ".",
     }  # fmt: skip
     assert public_names(["/a/own", "own"], "/w") == {"/a/own": "a/own", "own": "own"}
+    assert public_names(["/a/own", "sub/own", "../up", ".", "/"]) == {
+        "/a/own": "a/own", "sub/own": "sub/own", "../up": "up", ".": ".", "/": ".",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

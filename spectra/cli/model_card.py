@@ -54,12 +54,21 @@ def write_card(report: Report, target: Path | None, options: argparse.Namespace)
     from spectra.render.card import model_card, with_section
 
     versions = {"torch": version("torch")}
-    section = model_card(report, root=Path.cwd(), url=home(), versions=versions, further=further(options))
+    section = model_card(report, root=public_root(), url=home(), versions=versions, further=further(options))
     if target is None:
         emit(section + "\n", None)
         return
     replace_card(target, with_section(card_in(target), section, target))  # it may have changed in the meantime
     announce(target, "model card", options)
+
+
+def public_root() -> Path | None:
+    """The working directory, unless the user's own folder lies somewhere in it and paths from there would name that."""
+    here = Path.cwd()
+    try:
+        return None if here in Path.home().parents else here
+    except RuntimeError:  # there is no such folder
+        return here
 
 
 def further(options: argparse.Namespace) -> tuple[str, ...]:

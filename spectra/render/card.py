@@ -37,7 +37,7 @@ WORDS = (
 def model_card(
     report: Report,
     *,
-    root: str | Path = "/",
+    root: str | Path | None = None,
     url: str | None = None,
     versions: Mapping[str, str] | None = None,
     further: Sequence[str] = (),
@@ -47,7 +47,7 @@ def model_card(
     Parameters
     ----------
     report : its paths are called as :func:`spectra.render.naming.public_names` says.
-    root : the working directory, below which paths are shown.
+    root : the working directory, below which paths are shown; without it, the last parts of paths are.
     url : where Spectra has its home, if it has one.
     versions : of the libraries that computed, by name.
     further : words of the command that the report does not have, such as ``--allow-pickle``.
@@ -154,7 +154,7 @@ def _module_types(report: Report) -> str:
     return _table(("Where they are", "layers", "intruders", "of the vectors"), rows, right=3)
 
 
-def _notes(report: Report, names: Mapping[str, str], root: str | Path) -> list[str]:
+def _notes(report: Report, names: Mapping[str, str], root: str | Path | None) -> list[str]:
     notes = [str(report.base["caveat"])] if report.base.get("caveat") else []
     notes += failures(report.failed)
     notes += grouped_notes((layer.name, layer.notes) for layer in report.layers)

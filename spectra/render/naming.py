@@ -36,28 +36,28 @@ def hub_name(path: str | PurePath) -> str | None:
     return name if found[3] is None else f"{name}/{found[3]}"
 
 
-def public_names(paths: Sequence[str | PurePath], root: str | PurePath) -> dict[str, str]:
+def public_names(paths: Sequence[str | PurePath], root: str | PurePath | None = None) -> dict[str, str]:
     """Path → what it may be called elsewhere, each another.
 
-    A name of the hub; a path below ``root``, the working directory, as seen from there; of any other path its last
-    part, and as many more as tell it from the others.
+    A name of the hub; a path below ``root``, the working directory, as seen from there; of any other path, and of all
+    without ``root``, the last part, and as many more as tell it from the others.
     """
     names: dict[str, str] = {}
     outside: dict[str, tuple[str, ...]] = {}
     for path in dict.fromkeys(map(str, paths)):
-        plain = os.path.normpath(PurePath(root) / path)
+        plain = os.path.normpath(path if root is None else PurePath(root) / path)
         hub = hub_name(plain)
         if hub is not None:
             names[path] = hub
-        elif PurePath(plain).is_relative_to(root):
+        elif root is not None and PurePath(plain).is_relative_to(root):
             names[path] = PurePath(plain).relative_to(root).as_posix()
         else:
-            outside[path] = PurePath(plain).parts[1:] or ("",)
+            outside[path] = tuple(part for part in PurePath(plain).parts if part not in (PurePath(plain).anchor, ".."))
     for path, parts in outside.items():
         length = 1
         while length < len(parts) and _taken(parts[-length:], path, outside, names):
             length += 1
-        names[path] = "/".join(parts[-length:])
+        names[path] = "/".join(parts[-length:]) or "."
     return names
 
 
@@ -74,12 +74,13 @@ def named_model(name: str) -> str:
     return name
 
 
-def without_paths(text: str, names: Mapping[str, str], root: str | PurePath) -> str:
+def without_paths(text: str, names: Mapping[str, str], root: str | PurePath | None = None) -> str:
     """A message in which paths are called by ``names``, and what is left of absolute ones by their last part."""
     for path in sorted(names, key=len, reverse=True):
         if PurePath(path).is_absolute():
             text = text.replace(path, names[path])
-    text = text.replace(f"{root}{os.sep}", "") if len(PurePath(root).parts) > 1 else text
+    if root is not None:
+        text = text.replace(f"{root}{os.sep}", "")
     return _ABSOLUTE.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
 
 

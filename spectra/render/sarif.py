@@ -77,7 +77,7 @@ class Scanned:
     crossed: frozenset[str] = frozenset()
     unreadable: Sequence[Exception] = ()
     exit_code: int = 0
-    root: str | PurePath = "/"
+    root: str | PurePath | None = None
     url: str | None = None
     further: Sequence[str] = ()
 
