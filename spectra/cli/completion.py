@@ -15,7 +15,12 @@ PATHS = (
     "TUNED", "BASE", "PATH", "FILE", "DIR", "OUT", "ADAPTER", "REPORT.json", "RUN.jsonl", "README.md", "PATH[=WEIGHT]",
     "FOLDER",
 )  # fmt: skip
-WHERE = """where the script goes:
+WHERE = """a line for the shell's own configuration:
+  bash  eval "$(spectra completion bash)"
+  zsh   eval "$(spectra completion zsh)", after compinit
+  fish  spectra completion fish | source
+
+or once, so that no shell starts later for it:
   bash  spectra completion bash > ~/.local/share/bash-completion/completions/spectra
   zsh   spectra completion zsh > DIR/_spectra, with DIR among those of $fpath
   fish  spectra completion fish > ~/.config/fish/completions/spectra.fish

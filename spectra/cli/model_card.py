@@ -26,7 +26,7 @@ def add_model_card(parser: argparse.ArgumentParser) -> None:
         const="-",
         metavar="README.md",
         help="put a section with the figures into this card, between <!-- spectra:begin --> and <!-- spectra:end -->, "
-        "or after its content; without a file print it instead of the report",
+        "or after its content; without a file, or for -, print it instead of the report",
     )
 
 
