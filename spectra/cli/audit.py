@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra import __version__
-from spectra.cli.model_card import add_model_card, checked_card, further, home, public_root, write_card
+from spectra.cli.model_card import add_model_card, addresses, checked_card, further, home, public_root, write_card
 from spectra.cli.options import (
     BAD,
     EXIT_CODES,
@@ -214,6 +214,7 @@ def _sarif(
         root=public_root(),
         url=home(),
         further=further(options),
+        addresses=addresses(reports, options),
     )
     return to_sarif(reports, scanned, version=__version__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,14 @@ def write_card(report: Report, target: Path | None, options: argparse.Namespace)
     from spectra.render.card import model_card, with_section
 
     versions = {"torch": version("torch")}
-    section = model_card(report, root=public_root(), url=home(), versions=versions, further=further(options))
+    section = model_card(
+        report,
+        root=public_root(),
+        url=home(),
+        versions=versions,
+        further=further(options),
+        addresses=addresses([report], options),
+    )
     if target is None:
         emit(section + "\n", None)
         return
@@ -77,6 +85,16 @@ def further(options: argparse.Namespace) -> tuple[str, ...]:
     if options.initial_adapter is not None:
         words += ["--initial-adapter", Path(options.initial_adapter).name]
     return tuple(words)
+
+
+def addresses(reports: Sequence[Report], options: argparse.Namespace) -> dict[str, str]:
+    """A report's path → the address that was named, of which it is a copy."""
+    from spectra.render.naming import public_address
+
+    named = [(str(report.base["path"]), options.base) for report in reports if options.base is not None]
+    if len(reports) == len(options.tuned):
+        named += [(str(report.tuned["path"]), name) for report, name in zip(reports, options.tuned, strict=True)]
+    return {path: public_address(name) for path, name in named if "://" in name}
 
 
 def home() -> str | None:

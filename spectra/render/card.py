@@ -41,6 +41,7 @@ def model_card(
     url: str | None = None,
     versions: Mapping[str, str] | None = None,
     further: Sequence[str] = (),
+    addresses: Mapping[str, str] | None = None,
 ) -> str:
     """The section, Markdown between its two markers, without a line end after the last.
 
@@ -51,8 +52,9 @@ def model_card(
     url : where Spectra has its home, if it has one.
     versions : of the libraries that computed, by name.
     further : words of the command that the report does not have, such as ``--allow-pickle``.
+    addresses : a path of the report → the address of which that is a local copy.
     """
-    names = public_names([report.tuned["path"], report.base["path"]], root)
+    names = public_names([report.tuned["path"], report.base["path"]], root, addresses)
     word, dash, meaning = verdict(replace(report, baseline=None)).partition(" — ")
     made = " and ".join(f"{name} {version}" for name, version in (versions or {}).items())
     home = f"[Spectra]({url})" if url else "Spectra"

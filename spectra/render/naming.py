@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from spectra.errors import in_one_line
 from spectra.report import Report
@@ -36,19 +37,24 @@ def hub_name(path: str | PurePath) -> str | None:
     return name if found[3] is None else f"{name}/{found[3]}"
 
 
-def public_names(paths: Sequence[str | PurePath], root: str | PurePath | None = None) -> dict[str, str]:
+def public_names(
+    paths: Sequence[str | PurePath],
+    root: str | PurePath | None = None,
+    addresses: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Path → what it may be called elsewhere, each another.
 
-    A name of the hub; a path below ``root``, the working directory, as seen from there; of any other path, and of all
-    without ``root``, the last part, and as many more as tell it from the others.
+    Its address, where ``addresses`` has one (of the path that is a local copy of it); a name of the hub; a path below
+    ``root``, the working directory, as seen from there; of any other path, and of all without ``root``, the last part,
+    and as many more as tell it from the others.
     """
     names: dict[str, str] = {}
     outside: dict[str, tuple[str, ...]] = {}
     for path in dict.fromkeys(map(str, paths)):
         plain = os.path.normpath(path if root is None else PurePath(root) / path)
-        hub = hub_name(plain)
-        if hub is not None:
-            names[path] = hub
+        known = (addresses or {}).get(path) or hub_name(plain)
+        if known is not None:
+            names[path] = known
         elif root is not None and PurePath(plain).is_relative_to(root):
             names[path] = PurePath(plain).relative_to(root).as_posix()
         else:
@@ -64,6 +70,14 @@ def public_names(paths: Sequence[str | PurePath], root: str | PurePath | None = 
 def _taken(parts: tuple[str, ...], path: str, outside: Mapping[str, tuple[str, ...]], names: Mapping[str, str]) -> bool:
     others = (other[-len(parts) :] for name, other in outside.items() if name != path)
     return parts in others or "/".join(parts) in names.values()
+
+
+def public_address(url: str) -> str:
+    """An address without what may be secret in it: a user's name and password, a signature among its parameters."""
+    parts = urlsplit(url)
+    if parts.scheme.lower() in ("file", "local"):
+        return PurePath(parts.path).name
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def named_model(name: str) -> str:

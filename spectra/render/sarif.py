@@ -71,6 +71,7 @@ class Scanned:
     root : the working directory, the repository's root in CI.
     url : where Spectra has its home, if it has one.
     further : words of the command that no report has.
+    addresses : a path of a report → the address of which that is a local copy.
     """
 
     files: Mapping[str, Mapping[str | None, str | PurePath]] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Scanned:
     root: str | PurePath | None = None
     url: str | None = None
     further: Sequence[str] = ()
+    addresses: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_sarif(reports: Sequence[Report], scanned: Scanned | None = None, *, version: str) -> str:
@@ -95,7 +97,7 @@ class _Log:
         files = [str(file) for of_one in self._files.values() for file in of_one.values()]
         bases = [str(report.base["path"]) for report in reports]
         failed = [str(error.path) for error in scanned.unreadable if hasattr(error, "path")]
-        self._names = public_names([*paths, *bases, *failed, *files], scanned.root)
+        self._names = public_names([*paths, *bases, *failed, *files], scanned.root, scanned.addresses)
         self._uri = {
             str(file): _uri(self._file_name(path, str(file)))
             for path, of_one in self._files.items()
@@ -106,7 +108,7 @@ class _Log:
     def _file_name(self, path: str, file: str) -> str:
         """A weight file's name below its fine-tune's; without a commit of the hub, so that findings stay the same."""
         hub = hub_name(path)
-        name = self._names[path] if hub is None else hub.partition("@")[0]
+        name = (self._names[path] if hub is None else hub.partition("@")[0]).rpartition("://")[2]
         if not PurePath(file).is_relative_to(path):
             return self._names[file]
         return os.path.normpath(PurePath(name) / PurePath(file).relative_to(path)).replace(os.sep, "/")
