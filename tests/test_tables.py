@@ -134,6 +134,14 @@ def test_json_lines_name_layers_that_failed(capsys, tmp_path):
     assert json.loads(line)["summary"]["layers_failed"] == 1
 
 
+def test_json_lines_of_a_repair(capsys):
+    command = ["mitigate", LORA, "--scale", "0.5", "--dry-run", *FEW]
+    (line,) = run(capsys, *command, "--format", "jsonl")[1].splitlines()
+    whole = json.loads(run(capsys, *command, "--format", "json")[1])
+    assert json.loads(line)["summary"] == whole["summary"]
+    assert json.loads(line)["schema"] == "spectra.mitigation/1"
+
+
 @pytest.mark.parametrize(
     ("command", "schema"),
     [

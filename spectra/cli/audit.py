@@ -52,8 +52,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "audit",
         help="flag the intruder dimensions of fine-tunes, per layer and per singular index",
-        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are "
-        "nearly orthogonal to every singular vector of the base. Several TUNED give a summary table.",
+        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are\n"
+        "nearly orthogonal to every singular vector of the base. Several TUNED give a\nsummary table.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
