@@ -126,7 +126,12 @@ def _add_result(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="instead of all this, hold OUT, written before, to its record; ADAPTER says where its source lies now",
     )
-    result.add_argument("--format", choices=FORMATS, default="table", help="of the report (default: table); jsonl is the json in one line")
+    result.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="table",
+        help="of the report (default: table); jsonl is the json in one line",
+    )
     result.add_argument("--quiet", action="store_true", help="no progress bar")
     result.add_argument("--verbose", action="store_true", help="list every layer and every file left behind")
 
@@ -140,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
 
     from spectra.mitigating import mitigate
 
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         mitigation = mitigate(
             options.tuned,
             None if options.dry_run else options.folder,
@@ -165,7 +170,7 @@ def _verify(options: argparse.Namespace) -> int:
     from spectra.checking import verify_mitigation
 
     chosen = {name: getattr(options, name) for name in CHECKING}
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         found = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
     emit(_rendered(found, options), None)
     return OK if found.holds else GATE
