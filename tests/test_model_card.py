@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -99,6 +100,22 @@ def test_names_of_the_hub_are_kept():
     text = model_card(made)
     assert "| Base model | `org/name@abc123` |" in text
     assert invoked(text) == ["spectra", "audit", "tuned", "--base", "org/name@abc123"]
+
+
+def test_what_comes_from_the_hub_is_called_by_its_name_there(tmp_path, capsys, monkeypatch):
+    commit = "0123456789" * 4
+    for name, member in (("adapter", "lora-r4"), ("base", "base")):
+        home = tmp_path / f"models--org--{name}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        shutil.copytree(FIXTURES / member, home / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    words = ["org/adapter", "--base", "org/base", "--include", "layers.0.*", "--local-files-only"]
+    _, out, _ = run(capsys, "audit", *words, "--model-card")
+    assert invoked(out)[1:5] == ["audit", f"org/adapter@{commit}", "--base", f"org/base@{commit}"]
+    assert str(tmp_path) not in out
+    made = json.loads(run(capsys, "audit", *words, "--format", "sarif")[1])["runs"][0]
+    assert made["artifacts"][0]["location"]["uri"] == "org/adapter/adapter_model.safetensors"
 
 
 @pytest.mark.parametrize(

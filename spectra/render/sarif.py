@@ -1,5 +1,7 @@
 """SARIF 2.1.0 of reports, for code scanning: one run, whose results are layers and whose artifacts are weight files.
 
+Several fine-tunes share the run, since they share the invocation, and since GitHub takes no two runs of one tool and
+category in one upload.
 What GitHub asks beyond the standard is kept: relative URIs, a region with a line (of a weight file there is only the
 first), and ``primaryLocationLineHash``, by which it knows a finding again.  Properties that only the standard has, such
 as logical locations, hold the module's name.
