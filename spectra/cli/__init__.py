@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What did this fine-tune do to the spectrum of the weights?",
         epilog="`spectra COMMAND --help` tells more.",
     )
-    parser.add_argument("--version", action="version", version=f"spectra {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"spectra {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
