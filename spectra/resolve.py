@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
@@ -20,6 +20,7 @@ from spectra.errors import (
 )
 from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.headers import check_regular
+from spectra.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
@@ -129,8 +130,10 @@ def _within(name: str | Path) -> list[str | Path]:
     return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
 
 
-def open_tuned(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Opens what was fine-tuned: a path, or a model in the hub's cache on this machine."""
+def open_tuned(name: Source, *, allow_pickle: bool = False) -> Checkpoint:
+    """Opens what was fine-tuned: a path, a model in the hub's cache on this machine, or one in memory."""
+    if not isinstance(name, str | Path):
+        return checkpoint_of(name)
     return open_checkpoint(located(name), allow_pickle=allow_pickle)
 
 
@@ -143,7 +146,7 @@ def located(name: str | Path) -> Path:
     return found
 
 
-def open_base(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+def open_base(name: Source, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens the base that is named.
 
     Raises
@@ -152,23 +155,30 @@ def open_base(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     WrongBaseError : it is itself an adapter.
     UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
+    if not isinstance(name, str | Path):
+        return _checked_base(base_checkpoint_of(name))
     return open_base_at(located(name), allow_pickle)
 
 
 def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
-    """Opens the base that an adapter's config names; raises as :func:`open_base` does.
+    """Opens the model that an adapter sits in, or that its config names; raises as :func:`open_base` does.
 
     Raises
     ------
     UsageError : ``tuned`` names no base.
     """
+    if isinstance(tuned, LiveCheckpoint) and tuned.around is not None:
+        return tuned.around()
     return open_base_at(base_of(tuned), allow_pickle)
 
 
 def open_base_at(found: Path, allow_pickle: bool) -> Checkpoint:
     """Opens the base at a local path; raises as :func:`open_base` does."""
-    base = open_checkpoint(found, as_base=True, allow_pickle=allow_pickle)
-    if base.layout in ("peft folder", "mlx folder", "gguf adapter"):
+    return _checked_base(open_checkpoint(found, as_base=True, allow_pickle=allow_pickle))
+
+
+def _checked_base(base: Checkpoint) -> Checkpoint:
+    if base.layout in ("peft folder", "mlx folder", "gguf adapter", ADAPTER_IN_MEMORY):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
     matrices = [info for info in base.tensors.values() if len(info.shape) > 1]
     types = sorted({info.dtype for info in matrices} & BLOCKS)
@@ -187,24 +197,30 @@ def base_of(tuned: Checkpoint) -> Path:
     if not wanted or not isinstance(wanted, str):
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")
-    home = tuned.path if tuned.path.is_dir() else tuned.path.parent
+    config = tuned.adapter_config_file
     # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
     if wanted.startswith(("\\\\", "//")):
-        raise UnsafeFileError(home / "adapter_config.json", f"its base model {wanted!r} is on another host")
+        raise UnsafeFileError(config, f"its base model {wanted!r} is on another host")
     if isinstance(revision, str) and not is_revision(revision):
-        raise UnsafeFileError(home / "adapter_config.json", f"its revision {revision!r} is no name of one")
-    found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=home)
+        raise UnsafeFileError(config, f"its revision {revision!r} is no name of one")
+    found = find(
+        wanted,
+        revision=revision if isinstance(revision, str) else None,
+        beside=None if tuned.in_memory else config.parent,
+    )
     if found is None:
         raise MissingFileError(
-            home / "adapter_config.json",
-            f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor in "
+            config,
+            f"its base model {wanted!r} is neither a path (seen from {config.parent} or the working directory) nor in "
             "this machine's hub cache; name it with --base",
         )
     return found
 
 
 def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
-    """Whether ``base`` is the one that the adapter's config names; None where that cannot be told."""
+    """Whether ``base`` is the one that the adapter sits in or its config names; None where that cannot be told."""
+    if isinstance(tuned, LiveCheckpoint) and isinstance(base, LiveCheckpoint):
+        return True if tuned.source is base.source else None
     try:
         return base_of(tuned).samefile(base.path)
     except (SpectraError, OSError):
@@ -215,11 +231,16 @@ class Bases:
     """The bases of a run's fine-tunes, each opened once."""
 
     def __init__(self, allow_pickle: bool):
-        self._allow_pickle, self._opened = allow_pickle, dict[Path, Checkpoint]()
+        self._allow_pickle, self._opened = allow_pickle, dict[Hashable, Checkpoint]()
 
-    def of(self, tuned: Checkpoint, named: str | Path | None) -> Checkpoint:
-        """The base that was named, or that the fine-tune's config names; raises as :func:`open_base` does."""
-        place = base_of(tuned) if named is None else located(named)
+    def of(self, tuned: Checkpoint, named: Source | None) -> Checkpoint:
+        """The base that was named, or that the fine-tune sits in or names; raises as :func:`open_base` does."""
+        if named is None and not (isinstance(tuned, LiveCheckpoint) and tuned.around is not None):
+            named = base_of(tuned)
+        if named is None or not isinstance(named, str | Path):  # in memory: opening it costs nothing
+            opened = open_base_of(tuned) if named is None else open_base(named)
+            return self._opened.setdefault(opened.place, opened)
+        place = located(named)
         if place not in self._opened:
             self._opened[place] = open_base_at(place, self._allow_pickle)
         return self._opened[place]

@@ -275,7 +275,7 @@ class MergedRun:
 
 def check_one_base(runs: Sequence[Run]) -> None:
     """Raises UsageError where fine-tunes of different bases were given."""
-    paths = {run.base.path.resolve(): run.base.path for run in runs}
+    paths = {run.base.place: run.base.path for run in runs}
     if len(paths) > 1:
         raise UsageError(
             f"these are fine-tunes of different bases ({', '.join(map(str, paths.values()))}); name one with --base"
@@ -381,14 +381,16 @@ def check_initial(runs: Iterable[Run]) -> None:
     for run in runs:
         singles += [own for _, own in run.parts] if isinstance(run, MergedRun) else [run]
     given = {run.settings.initial_adapter for run in singles} - {None}
-    users = {run.tuned.path.resolve() for run in singles if isinstance(run, SingleRun) and uses_initial(run.plan)}
+    users = {
+        run.tuned.place: run.tuned.path for run in singles if isinstance(run, SingleRun) and uses_initial(run.plan)
+    }
     for path in given:
         if not users:
             raise UsageError(f"{path}: no fine-tune here has an initialisation that needs an initial adapter")
         if len(users) > 1:
             raise UsageError(
                 f"{path}: it is the initial adapter of one fine-tune, but {len(users)} need one "
-                f"({', '.join(map(str, sorted(users)))}); give them one at a time"
+                f"({', '.join(sorted(map(str, users.values())))}); give them one at a time"
             )
 
 
@@ -397,7 +399,7 @@ def jobs_of(runs: Sequence[Run]) -> list[Job]:
     groups: dict[Any, list[tuple[Run, LayerPair]]] = defaultdict(list)
     for run in runs:
         for pair in run.pairs:
-            groups[(run.base.path.resolve(), pair.base_key)].append((run, pair))
+            groups[(run.base.place, pair.base_key)].append((run, pair))
     return [Job(tuple(parts)) for parts in groups.values()]
 
 

@@ -31,7 +31,8 @@ ALLOWED = {
     "pipelines": {"errors", "headers"},
     "fingerprints": {"errors", "headers"},
     "checkpoint": {"derived", "errors", "fingerprints", "gguf", "headers", "pickles", "pipelines", "stored"},
-    "resolve": {"checkpoint", "errors", "gguf", "headers"},
+    "live": {"checkpoint", "derived", "errors", "headers"},
+    "resolve": {"checkpoint", "errors", "gguf", "headers", "live"},
     "orientation": {"headers"},
     "updates": set(),
     "multiplying": {"updates"},
@@ -269,7 +270,8 @@ def test_no_file_outgrows_its_purpose():
 def test_public_names():
     assert sorted(spectra.__all__) == [
         "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Mitigation", "RankReport", "Report",
-        "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache_base", "compare",
+        "Source", "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache_base", "checkpoint_of",
+        "compare",
         "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep", "suggest_ranks",
         "to_text", "verify_mitigation",
     ]  # fmt: skip

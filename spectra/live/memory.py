@@ -1,0 +1,203 @@
+"""Tensors in memory as those of a :class:`Checkpoint`, under the names that ``save_pretrained`` gives them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra.checkpoint import Checkpoint
+from spectra.derived import Weight
+from spectra.errors import (
+    CorruptFileError,
+    MissingFileError,
+    UnsupportedMethodError,
+    in_short,
+)
+from spectra.headers import ForeignTensor, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IN_MEMORY, ADAPTER_IN_MEMORY = "in memory", "peft adapter in memory"
+_DTYPES = {  # of torch → safetensors' names
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "complex64": "C64",
+}  # fmt: skip
+# Tensors that mean something else than their values, as far as their classes do not say so to torch.
+_NOT_READ = ("GGUFParameter", "UninitializedParameter", "UninitializedBuffer")
+
+
+@dataclass(frozen=True)
+class LiveTensor(ForeignTensor):
+    """A tensor in memory, as it is at the time of reading."""
+
+    tensor: Tensor = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
+
+    @property
+    def as_stored(self) -> bool:
+        return False
+
+    def value(self, rows: slice | None = None) -> Tensor:
+        """The tensor itself, or some of its leading rows, on the CPU: no copy where it is there already."""
+        value = self.tensor.detach()
+        return (value if rows is None else value[rows]).cpu()
+
+
+@dataclass(frozen=True)
+class LiveCheckpoint(Checkpoint):
+    """A model, an adapter or a state dict in memory.
+
+    ``path`` says for people which it is.
+
+    Attributes
+    ----------
+    source : what was given, or the base model in it; two checkpoints of one source are of one place.
+    around : of an adapter that sits in a model, opens that model without it.
+    """
+
+    source: object = field(default=None, compare=False, repr=False)
+    around: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def in_memory(self) -> bool:
+        return True
+
+    @property
+    def place(self) -> Hashable:
+        return IN_MEMORY, id(self.source), None if self.around is None else str(self.path)
+
+    @property
+    def adapter_config_file(self) -> Path:
+        return self.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
+
+    def prefetch(self, weights: Iterable[str | Weight]) -> None:
+        """Nothing to fetch."""
+
+
+def model_in_memory(
+    model: torch.nn.Module, rename: Callable[[str], str | None] = lambda name: name, config: Any = None
+) -> LiveCheckpoint:
+    """A model without adapters; ``rename`` gives each tensor's name as it is saved, None of one that is not."""
+    path = Path(f"{type(model).__name__} in memory")
+    unread = _packed(model)
+    if unread is not None:
+        raise UnsupportedMethodError(
+            path, "bitsandbytes has packed it for this CPU's forward pass; load it anew", unread
+        )
+    try:
+        state = model.state_dict()
+    except NotImplementedError as error:  # bitsandbytes' quantised embeddings
+        raise UnsupportedMethodError(path, f"its tensors cannot be had: {in_short(error)}") from None
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    named = {name: rename(name) for name in state}
+    kept = {own: state[name] for name, own in named.items() if own is not None and own not in ignored}
+    tied = _tied_names(model)
+    tensors, aside = tensors_of(path, kept, {rename(name) or name for name in tied})
+    return LiveCheckpoint(path, IN_MEMORY, tensors, _config_of(model), aside=aside, source=model)
+
+
+def tensors_of(
+    path: Path, state: Mapping[str, Any], tied: Iterable[str] = ()
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a state dict, each storage once, and what else is in it, with a reason.
+
+    Of names that are one tensor the first is kept that is not among ``tied``.
+
+    Raises
+    ------
+    MissingFileError, UnsupportedMethodError : as :func:`checkpoint_of` does.
+    """
+    import torch
+
+    tied = set(tied)
+    values = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    aside = {name: f"no tensor but a {type(value).__name__}" for name, value in state.items() if name not in values}
+    for name, value in values.items():
+        check_readable(path, name, value)
+    first: dict[Hashable, str] = {}
+    for name in sorted(values, key=lambda name: name in tied):  # stable: the others in their order
+        first.setdefault(_same_values(values[name]) or name, name)
+    kept = set(first.values())
+    tensors: dict[str, TensorInfo] = {}
+    for name, value in values.items():
+        if name in kept:
+            bytes_ = math.prod(value.shape) * value.element_size()
+            tensors[name] = LiveTensor(name, dtype_name(value), tuple(value.shape), path, (0, bytes_), value)
+    if not tensors:
+        raise CorruptFileError(path, "holds no tensors by name: no state dict of a model")
+    return tensors, aside
+
+
+def dtype_name(value: Tensor) -> str:
+    """safetensors' name of a tensor's dtype, or torch's own where it has none."""
+    plain = str(value.dtype).removeprefix("torch.")
+    return _DTYPES.get(plain, plain)
+
+
+def check_readable(path: Path, name: str, value: Tensor) -> None:
+    """Raises MissingFileError or UnsupportedMethodError where a tensor's values are not here to be read."""
+    import torch
+
+    kind = type(value)
+    if value.device.type == "meta":
+        raise MissingFileError(
+            path,
+            "on the meta device, so it has no values here (offloaded, or not loaded yet); load the model whole",
+            name,
+        )
+    if hasattr(value, "ds_id") and not value.numel():
+        raise MissingFileError(path, "its values are shared out by ZeRO-3; gather them first", name)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or kind.__name__ in _NOT_READ:
+        raise UnsupportedMethodError(path, f"a {kind.__name__}, which is not read as it is in memory", name)
+    if value.layout != torch.strided:
+        raise UnsupportedMethodError(path, f"its layout is {value.layout}; expected torch.strided", name)
+
+
+def _same_values(value: Tensor) -> Hashable:
+    """The same for two tensors that are one, None where nothing is shared."""
+    if not value.numel():
+        return None
+    return value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+
+
+def _tied_names(model: torch.nn.Module) -> set[str]:
+    """The names that transformers says stand for another one's tensor."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:
+        tied = getattr(model, "_tied_weights_keys", None)
+    return {name for name in tied or () if isinstance(name, str)}
+
+
+def _packed(model: torch.nn.Module) -> str | None:
+    """A weight in the form that bitsandbytes computes with on a CPU, which reading it would turn back in place."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            return f"{name}.weight"
+    return None
+
+
+def _config_of(model: torch.nn.Module) -> dict[str, Any]:
+    """A model's config as its ``config.json`` would have it; {} where it has none."""
+    config = getattr(model, "config", None)
+    writer: Any = config if hasattr(config, "to_json_string") else model if isinstance(config, Mapping) else None
+    if writer is None or not hasattr(writer, "to_json_string"):
+        return {}
+    try:
+        found = json.loads(writer.to_json_string())
+    except (TypeError, ValueError, AttributeError):  # not as transformers or diffusers write them
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return found if isinstance(config, Mapping) else {**found, "architectures": [type(model).__name__]}
