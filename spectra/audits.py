@@ -21,8 +21,9 @@ from typing import Any, Literal
 from spectra import __version__
 from spectra.analysis import using_threads
 from spectra.checkpoint import Checkpoint
-from spectra.errors import SpectraError, WrongBaseError
+from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.journal import Finished, Journal, open_journal
+from spectra.live import Source
 from spectra.pipeline import Analysis, failure, open_cache
 from spectra.report import LayerReport, Report
 from spectra.resolve import Bases
@@ -42,8 +43,8 @@ CacheFolder = str | Path | Literal[False] | None
 
 
 def audit(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -58,7 +59,7 @@ def audit(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
@@ -78,8 +79,8 @@ def audit(
 
 
 def audit_many(
-    tuned: Sequence[str | Path],
-    base: str | Path | None = None,
+    tuned: Sequence[Source],
+    base: Source | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -94,7 +95,7 @@ def audit_many(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
@@ -153,8 +154,18 @@ def audit_many(
     bases = Bases(allow_pickle)
     runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
+    for option in ["resume"] * (resume is not None) + ["executor"] * (executor is not None):
+        _check_on_disk(runs, option)
     with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
         return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
+
+
+def _check_on_disk(runs: Sequence[SingleRun], option: str) -> None:
+    """Raises UsageError where a run that goes on elsewhere or another time reads models of this process's memory."""
+    read = [checkpoint for run in runs for checkpoint in (run.tuned, run.base)]
+    found = next((checkpoint for checkpoint in read if checkpoint.in_memory), None)
+    if found is not None:
+        raise UsageError(f"{found.path}: {option} is for models on a disk, not for one in memory; save it first")
 
 
 def identity_of(runs: Sequence[SingleRun], settings: Settings) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from spectra.errors import UsageError
 from spectra.folders import check_apart, check_folder, whole_folder, write_record
 from spectra.forms import AdapterForm, CheckpointForm, Form
 from spectra.layers import LayerPair
+from spectra.live import Source
 from spectra.mitigation import LayerRepair, Mitigation
 from spectra.pipeline import Analysis, Result, layer_report, open_cache
 from spectra.report import LayerReport
@@ -28,9 +29,9 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F6
 
 
 def mitigate(
-    tuned: str | Path,
+    tuned: Source,
     output: str | Path | None,
-    base: str | Path | None = None,
+    base: Source | None = None,
     *,
     scale: Scale,
     which: Which = "all",

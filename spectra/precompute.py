@@ -14,6 +14,7 @@ from spectra.cache import SpectrumCache
 from spectra.checkpoint import Checkpoint
 from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers
+from spectra.live import Source
 from spectra.resolve import open_base
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def plan_cache(
 
 
 def cache_base(
-    base: str | Path,
+    base: Source,
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),

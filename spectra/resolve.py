@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
@@ -156,7 +157,7 @@ def open_base(name: Source, *, allow_pickle: bool = False) -> Checkpoint:
     UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
     if not isinstance(name, str | Path):
-        return _checked_base(base_checkpoint_of(name))
+        return _checked_base(as_loaded(base_checkpoint_of(name), allow_pickle=allow_pickle))
     return open_base_at(located(name), allow_pickle)
 
 
@@ -168,7 +169,7 @@ def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint
     UsageError : ``tuned`` names no base.
     """
     if isinstance(tuned, LiveCheckpoint) and tuned.around is not None:
-        return tuned.around()
+        return as_loaded(tuned.around(), allow_pickle=allow_pickle)
     return open_base_at(base_of(tuned), allow_pickle)
 
 
@@ -185,6 +186,31 @@ def _checked_base(base: Checkpoint) -> Checkpoint:
     if base.layout == "gguf" and types and not any(info.is_float for info in matrices):
         raise UnsupportedMethodError(base.path, f"its matrices are stored as {', '.join(types)}: {BLOCKS_NOT_READ}")
     return base
+
+
+def as_loaded(base: Checkpoint, *, allow_pickle: bool) -> Checkpoint:
+    """A base in memory without what it was not loaded with: a new head, which holds random values until it is trained.
+
+    That is told by the names of the checkpoint that the model says it was loaded from, where this machine has it.
+    """
+    if not isinstance(base, LiveCheckpoint) or base.origin is None:
+        return base
+    try:
+        found = find(base.origin)
+        there = None if found is None else open_checkpoint(found, as_base=True, allow_pickle=allow_pickle)
+    except (SpectraError, OSError):
+        return base
+    if there is None or there.adapter_config is not None:
+        return base
+    names = {".".join(parts[at:]) for name in there.tensors for parts in [name.split(".")] for at in range(len(parts))}
+    modules = {part for name in there.tensors for part in name.split(".")[:-1]}
+
+    def is_new(name: str) -> bool:
+        parts = name.split(".")
+        return parts[0] not in modules and not any(".".join(parts[at:]) in names for at in range(len(parts) - 1))
+
+    kept = {name: info for name, info in base.tensors.items() if not is_new(name)}
+    return replace(base, tensors=kept) if kept and len(kept) < len(base.tensors) else base
 
 
 def base_of(tuned: Checkpoint) -> Path:
@@ -238,7 +264,10 @@ class Bases:
         if named is None and not (isinstance(tuned, LiveCheckpoint) and tuned.around is not None):
             named = base_of(tuned)
         if named is None or not isinstance(named, str | Path):  # in memory: opening it costs nothing
-            opened = open_base_of(tuned) if named is None else open_base(named)
+            pickled = self._allow_pickle
+            opened = (
+                open_base_of(tuned, allow_pickle=pickled) if named is None else open_base(named, allow_pickle=pickled)
+            )
             return self._opened.setdefault(opened.place, opened)
         place = located(named)
         if place not in self._opened:

@@ -24,6 +24,7 @@ from spectra.editing import Choice, Which, triplets_of
 from spectra.errors import UsageError
 from spectra.insertion import ByName, InModel, Target, carried_beside, forms_of, name_in_model, working
 from spectra.layers import LayerPair, Pairing, pair_layers
+from spectra.live import Source
 from spectra.null import haar
 from spectra.orientation import as_stored
 from spectra.pipeline import Analysis, Result, open_cache
@@ -46,8 +47,8 @@ Evaluate: TypeAlias = Callable[[Any], float | Mapping[str, float]]
 
 
 def mitigation_sweep(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     evaluate: Evaluate,
     model: torch.nn.Module | None = None,
