@@ -24,7 +24,7 @@ from spectra.editing import Choice, Which, triplets_of
 from spectra.errors import UsageError
 from spectra.insertion import ByName, InModel, Target, carried_beside, forms_of, name_in_model, working
 from spectra.layers import LayerPair, Pairing, pair_layers
-from spectra.live import Source
+from spectra.live import LiveCheckpoint, Source
 from spectra.null import haar
 from spectra.orientation import as_stored
 from spectra.pipeline import Analysis, Result, open_cache
@@ -126,6 +126,7 @@ def mitigation_sweep(
     with ExitStack() as stack:
         target: Target = ByName()
         if model is not None:
+            _check_apart(model, run)
             target = InModel(model, forms_of(run, pairing, carried), run)
             stack.callback(target.restore)
         work = _Work(run, pairing, carried, choice, target, controls, seeds)
@@ -136,6 +137,13 @@ def mitigation_sweep(
         if not work.layers:
             raise UsageError(f"{run.tuned.path}: no intruder dimensions, so there is nothing to scale")
         return _evaluated(work, evaluate, scales, include_base, progress)
+
+
+def _check_apart(model: object, run: SingleRun) -> None:
+    """Raises UsageError where weights put into the model would be those that are read."""
+    for read in (run.tuned, run.base):
+        if isinstance(model, torch.nn.Module) and isinstance(read, LiveCheckpoint) and read.shares(model.parameters()):
+            raise UsageError(f"{read.path}: model= shares its values with it; give a copy, such as copy.deepcopy of it")
 
 
 def _checked(scales: Sequence[float], controls: Sequence[str], seeds: int) -> tuple[list[float], list[str]]:

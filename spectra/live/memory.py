@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IN_MEMORY, ADAPTER_IN_MEMORY = "in memory", "peft adapter in memory"
-_DTYPES = {  # of torch → safetensors' names
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "complex64": "C64",
+_DTYPES = {  # of torch → safetensors' names, in the order in which it writes them
+    "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32",
+    "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+_ORDER = {name: place for place, name in enumerate(_DTYPES.values(), -len(_DTYPES))}  # the widest first
 # Tensors that mean something else than their values, as far as their classes do not say so to torch.
 _NOT_READ = ("GGUFParameter", "UninitializedParameter", "UninitializedBuffer")
 
@@ -86,6 +87,13 @@ class LiveCheckpoint(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         return ()
 
+    def shares(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether writing to some of these tensors would change this one's."""
+        mine = {
+            info.tensor.untyped_storage().data_ptr() for info in self.tensors.values() if isinstance(info, LiveTensor)
+        }
+        return any(value.untyped_storage().data_ptr() in mine for value in tensors if value.device.type != "meta")
+
     @cached_property
     def alternatives(self) -> Mapping[str, Alternative | Unreadable]:
         """As of a folder's; also the names in the model, which adapters that were made on it go by."""
@@ -125,11 +133,11 @@ def model_in_memory(
 
 
 def tensors_of(
-    path: Path, state: Mapping[str, Any], tied: Iterable[str] = ()
+    path: Path, state: Mapping[str, Any], tied: Iterable[str] = (), *, once: bool = True
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a state dict, each storage once, and what else is in it, with a reason.
+    """The tensors of a state dict in the order of a safetensors file; what else is in it, with a reason.
 
-    Of names that are one tensor the first is kept that is not among ``tied``.
+    Of names that are one tensor, where each is wanted ``once``, the first is kept that is not among ``tied``.
 
     Raises
     ------
@@ -144,13 +152,13 @@ def tensors_of(
         check_readable(path, name, value)
     first: dict[Hashable, str] = {}
     for name in sorted(values, key=lambda name: name in tied):  # stable: the others in their order
-        first.setdefault(_same_values(values[name]) or name, name)
+        first.setdefault((once and _same_values(values[name])) or name, name)
     kept = set(first.values())
     tensors: dict[str, TensorInfo] = {}
-    for name, value in values.items():
-        if name in kept:
-            bytes_ = math.prod(value.shape) * value.element_size()
-            tensors[name] = LiveTensor(name, dtype_name(value), tuple(value.shape), path, (0, bytes_), value)
+    for name in sorted(kept, key=lambda name: (_ORDER.get(dtype_name(values[name]), 0), name)):
+        value = values[name]
+        bytes_ = math.prod(value.shape) * value.element_size()
+        tensors[name] = LiveTensor(name, dtype_name(value), tuple(value.shape), path, (0, bytes_), value)
     if not tensors:
         raise CorruptFileError(path, "holds no tensors by name: no state dict of a model")
     return tensors, aside

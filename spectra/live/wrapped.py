@@ -43,7 +43,7 @@ def adapter_of(model: torch.nn.Module, name: str | None) -> LiveCheckpoint:
         state = {key: value for key, value in model.state_dict().items() if "prompt_encoder" in key}
     else:
         state = _adapter_state(model, name, path)
-    tensors, aside = tensors_of(path, state)
+    tensors, aside = tensors_of(path, state, once=False)  # as peft saves them
     around = None if changes_base(config) else lambda: base_of(model)
     return LiveCheckpoint(path, ADAPTER_IN_MEMORY, tensors, {}, config, aside, source=inner_model(model), around=around)
 
