@@ -33,18 +33,18 @@ assert len(spectra.audit(tuned, base).layers) == 2
 assert not {"peft", "transformers", "diffusers"} & set(sys.modules)
 """
 
-# 64 weights of 4 MB: what reading them takes at most is seen in the process's own high-water mark.
+# 24 weights of 4 MB on each side: what reading them takes at most is seen in the process's own high-water mark.
 PEAK = """
 import resource, sys, torch, spectra
 torch.set_num_threads(1)
 torch.manual_seed(0)
-base = torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False) for _ in range(64)])
-tuned = torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False) for _ in range(64)])
+base = torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False) for _ in range(24)])
+tuned = torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False) for _ in range(24)])
 small = [torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False)]) for _ in range(2)]
 spectra.audit(*small, engine="krylov")  # what the libraries take
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = spectra.audit(tuned, base, engine="krylov", verify=True)
-assert len(report.layers) == 64
+assert len(report.layers) == 24
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -61,7 +61,7 @@ def test_what_is_not_used_is_not_loaded():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes there")
 def test_no_copy_of_the_weights_is_made():
-    assert int(run(PEAK)) < 40e6  # of 536 MB
+    assert int(run(PEAK)) < 40e6  # of 201 MB
 
 
 def test_what_is_read_is_the_model_itself():
@@ -91,7 +91,13 @@ def test_nothing_of_a_model_outlives_the_audit():
 def adapted(model: nn.Module, config: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     found = peft.get_peft_model(model, config)
-    randomise(found, seed)
+    if getattr(config, "init_lora_weights", None) in ("pissa", "olora"):  # from where training would begin
+        with torch.no_grad():
+            for name, value in found.named_parameters():
+                if "lora_" in name:
+                    value.mul_(1 + 0.1 * torch.rand_like(value))
+    else:
+        randomise(found, seed)
     return found
 
 
@@ -128,7 +134,7 @@ def test_adapters_of_a_llama(tmp_path, name, tied):
 
 def test_a_base_that_an_initialisation_changed_is_not_in_memory():
     model = adapted(tiny_llama(), CONFIGS["pissa"]())
-    with pytest.raises(UsageError, match="took a part out of the base weights.*name the base"):
+    with pytest.raises(UsageError, match=r"took a part out of the base weights.*name it \(base=…\)"):
         spectra.audit(model)
     with pytest.raises(UsageError, match="took a part out of the base weights"):
         spectra.audit(spectra.checkpoint_of(model), model)
@@ -153,12 +159,8 @@ def test_parameters_without_a_module_of_their_own(tmp_path):
     before.check()
     expected = spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=3)
     assert [layer.name for layer in found.layers] == [layer.name for layer in expected.layers]
-    for mine, theirs in zip(found.layers, expected.layers, strict=True):
-        assert (mine.status, mine.intruder_indices, mine.shape) == (
-            theirs.status,
-            theirs.intruder_indices,
-            theirs.shape,
-        )
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert (one.status, one.intruder_indices, one.shape) == (other.status, other.intruder_indices, other.shape)
 
 
 def test_names_in_memory_that_are_not_those_of_the_files(tmp_path):
@@ -201,8 +203,8 @@ def test_four_bits_in_memory():
     )
     stored.load_state_dict(net.state_dict())
     stored = stored.to("cpu")
-    whole = stored[0].weight.quant_state
-    expected = bnb.functional.dequantize_4bit(stored[0].weight.data, whole)
+    weight: Any = stored[0].weight
+    expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     before = Unchanged(stored)
     checkpoint = spectra.checkpoint_of(stored)
     read = checkpoint.load("0.weight")
@@ -218,7 +220,7 @@ class Odd(torch.Tensor):
     """Stands for the tensors of other libraries, whose values are not in the tensor itself."""
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*args, **(kwargs or {}))
 
 
@@ -236,7 +238,8 @@ def test_models_within_what_runs_them():
     torch.manual_seed(0)
     base, tuned = tiny_llama(), tiny_llama()
     expected = but_for_where(spectra.audit(tuned, base, top_k=2))
-    for wrap in (nn.DataParallel, torch.compile):
+    wrappers: list[Any] = [nn.DataParallel, torch.compile]
+    for wrap in wrappers:
         assert but_for_where(spectra.audit(wrap(tuned), wrap(base), top_k=2)) == expected
 
 

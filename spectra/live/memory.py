@@ -204,7 +204,8 @@ def _renamed(info: Weight, name: str) -> Alternative | Unreadable:
         return read_rows(info, read, rows)
 
     return Alternative(
-        name, info.dtype, info.shape, info.file, info.span, sources=sources_of(info), make=make, how=info.name,
+        name, info.dtype, info.shape, info.file, info.span, sources=sources_of(info), make=make,
+        how=info.how if isinstance(info, Derived) else "",
         quantised=info.quantised if isinstance(info, Derived) else None, whole=False, uses=(info.name,),
     )  # fmt: skip
 
