@@ -87,7 +87,8 @@ def mitigation_sweep(
     tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
     evaluate : called with the model, or with the weights; returns a number (column "value"), or numbers by name (a
         column each).  It is to leave weights as they are, and to give the same for the same weights.
-    model : one of the base's architecture with the base's weights, and whatever the fine-tune adds.  Every tensor that
+    model : one of the base's architecture with the base's weights, and whatever the fine-tune adds; not one whose
+        values are read, but a copy.  Every tensor that
         the fine-tune changes is put into it in place, and its own values come back at the end.  None:
         ``evaluate`` gets {name: tensor} of these, named and laid out as in the fine-tuned model, in float32 (float64
         where stored so), on ``device``.

@@ -214,7 +214,7 @@ def test_everything_that_takes_a_path_takes_a_model(lora, tmp_path):
         item.check()
 
 
-def test_a_repair_of_a_live_adapter_is_written(lora, tmp_path):
+def test_a_repair_of_a_live_adapter_is_written(lora, tiny, tmp_path):
     before = Unchanged(lora)
     done: Any = spectra.mitigate(lora, tmp_path / "live", scale=0.5)
     spectra.mitigate(FIXTURES / "lora-r4", tmp_path / "folder", scale=0.5, dtype="float32")
@@ -231,7 +231,7 @@ def test_a_repair_of_a_live_adapter_is_written(lora, tmp_path):
     with pytest.raises(UsageError, match="in memory is not written"):
         spectra.mitigate(load("full"), tmp_path / "no", load("base"), scale=0.5)
     with pytest.raises(UsageError, match="in memory is not written"):
-        spectra.mitigate(lora, tmp_path / "no", scale=0.5, merged=True)
+        spectra.mitigate(tiny, tmp_path / "no", scale=0.5, merged=True)
     assert not (tmp_path / "no").exists()
 
 

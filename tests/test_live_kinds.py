@@ -243,6 +243,20 @@ def test_models_within_what_runs_them():
         assert but_for_where(spectra.audit(wrap(tuned), wrap(base), top_k=2)) == expected
 
 
+def test_single_modules_compiled_or_parametrised():
+    torch.manual_seed(0)
+    base, tuned = tiny_llama(), tiny_llama()
+    expected = but_for_where(spectra.audit(tuned, base, top_k=2))
+    compiled: Any = tuned
+    compiled.model.layers[1].mlp = torch.compile(compiled.model.layers[1].mlp)
+    assert but_for_where(spectra.audit(tuned, base, top_k=2)) == expected
+    normed: Any = tiny_llama()
+    torch.nn.utils.parametrizations.weight_norm(normed.model.layers[0].mlp.up_proj)
+    report = spectra.audit(normed, base, top_k=2)
+    assert "model.layers.0.mlp.up_proj" not in {layer.name for layer in report.layers}
+    assert sum("parametrisation" in item["reason"] for item in report.skipped) == 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     torch.manual_seed(0)

@@ -32,6 +32,7 @@ _DTYPES = {  # of torch → safetensors' names, in the order in which it writes 
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 _ORDER = {name: place for place, name in enumerate(_DTYPES.values(), -len(_DTYPES))}  # the widest first
+MADE = "a part of a parametrisation: the weight is made of it, and is no tensor of its own"
 # Tensors that mean something else than their values, as far as their classes do not say so to torch.
 _NOT_READ = ("GGUFParameter", "UninitializedParameter", "UninitializedBuffer")
 
@@ -77,7 +78,7 @@ class LiveCheckpoint(Checkpoint):
 
     @property
     def place(self) -> Hashable:
-        return IN_MEMORY, id(self.source), None if self.around is None else str(self.path)
+        return IN_MEMORY, id(self.source), str(self.path)
 
     @property
     def adapter_config_file(self) -> Path:
@@ -101,6 +102,14 @@ class LiveCheckpoint(Checkpoint):
         named = {own: weights[saved] for own, saved in self.names.items() if saved in weights and own not in weights}
         return {**super().alternatives, **{own: _renamed(info, own) for own, info in named.items()}}
 
+    def load(self, weight: str | Weight, *, rows: slice | int | None = None, digest: bool = False) -> Tensor:
+        """As of a folder's; a tensor as it is where it lies, if no digest is wanted."""
+        info = self.weights[weight] if isinstance(weight, str) else weight
+        if digest or not isinstance(info, LiveTensor):
+            return super().load(info, rows=rows, digest=digest)
+        value = info.tensor.detach()
+        return value if rows is None else value[slice(rows) if isinstance(rows, int) else rows]
+
     def prefetch(self, weights: Iterable[str | Weight]) -> None:
         """Nothing to fetch."""
 
@@ -110,23 +119,20 @@ def model_in_memory(
 ) -> LiveCheckpoint:
     """A model without adapters; ``unwrapped`` gives each tensor's name without them, None of one that is theirs."""
     path = Path(f"{type(model).__name__} in memory")
-    packed = _packed(model)
-    if packed is not None:
-        raise UnsupportedMethodError(
-            path, "bitsandbytes has packed it for this CPU's forward pass; load it anew", packed
-        )
+    _check_whole(path, model)
     try:
         state = model.state_dict()
     except NotImplementedError as error:  # bitsandbytes' quantised embeddings
         raise UnsupportedMethodError(path, f"its tensors cannot be had: {in_short(error)}") from None
-    own = {name: unwrapped(name) for name in state}
+    own = {name: unwrapped(plain_name(name)) for name in state}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     kept = {name: state[inside] for inside, name in own.items() if name is not None and name not in ignored}
     saved = saved_names(model, kept)
     tied = {saved.get(name, name) for name in tied_names(model)}
-    tensors, aside = tensors_of(path, {saved[name]: value for name, value in kept.items()}, tied)
+    made = {name: MADE for name in kept if "parametrizations." in name}
+    tensors, aside = tensors_of(path, {saved[name]: kept[name] for name in kept if name not in made}, tied)
     return LiveCheckpoint(
-        path, IN_MEMORY, tensors, config_of(model), aside=aside, source=model,
+        path, IN_MEMORY, tensors, config_of(model), aside=aside | made, source=model,
         origin=getattr(model, "name_or_path", None) or None,
         names={name: new for name, new in saved.items() if new != name},
     )  # fmt: skip
@@ -210,10 +216,17 @@ def _renamed(info: Weight, name: str) -> Alternative | Unreadable:
     )  # fmt: skip
 
 
-def _packed(model: torch.nn.Module) -> str | None:
-    """A weight in the form that bitsandbytes computes with on a CPU, which reading it would turn back in place."""
+def plain_name(name: str) -> str:
+    """A tensor's name without what compiling or checkpointing single modules puts into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _check_whole(path: Path, model: torch.nn.Module) -> None:
+    """Raises where a model's weights are shared out, or in a form that reading them would turn back in place."""
     for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise MissingFileError(path, "shared out by FSDP; gather its values first (summon_full_params)", name)
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
-            return f"{name}.weight"
-    return None
+            why = "bitsandbytes has packed it for this CPU's forward pass; load it anew"
+            raise UnsupportedMethodError(path, why, f"{name}.weight")
