@@ -110,7 +110,7 @@ def test_full_fine_tunes_as_modules_and_as_state_dicts(name):
         (tuned.state_dict(), base),
         (FIXTURES / name, stored),
     ]:
-        assert but_for_where(spectra.audit(one, other)) == expected
+        nearly(but_for_where(spectra.audit(one, other)), expected)  # of float32, which is not copied
     for item in before:
         item.check()
 
