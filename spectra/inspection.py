@@ -169,7 +169,8 @@ def _render(item: Inspection, verbose: bool) -> str:
     size = ", ".join(f"{count} × {dtype}" for dtype, count in sorted(item.dtypes.items()))
     lines = [
         item.path,
-        f"  holds      {item.layout}, {len(item.files)} file{'s' * (len(item.files) != 1)}",
+        f"  holds      {item.layout}"
+        + (f", {len(item.files)} file{'s' * (len(item.files) != 1)}" if item.files else ""),
         f"  tensors    {len(item.tensors)} ({size}), {item.parameters:,} values",
         f"  read as    {item.format}",
     ]

@@ -12,7 +12,7 @@ from torch import nn
 
 import spectra
 from spectra.errors import MissingFileError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.inspection import inspect
+from spectra.inspection import inspect, render_inspection
 from tests.conftest import FIXTURES
 
 peft = pytest.importorskip("peft")
@@ -207,6 +207,7 @@ def test_everything_that_takes_a_path_takes_a_model(lora, tmp_path):
     assert seen[0].updates == seen[1].updates
     assert seen[0].skipped == seen[1].skipped
     assert seen[0].files == ()
+    assert "holds      peft adapter in memory\n" in render_inspection([seen[0]])
     planned = [spectra.mitigate(given, None, scale=0.5, **some) for given in (lora, paths[0])]
     assert planned[0].layers == planned[1].layers
     assert spectra.mitigate(load("full-high"), None, base, scale=0.5, which="top").layers
