@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spectra.comparing import compare, layer_spectra
     from spectra.comparison import Comparison
     from spectra.errors import SpectraError
+    from spectra.live import Source, checkpoint_of
     from spectra.mitigating import mitigate
     from spectra.mitigation import Mitigation, Verification
     from spectra.precompute import CachedBase, cache_base
@@ -32,11 +33,13 @@ _HOMES = {
     "Mitigation": "spectra.mitigation",
     "RankReport": "spectra.ranks",
     "Report": "spectra.report",
+    "Source": "spectra.live",
     "SpectraError": "spectra.errors",
     "Verification": "spectra.mitigation",
     "audit": "spectra.audits",
     "audit_many": "spectra.audits",
     "cache_base": "spectra.precompute",
+    "checkpoint_of": "spectra.live",
     "compare": "spectra.comparing",
     "extract_adapter": "spectra.ranking",
     "find_intruders": "spectra.analysis",
@@ -57,12 +60,14 @@ __all__ = [
     "Mitigation",
     "RankReport",
     "Report",
+    "Source",
     "SpectraError",
     "Verification",
     "__version__",
     "audit",
     "audit_many",
     "cache_base",
+    "checkpoint_of",
     "compare",
     "extract_adapter",
     "find_intruders",

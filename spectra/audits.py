@@ -21,8 +21,9 @@ from typing import Any, Literal
 from spectra import __version__
 from spectra.analysis import using_threads
 from spectra.checkpoint import Checkpoint
-from spectra.errors import SpectraError, WrongBaseError
+from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.journal import Finished, Journal, open_journal
+from spectra.live import Source
 from spectra.pipeline import Analysis, failure, open_cache
 from spectra.report import LayerReport, Report
 from spectra.resolve import Bases
@@ -42,8 +43,8 @@ CacheFolder = str | Path | Literal[False] | None
 
 
 def audit(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -59,7 +60,7 @@ def audit(
     split_fused: bool = False,
     allow_pickle: bool = False,
     local_files_only: bool = False,
-    initial_adapter: str | Path | None = None,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
@@ -67,7 +68,7 @@ def audit(
 ) -> Report:
     """Flags the intruder dimensions of one fine-tune, layer by layer.
 
-    ``tuned`` is an adapter folder, a checkpoint folder or a file; everything else is as for
+    ``tuned`` is an adapter folder, a checkpoint folder, a file, or a model in memory; everything else is as for
     :func:`audit_many`.
     """
     return audit_many(
@@ -79,8 +80,8 @@ def audit(
 
 
 def audit_many(
-    tuned: Sequence[str | Path],
-    base: str | Path | None = None,
+    tuned: Sequence[Source],
+    base: Source | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -96,7 +97,7 @@ def audit_many(
     split_fused: bool = False,
     allow_pickle: bool = False,
     local_files_only: bool = False,
-    initial_adapter: str | Path | None = None,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
@@ -107,8 +108,8 @@ def audit_many(
 
     Parameters
     ----------
-    tuned : adapter folders, checkpoints or files.
-    base : the base checkpoint of all of them; None takes each adapter's from its config.
+    tuned : adapter folders, checkpoints or files, or models in memory: whatever is a :data:`spectra.Source`.
+    base : the base of all of them, likewise; None takes each adapter's from its config, or the model that it is in.
     top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
     include, exclude : shell patterns over module names.
     engine : "auto", "exact", "krylov" or "cached"; the verdicts are the same.  Krylov decides large weights
@@ -156,8 +157,18 @@ def audit_many(
     bases = Bases(settings.access)
     runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
+    for option in ["resume"] * (resume is not None) + ["executor"] * (executor is not None):
+        _check_on_disk(runs, option)
     with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
         return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
+
+
+def _check_on_disk(runs: Sequence[SingleRun], option: str) -> None:
+    """Raises UsageError where a run that goes on elsewhere or another time reads models of this process's memory."""
+    read = [checkpoint for run in runs for checkpoint in (run.tuned, run.base)]
+    found = next((checkpoint for checkpoint in read if checkpoint.in_memory), None)
+    if found is not None:
+        raise UsageError(f"{found.path}: {option} is for models on a disk, not for one in memory; save it first")
 
 
 def identity_of(runs: Sequence[SingleRun], settings: Settings) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from spectra.editing import Choice
 from spectra.errors import LAYER_ERRORS, MissingFileError, UsageError, in_short
 from spectra.folders import CARD, RECORD, companions
 from spectra.layers import LayerPair, pair_layers
+from spectra.live import Source
 from spectra.merging import beside, carried_tensors
 from spectra.mitigation import LayerCheck, LayerRepair, Mitigation, Verification, load_mitigation
 from spectra.repair import edited_dense, edited_update, scaled, uncertainty
@@ -38,8 +39,8 @@ CHOSEN = ("rank_pattern", "alpha_pattern")  # what a repair changes of an adapte
 
 def verify_mitigation(
     folder: str | Path,
-    source: str | Path | None = None,
-    base: str | Path | None = None,
+    source: Source | None = None,
+    base: Source | None = None,
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -70,7 +71,7 @@ def verify_mitigation(
         device=device, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only
     )
     before = SingleRun(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
-    after = SingleRun(folder, before.base.path, settings)
+    after = SingleRun(folder, before.base, settings)
     check = _Check(record, before, after)
     problems = [
         *_identity(before.tuned, record.source, "the source"),
@@ -82,7 +83,7 @@ def verify_mitigation(
     return Verification(str(folder), str(before.tuned.path), tuple(layers), tuple(problems))
 
 
-def _place(given: str | Path | None, record: Mitigation, folder: Path, what: str) -> str | Path:
+def _place(given: Source | None, record: Mitigation, folder: Path, what: str) -> Source:
     """Where the source or the base lies: as the caller says, as the record says, or from the folder as it was then."""
     if given is not None:
         return given
@@ -281,6 +282,9 @@ class _Check:
                 yield from self._config_problems()
             elif path.name != CARD and not filecmp.cmp(path, there, shallow=False):
                 yield f"{home}: {path.name} is not as in {path.parent}"
+        if self.source.in_memory:  # whose config was written
+            along = (home / CONFIG,)
+            yield from self._config_problems()
         own = {path.name for path in along} | {path.name for path in self.after.tuned.files} | {CARD, RECORD}
         for name in sorted({path.name for path in home.iterdir()} - own):
             yield f"{home}: {name} is not what was written there"

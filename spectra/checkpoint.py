@@ -1,8 +1,7 @@
 """Reading checkpoints: headers first, tensors one at a time, never anything that runs code.
 
-A :class:`Checkpoint` is what a path on disk holds: the names, dtypes and shapes of its tensors
-(read from the safetensors headers when it is opened) and its config.  A tensor's bytes are read
-when :meth:`Checkpoint.read` asks for them and are not kept.
+A :class:`Checkpoint` is what a path on disk holds: the names, dtypes and shapes of its tensors (read from the headers
+when it is opened) and its config.  A tensor's bytes are read when :meth:`Checkpoint.read` asks, and are not kept.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from spectra.errors import (
     UnsafeFileError,
     UsageError,
 )
-from spectra.fingerprints import Fingerprint, digest_of, digest_of_file, sha256_of
+from spectra.fingerprints import Fingerprint, digest_of, digest_of_file, fingerprint_of
 from spectra.gguf import model_of, read_gguf
 from spectra.headers import (
     BYTES_PER_ELEMENT,
@@ -108,6 +107,20 @@ class Checkpoint:
         return other_forms(self.weights, self.config)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether this is a model in memory (:mod:`spectra.live`)."""
+        return False
+
+    @property
+    def place(self) -> Hashable:
+        """What tells this checkpoint from any other."""
+        return self.path.resolve()
+
+    @property
+    def adapter_config_file(self) -> Path:
+        return (self.path if self.path.is_dir() else self.path.parent) / "adapter_config.json"
+
+    @property
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
 
@@ -152,9 +165,7 @@ class Checkpoint:
 
     def prefetch(self, weights: Iterable[str | Weight]) -> None:
         """Asks the system to fetch these weights' bytes from the disk, without waiting or keeping them."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for item in weights:
+        for item in weights if hasattr(os, "posix_fadvise") else ():
             for info in self._read_for(self.tensors[item] if isinstance(item, str) else item):
                 try:
                     with info.file.open("rb") as file:
@@ -178,9 +189,8 @@ class Checkpoint:
     def fingerprint(self, *, verify: bool = False) -> Fingerprint:
         """What identifies this checkpoint.
 
-        Contents are covered when every tensor was read with ``digest``, when ``verify`` asks for
-        the rest to be hashed now, or when the files are a hub cache's blobs, which are named by
-        their hash.
+        Contents are covered when every tensor was read with ``digest``, when ``verify`` asks for the rest to be hashed
+        now, or when the files are a hub cache's blobs.
 
         Raises
         ------
@@ -192,15 +202,7 @@ class Checkpoint:
                     self._digests[name] = digest_of_file(info)
                 elif name not in self._digests:  # in another order than the file has it in
                     self.read(name, digest=True)
-        headers = [f"{name}\t{info.dtype}\t{list(info.shape)}" for name, info in sorted(self.tensors.items())]
-        blobs = sorted(file.resolve().name for file in self.files)
-        if len(self._digests) == len(self.tensors):
-            contents = [f"{name}\t{digest}" for name, digest in sorted(self._digests.items())]
-        elif all(re.fullmatch(r"[0-9a-f]{64}", blob) for blob in blobs):
-            contents = blobs
-        else:
-            return Fingerprint(sha256_of(headers), sha256_of(headers), "headers")
-        return Fingerprint(sha256_of(headers + contents), sha256_of(headers), "contents")
+        return fingerprint_of(self.tensors, self._digests, self.files)
 
 
 def open_checkpoint(path: str | Path, *, as_base: bool = False, allow_pickle: bool = False) -> Checkpoint:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from spectra.errors import CorruptFileError
@@ -52,3 +54,16 @@ def digest_of_file(info: TensorInfo) -> str:
     if left:
         raise CorruptFileError(info.file, "the file changed while it was being read", info.name)
     return digest.hexdigest()
+
+
+def fingerprint_of(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str], files: Iterable[Path]) -> Fingerprint:
+    """Of tensors by name, with the digests of those that were read, and the files they lie in."""
+    headers = [f"{name}\t{info.dtype}\t{list(info.shape)}" for name, info in sorted(tensors.items())]
+    blobs = sorted(file.resolve().name for file in files)
+    if len(digests) == len(tensors):
+        contents = [f"{name}\t{digest}" for name, digest in sorted(digests.items())]
+    elif blobs and all(re.fullmatch(r"[0-9a-f]{64}", blob) for blob in blobs):
+        contents = blobs
+    else:
+        return Fingerprint(sha256_of(headers), sha256_of(headers), "headers")
+    return Fingerprint(sha256_of(headers + contents), sha256_of(headers), "contents")

@@ -14,6 +14,7 @@ from spectra.adapters import formula_of, plan_updates, uses_initial
 from spectra.checkpoint import PICKLE_SUFFIXES, TRAINING_STATE, Checkpoint
 from spectra.errors import CorruptFileError, SpectraError, UnsafeFileError, UsageError, in_one_line
 from spectra.layers import pair_layers
+from spectra.live import Source, said_of
 from spectra.precision import caveat, quantised_as
 from spectra.render.columns import grouped_notes
 from spectra.resolve import Access, open_base, open_base_of, open_tuned
@@ -50,17 +51,17 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path,
-    base: str | Path | None = None,
+    path: Source,
+    base: Source | None = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     split_fused: bool = False,
     allow_pickle: bool = False,
     local_files_only: bool = False,
-    initial_adapter: str | Path | None = None,
+    initial_adapter: Source | None = None,
 ) -> Inspection:
-    """Reads headers and configs of a path and, where there is one, of its base.
+    """Reads headers and configs of a path, or what a model in memory has of them, and of its base where there is one.
 
     Raises
     ------
@@ -73,7 +74,9 @@ def inspect(
         checkpoint = split_apart(checkpoint, checkpoint)[1]
     plan = plan_updates(checkpoint, initial)
     if initial_adapter is not None and not uses_initial(plan):
-        raise UsageError(f"{initial_adapter}: {path} has no initialisation that needs an initial adapter")
+        raise UsageError(
+            f"{said_of(initial_adapter)}: {checkpoint.path} has no initialisation that needs an initial adapter"
+        )
     found_base, problem, pairs, skipped, listed = None, None, {}, plan.skipped, plan.updates
     precision: str | None = None
     if base is not None or checkpoint.adapter_config is not None:
@@ -166,7 +169,8 @@ def _render(item: Inspection, verbose: bool) -> str:
     size = ", ".join(f"{count} × {dtype}" for dtype, count in sorted(item.dtypes.items()))
     lines = [
         item.path,
-        f"  holds      {item.layout}, {len(item.files)} file{'s' * (len(item.files) != 1)}",
+        f"  holds      {item.layout}"
+        + (f", {len(item.files)} file{'s' * (len(item.files) != 1)}" if item.files else ""),
         f"  tensors    {len(item.tensors)} ({size}), {item.parameters:,} values",
         f"  read as    {item.format}",
     ]

@@ -18,6 +18,7 @@ from spectra.errors import UsageError
 from spectra.folders import check_apart, check_folder, whole_folder, write_record
 from spectra.forms import AdapterForm, CheckpointForm, Form
 from spectra.layers import LayerPair
+from spectra.live import Source
 from spectra.mitigation import LayerRepair, Mitigation
 from spectra.pipeline import Analysis, Result, layer_report, open_cache
 from spectra.report import LayerReport
@@ -28,9 +29,9 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F6
 
 
 def mitigate(
-    tuned: str | Path,
+    tuned: Source,
     output: str | Path | None,
-    base: str | Path | None = None,
+    base: Source | None = None,
     *,
     scale: Scale,
     which: Which = "all",
@@ -60,7 +61,8 @@ def mitigate(
     Parameters
     ----------
     tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
-    output : the folder to write; it appears whole or not at all.  None writes nothing.
+    output : the folder to write; it appears whole or not at all.  None writes nothing.  Of models in memory adapters
+        are written, not whole checkpoints.
     scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last that matches
         counts.
     which : "all" intruders among the top ``top_k`` vectors, the "top" one of each weight (as in the paper), or

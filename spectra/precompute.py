@@ -14,6 +14,7 @@ from spectra.cache import SpectrumCache
 from spectra.checkpoint import Checkpoint
 from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers
+from spectra.live import Source
 from spectra.resolve import Access, open_base
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def plan_cache(
 
 
 def cache_base(
-    base: str | Path,
+    base: Source,
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -114,7 +115,8 @@ def cache_base(
 
     Parameters
     ----------
-    base : a checkpoint, or the name of a model in this machine's hub cache.
+    base : a checkpoint, the name of a model on the hub, or a model in memory, of which all of the same form share a
+        place.
     include, exclude, dtype, device, threads, allow_pickle, local_files_only : as for :func:`spectra.audit`.
     root : the folder to keep them in; by default the one that audits look into.
     dry_run : plan from headers, write nothing.

@@ -24,10 +24,12 @@ from spectra.adapters.peft.writing import (
     write_adapter,
 )
 from spectra.analysis import ieee_arithmetic
+from spectra.checkpoint import Checkpoint
 from spectra.derived import Alternative, Derived
 from spectra.errors import LAYER_ERRORS, UsageError
 from spectra.folders import check_apart
 from spectra.layers import LEFT_OUT, LayerPair
+from spectra.live import LiveCheckpoint, Source
 from spectra.measures import update_singular_values
 from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
 from spectra.runs import Job, Progress, SingleRun, base_facts, check_initial, checked_settings, in_order, jobs_of
@@ -72,8 +74,8 @@ class Extraction:
 
 
 def suggest_ranks(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     energy: float = 0.9,
     max_rank: int | None = None,
@@ -90,14 +92,14 @@ def suggest_ranks(
     split_fused: bool = False,
     allow_pickle: bool = False,
     local_files_only: bool = False,
-    initial_adapter: str | Path | None = None,
+    initial_adapter: Source | None = None,
     progress: Progress | None = None,
 ) -> RankReport:
     """What rank each layer of a fine-tune really uses, and the LoRA config that would hold its change.
 
     Parameters
     ----------
-    tuned : an adapter or a full fine-tune.
+    tuned : an adapter or a full fine-tune, a path or in memory.
     energy, max_rank, by, use_rslora, alpha : how ranks and alphas are chosen; see :func:`spectra.ranks.suggest`.
 
     The rest is as for :func:`spectra.audit_many`, and so are the errors.  The base is read, not decomposed.
@@ -121,9 +123,9 @@ def suggest_ranks(
 
 
 def extract_adapter(
-    tuned: str | Path,
+    tuned: Source,
     output: str | Path,
-    base: str | Path | None = None,
+    base: Source | None = None,
     *,
     energy: float = 0.9,
     max_rank: int | None = None,
@@ -146,7 +148,7 @@ def extract_adapter(
 
     Parameters
     ----------
-    tuned, base : a full fine-tune and the model it was made from.
+    tuned, base : a full fine-tune and the model it was made from, paths or in memory.
     output : the folder to write; it appears whole or not at all.
     energy, max_rank, by, use_rslora, alpha : as for :func:`suggest_ranks`.
     whole : carry what factors cannot (norms, biases, embeddings, new heads) in ``modules_to_save``; else it
@@ -198,7 +200,7 @@ def extract_adapter(
 
     config = adapter_config(
         report.suggestion.peft_config(),
-        base=str(base) if base is not None and not Path(base).exists() else str(run.base.path.resolve()),
+        base=_name_of(base, run.base),
         task_type=_task(run, along),
         fan_in_fan_out=any(pair.layout == "conv1d" for pair in run.pairs if pair.name in choices),
         whole=along,
@@ -208,6 +210,13 @@ def extract_adapter(
     remarks = _resized(run, along)
     folder = write_adapter(output, config=config, tensors=tensors(), remarks=[about, *remarks], force=force)
     return Extraction(folder, report, errors, along.modules, left_out, remarks)
+
+
+def _name_of(named: Source | None, base: Checkpoint) -> str:
+    """What the written config calls its base: a name on the hub as it was given, else the path."""
+    if isinstance(base, LiveCheckpoint):
+        return base.origin or ""
+    return str(named) if isinstance(named, str) and not Path(named).exists() else str(base.path.resolve())
 
 
 def _resized(run: SingleRun, along: Whole) -> tuple[str, ...]:

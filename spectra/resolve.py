@@ -1,12 +1,15 @@
-"""From what a person or an adapter's config calls a model to a checkpoint: a path, a name on the hub, an address."""
+"""From what a person or an adapter's config calls a model to a checkpoint: a path, a name on the hub, an address.
+
+A model in memory is given itself (:mod:`spectra.live`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +25,7 @@ from spectra.errors import (
 from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.headers import check_regular
 from spectra.hub import URL, fetch_url, find_on_hub, is_offline
+from spectra.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,10 @@ def _within(name: str | Path) -> list[str | Path]:
     return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
 
 
-def open_tuned(name: str | Path, access: Access = ANYWHERE) -> Checkpoint:
-    """Opens what was fine-tuned: a path, an address that fsspec reaches, or a model on the hub."""
+def open_tuned(name: Source, access: Access = ANYWHERE) -> Checkpoint:
+    """Opens what was fine-tuned: a path, an address that fsspec reaches, a model on the hub, or one in memory."""
+    if not isinstance(name, str | Path):
+        return checkpoint_of(name)
     return open_checkpoint(located(name, access), allow_pickle=access.allow_pickle)
 
 
@@ -173,7 +179,7 @@ def _where(access: Access) -> str:
     return "on the hub that can be had without a login (`hf auth login`, or HF_TOKEN)"
 
 
-def open_base(name: str | Path, access: Access = ANYWHERE) -> Checkpoint:
+def open_base(name: Source, access: Access = ANYWHERE) -> Checkpoint:
     """Opens the base that is named.
 
     Raises
@@ -182,29 +188,61 @@ def open_base(name: str | Path, access: Access = ANYWHERE) -> Checkpoint:
     WrongBaseError : it is itself an adapter.
     UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
+    if not isinstance(name, str | Path):
+        return _checked_base(as_loaded(base_checkpoint_of(name), access))
     return open_base_at(located(name, access, as_base=True), access)
 
 
 def open_base_of(tuned: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
-    """Opens the base that an adapter's config names; raises as :func:`open_base` does.
+    """Opens the model that an adapter sits in, or that its config names; raises as :func:`open_base` does.
 
     Raises
     ------
     UsageError : ``tuned`` names no base.
     """
+    if isinstance(tuned, LiveCheckpoint) and tuned.around is not None:
+        return as_loaded(tuned.around(), access)
     return open_base_at(base_of(tuned, access), access)
 
 
 def open_base_at(found: Path, access: Access) -> Checkpoint:
     """Opens the base at a local path; raises as :func:`open_base` does."""
-    base = open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle)
-    if base.layout in ("peft folder", "mlx folder", "gguf adapter"):
+    return _checked_base(open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle))
+
+
+def _checked_base(base: Checkpoint) -> Checkpoint:
+    if base.layout in ("peft folder", "mlx folder", "gguf adapter", ADAPTER_IN_MEMORY):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
     matrices = [info for info in base.tensors.values() if len(info.shape) > 1]
     types = sorted({info.dtype for info in matrices} & BLOCKS)
     if base.layout == "gguf" and types and not any(info.is_float for info in matrices):
         raise UnsupportedMethodError(base.path, f"its matrices are stored as {', '.join(types)}: {BLOCKS_NOT_READ}")
     return base
+
+
+def as_loaded(base: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
+    """A base in memory without what it was not loaded with: a new head, which holds random values until it is trained.
+
+    That is told by the names of the checkpoint that the model says it was loaded from, where this machine has it.
+    """
+    if not isinstance(base, LiveCheckpoint) or base.origin is None:
+        return base
+    try:
+        found = find(base.origin, replace(access, local_files_only=True), as_base=True)
+        there = None if found is None else open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle)
+    except (SpectraError, OSError):
+        return base
+    if there is None or there.adapter_config is not None:
+        return base
+    names = {".".join(parts[at:]) for name in there.tensors for parts in [name.split(".")] for at in range(len(parts))}
+    modules = {part for name in there.tensors for part in name.split(".")[:-1]}
+
+    def is_new(name: str) -> bool:
+        parts = name.split(".")
+        return parts[0] not in modules and not any(".".join(parts[at:]) in names for at in range(len(parts) - 1))
+
+    kept = {name: info for name, info in base.tensors.items() if not is_new(name)}
+    return replace(base, tensors=kept) if kept and len(kept) < len(base.tensors) else base
 
 
 def base_of(tuned: Checkpoint, access: Access) -> Path:
@@ -215,18 +253,23 @@ def base_of(tuned: Checkpoint, access: Access) -> Path:
     if not wanted and "peft_type" not in tuned.adapter_config:  # MLX's own config
         wanted = tuned.adapter_config.get("model")
     if not wanted or not isinstance(wanted, str):
+        if tuned.in_memory:
+            why = "its initialisation took a part out of the base weights in memory, and its config names no base"
+            raise UsageError(f"{tuned.path}: {why}; name it (base=…)")
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")
-    home = tuned.path if tuned.path.is_dir() else tuned.path.parent
+    config = tuned.adapter_config_file
+    home = config.parent
     # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
     if wanted.startswith(("\\\\", "//")) or URL.match(wanted):
-        raise UnsafeFileError(home / "adapter_config.json", f"its base model {wanted!r} is on another host")
+        raise UnsafeFileError(config, f"its base model {wanted!r} is on another host")
     if isinstance(revision, str) and not is_revision(revision):
-        raise UnsafeFileError(home / "adapter_config.json", f"its revision {revision!r} is no name of one")
-    found = find(wanted, access, revision=revision if isinstance(revision, str) else None, beside=home, as_base=True)
+        raise UnsafeFileError(config, f"its revision {revision!r} is no name of one")
+    beside, revision = None if tuned.in_memory else home, revision if isinstance(revision, str) else None
+    found = find(wanted, access, revision=revision, beside=beside, as_base=True)
     if found is None:
         raise MissingFileError(
-            home / "adapter_config.json",
+            config,
             f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor a model "
             f"{_where(access)}; name it with --base",
         )
@@ -234,7 +277,9 @@ def base_of(tuned: Checkpoint, access: Access) -> Path:
 
 
 def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
-    """Whether ``base`` is the one that the adapter's config names; None where that cannot be told."""
+    """Whether ``base`` is the one that the adapter sits in or its config names; None where that cannot be told."""
+    if isinstance(tuned, LiveCheckpoint) and isinstance(base, LiveCheckpoint):
+        return True if tuned.source is base.source else None
     try:
         return base_of(tuned, LOCAL).samefile(base.path)
     except (SpectraError, OSError):
@@ -245,10 +290,14 @@ class Bases:
     """The bases of a run's fine-tunes, each opened once."""
 
     def __init__(self, access: Access):
-        self._access, self._found, self._opened = access, dict[str, Path](), dict[Path, Checkpoint]()
+        self._access, self._found, self._opened = access, dict[str, Path](), dict[Hashable, Checkpoint]()
 
-    def of(self, tuned: Checkpoint, named: str | Path | None) -> Checkpoint:
-        """The base that was named, or that the fine-tune's config names; raises as :func:`open_base` does."""
+    def of(self, tuned: Checkpoint, named: Source | None) -> Checkpoint:
+        """The base that was named, or that the fine-tune sits in or names; raises as :func:`open_base` does."""
+        sits = named is None and isinstance(tuned, LiveCheckpoint) and tuned.around is not None
+        if sits or not isinstance(named, str | Path | None):  # in memory: opening it costs nothing
+            opened = open_base_of(tuned, self._access) if named is None else open_base(named, self._access)
+            return self._opened.setdefault(opened.place, opened)
         if named is None:
             place = base_of(tuned, self._access)
         else:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from spectra.analysis import DTYPES, check_device, checked_question, using_threa
 from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers, why_not_merged
+from spectra.live import Source, said_of
 from spectra.precision import caveat, quantised_as
 from spectra.resolve import ANYWHERE, Access, Bases, named_base, open_tuned
 from spectra.splitting import split_apart
@@ -53,7 +53,7 @@ class Settings:
     verify: bool
     split_fused: bool = False  # recorded where it is asked for
     access: Access = ANYWHERE  # no part of the record: it changes no result
-    initial_adapter: str | Path | None = None  # nor is this: the layers' notes say where it was used
+    initial_adapter: Source | None = None  # nor is this: the layers' notes say where it was used
 
     def record(self) -> dict[str, Any]:
         record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
@@ -67,7 +67,7 @@ def checked_settings(
     *, top_k: int = 10, epsilon: float = 0.5, side: str = "left", include: Iterable[str] = (),
     exclude: Iterable[str] = (), engine: str = "auto", dtype: str = "float32", device: str = "cpu",
     workers: int = 1, threads: int | None = None, verify: bool = False, split_fused: bool = False,
-    allow_pickle: bool = False, local_files_only: bool = False, initial_adapter: str | Path | None = None,
+    allow_pickle: bool = False, local_files_only: bool = False, initial_adapter: Source | None = None,
 ) -> Settings:  # fmt: skip
     """The options of :func:`spectra.audit_many`, checked; raises UsageError."""
     choose_engine(engine)
@@ -125,14 +125,14 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class SingleRun:
-    """One fine-tune from one path.
+    """One fine-tune, from a path or from memory.
 
     Raises
     ------
     SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
     """
 
-    def __init__(self, path: str | Path, base: str | Path | None, settings: Settings, bases: Bases | None = None):
+    def __init__(self, path: Source, base: Source | None, settings: Settings, bases: Bases | None = None):
         self.settings = settings
         self.tuned: Checkpoint = open_tuned(path, settings.access)
         self.base = (bases or Bases(settings.access)).of(self.tuned, base)
@@ -275,7 +275,7 @@ class MergedRun:
 
 def check_one_base(runs: Sequence[Run]) -> None:
     """Raises UsageError where fine-tunes of different bases were given."""
-    paths = {run.base.path.resolve(): run.base.path for run in runs}
+    paths = {run.base.place: run.base.path for run in runs}
     if len(paths) > 1:
         raise UsageError(
             f"these are fine-tunes of different bases ({', '.join(map(str, paths.values()))}); name one with --base"
@@ -380,15 +380,17 @@ def check_initial(runs: Iterable[Run]) -> None:
     singles: list[Run] = []
     for run in runs:
         singles += [own for _, own in run.parts] if isinstance(run, MergedRun) else [run]
-    given = {run.settings.initial_adapter for run in singles} - {None}
-    users = {run.tuned.path.resolve() for run in singles if isinstance(run, SingleRun) and uses_initial(run.plan)}
+    given = {said_of(item) for item in [run.settings.initial_adapter for run in singles] if item is not None}
+    users = {
+        run.tuned.place: run.tuned.path for run in singles if isinstance(run, SingleRun) and uses_initial(run.plan)
+    }
     for path in given:
         if not users:
             raise UsageError(f"{path}: no fine-tune here has an initialisation that needs an initial adapter")
         if len(users) > 1:
             raise UsageError(
                 f"{path}: it is the initial adapter of one fine-tune, but {len(users)} need one "
-                f"({', '.join(map(str, sorted(users)))}); give them one at a time"
+                f"({', '.join(sorted(map(str, users.values())))}); give them one at a time"
             )
 
 
@@ -397,7 +399,7 @@ def jobs_of(runs: Sequence[Run]) -> list[Job]:
     groups: dict[Any, list[tuple[Run, LayerPair]]] = defaultdict(list)
     for run in runs:
         for pair in run.pairs:
-            groups[(run.base.path.resolve(), pair.base_key)].append((run, pair))
+            groups[(run.base.place, pair.base_key)].append((run, pair))
     return [Job(tuple(parts)) for parts in groups.values()]
 
 

@@ -214,8 +214,7 @@ class _Config:
 
     def __init__(self, tuned: Checkpoint):
         assert tuned.adapter_config is not None
-        home = tuned.path if tuned.path.is_dir() else tuned.path.parent
-        self.file = home / "adapter_config.json"
+        self.file = tuned.adapter_config_file
         values = tuned.adapter_config
         self.kind = values.get("fine_tune_type") or "lora"
         if self.kind not in ("lora", "dora", "full"):

@@ -35,9 +35,7 @@ class ConfigFields:
 
     def __init__(self, tuned: Checkpoint):
         assert tuned.adapter_config is not None
-        self.file = (
-            tuned.path / "adapter_config.json" if tuned.path.is_dir() else tuned.path.parent / "adapter_config.json"
-        )
+        self.file = tuned.adapter_config_file
         self.values = tuned.adapter_config
 
     def whole(self, key: str, default: int) -> int:

@@ -135,7 +135,7 @@ def with_initial(plan: Plan, tuned: Checkpoint, initial: Checkpoint | None) -> P
     UnsupportedMethodError : an initialisation that is not known, or that cannot be had from the base alone.
     AdapterError : ``initial`` has other modules, shapes or scalings.
     """
-    config = tuned.path / "adapter_config.json" if tuned.path.is_dir() else tuned.path.parent / "adapter_config.json"
+    config = tuned.adapter_config_file
     how = initialisation_of(config, tuned)
     if how is None:
         return plan
@@ -157,7 +157,7 @@ def with_initial(plan: Plan, tuned: Checkpoint, initial: Checkpoint | None) -> P
     if initial is not None:
         if initial.adapter_config is None:
             raise UsageError(f"{initial.path}: this is no PEFT adapter, which the initial one has to be")
-        if initial.path.resolve() == tuned.path.resolve():
+        if initial.place == tuned.place:
             raise UsageError(f"{tuned.path}: the initial adapter is this adapter itself, not as it was before training")
         earlier = {item.module: item for item in PeftAdapter().plan(initial).updates if isinstance(item, LoraUpdate)}
     found: dict[str, PlannedUpdate] = {}

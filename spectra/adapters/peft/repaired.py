@@ -133,7 +133,9 @@ def write_repaired(
     ranks = stored_ranks(source, plan, {module: update.A.shape[0] for module, update in changed.items()})
     for path in companions(source).files:
         copy_file(path, home / path.name)
-    (weights,) = source.files
+    if source.in_memory:
+        text = json.dumps(source.adapter_config, indent=2, sort_keys=True)
+        (home / CONFIG).write_text(text + "\n", encoding="utf-8")
     pickled = any(isinstance(info, ForeignTensor) for info in source.tensors.values())
     if changed or whole or pickled:
         tensors: dict[str, Tensor] = {}
@@ -146,6 +148,7 @@ def write_repaired(
         _write_config(home / CONFIG, factors, ranks)
         write_card(home, home / CARD, remarks, _front(source))
     else:
+        (weights,) = source.files
         copy_file(weights, home / WEIGHTS)
 
 
@@ -209,6 +212,8 @@ def _write_tensors(file: Path, source: Checkpoint, changed: Mapping[str, Tensor]
         with safe_open(source.files[0], framework="pt") as opened:
             metadata = opened.metadata()
     values = {name: (changed[name] if name in changed else source.read(name)).contiguous() for name in source.tensors}
+    if source.in_memory:  # where several names may be one tensor
+        values = {name: value.clone() for name, value in values.items()}
     save_file(values, file, metadata=metadata)
 
 
