@@ -28,6 +28,7 @@ REPORT_MARKS = (
     b"Verified: ",
     b"NOT verified: ",
     b"folder,layer,error,",
+    b"<!doctype html>\n<!-- spectra.page/",
 )
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")

@@ -203,6 +203,8 @@ ALLOWED = {
     "inspection": {"adapters", "checkpoint", "errors", "layers", "precision", "render", "resolve", "splitting"},
     "render": {"comparison", "errors", "mitigation", "ranks", "report", "sweeps"},
     "plots": {"comparison", "errors", "records", "report", "sweeps"},
+    "page": {"comparison", "errors", "records", "render", "report", "sweeps"},
+    "similarity": {"analysis", "comparison", "errors", "records", "report", "runs", "svd", "updates"},
     "output": {"checkpoint", "errors"},
     "cli": {
         "audits",
@@ -214,6 +216,7 @@ ALLOWED = {
         "mitigating",
         "mitigation",
         "output",
+        "page",
         "pipeline",
         "plots",
         "precompute",
@@ -223,6 +226,7 @@ ALLOWED = {
         "render",
         "report",
         "resolve",
+        "similarity",
         "workers",
     },
 }
@@ -270,8 +274,8 @@ def test_public_names():
     assert sorted(spectra.__all__) == [
         "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Mitigation", "RankReport", "Report",
         "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache_base", "compare",
-        "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep", "suggest_ranks",
-        "to_text", "verify_mitigation",
+        "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep", "similarity_matrices",
+        "suggest_ranks", "to_html", "to_text", "verify_mitigation",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None

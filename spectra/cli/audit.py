@@ -31,6 +31,7 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
+from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
 from spectra.output import check_output, emit, progress
 
@@ -90,6 +91,7 @@ def add(commands: Commands) -> None:
         format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line",
         verbose_help="draw every layer, list every skipped tensor",
     )
+    add_page(parser)
     parser.set_defaults(run=run)
 
 
@@ -105,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
     if options.fail_on is not None and options.fail_above is None and options.baseline is None:
         raise UsageError("--fail-on needs --fail-above N")
     target = check_output(options.output)
+    page = check_page(options, target)
     options.format = options.format or format_of(target, FORMATS)
 
     from spectra.report import load_report
@@ -133,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
         reports = [report.against(baseline) for report in reports]
     emit(_rendered(reports, unreadable, options), target)
     announce(target, options.format, options)
+    write_page(reports, page, options, unreadable)
     code = _verdict(reports, options)
     return BAD if unreadable else code
 

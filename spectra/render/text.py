@@ -30,7 +30,7 @@ MEANING = {
 def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = False) -> str:
     """One report: verdict, totals, worst layers, module types, and the layer × index picture."""
     sections = [
-        _verdict(report),
+        verdict(report),
         _facts(report),
         _problems(report),
         _worst(report),
@@ -80,7 +80,8 @@ def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = 
     return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
 
 
-def _verdict(report: Report) -> str:
+def verdict(report: Report) -> str:
+    """The verdict with what qualifies it, a line each."""
     summary = report.summary
     analysed = [layer for layer in report.layers if layer.vectors]
     if not analysed:
@@ -157,26 +158,29 @@ def _facts(report: Report) -> str:
 
 
 def _problems(report: Report) -> str:
-    lines = failures(report.failed)
-    lines += ["note: " + note for note in grouped_notes((layer.name, layer.notes) for layer in report.layers)]
+    return "\n".join(failures(report.failed) + ["note: " + note for note in remarks(report)])
+
+
+def remarks(report: Report) -> list[str]:
+    """What readers of the totals should know of single layers and of the cache."""
+    lines = grouped_notes((layer.name, layer.notes) for layer in report.layers)
     lines += [
-        f"note: {layer.name}: the copy of its base weight that came with the adapter is another weight; "
+        f"{layer.name}: the copy of its base weight that came with the adapter is another weight; "
         "is this the wrong base?"
         for layer in report.layers
         if "base_copy_differs" in layer.flags
     ]
     if report.base.get("changed_since_cached"):
-        lines.append("note: the base has changed since its spectra were cached; they were not used")
+        lines.append("the base has changed since its spectra were cached; they were not used")
     stale = sum("stale_cache" in layer.flags for layer in report.layers)
     if stale:
-        lines.append(f"note: the cached spectra of {plural(stale, 'layer')} are of other weights and were not used")
+        lines.append(f"the cached spectra of {plural(stale, 'layer')} are of other weights and were not used")
     small = [layer.name for layer in report.layers if layer.vectors and min(layer.shape) < 128]
     if small:
         lines.append(
-            f"note: {plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer "
-            "to epsilon"
+            f"{plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer to epsilon"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _worst(report: Report) -> str:
