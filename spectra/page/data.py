@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spectra import sweeps
+from spectra.errors import in_one_line
 from spectra.records import LayerSpectra, Similarity, Vector
 from spectra.report import CANNOT_TELL, SEVERITIES, LayerReport, Report
 
@@ -64,9 +65,9 @@ def steps_of(cosine: float) -> int:
 def _report(report: Report, label: str, matrices: MATRICES) -> dict[str, Any]:
     types = list(dict.fromkeys(layer.module_type for layer in report.layers))
     place = {layer.name: number for number, layer in enumerate(report.layers)}
-    totals, (threshold, where) = sweeps.null_totals(report), sweeps.free_weight(report)
+    totals, (threshold, _) = sweeps.null_totals(report), sweeps.free_weight(report)
     return {
-        "label": label,
+        "label": in_one_line(label),
         "method": report.tuned["format"],
         "rank": report.tuned.get("rank"),
         "alpha": report.tuned.get("alpha"),
@@ -79,9 +80,8 @@ def _report(report: Report, label: str, matrices: MATRICES) -> dict[str, Any]:
         "failed": report.summary["layers_failed"],
         "null": None if totals is None else [rounded(sum(totals) / len(totals)), rounded(sweeps.null_p_value(report))],
         "threshold": rounded(threshold),
-        "thresholdLayer": where,
         "weights": [[rounded(weight), count] for weight, count in sweeps.by_weight(report)],
-        "types": types,
+        "types": [in_one_line(kind) for kind in types],
         "layers": [_layer(layer, types) for layer in report.layers],
         "facets": facets(report.layers),
         "depths": depths(report.layers),
@@ -93,7 +93,7 @@ def _layer(layer: LayerReport, types: Sequence[str]) -> dict[str, Any]:
     """Arrays run over the layer's vectors; what is empty or null is left out."""
     vectors = layer.vectors
     value = {
-        "name": layer.name,
+        "name": in_one_line(layer.name),
         "type": types.index(layer.module_type),
         "role": layer.role,
         "shape": list(layer.shape),
@@ -112,8 +112,8 @@ def _layer(layer: LayerReport, types: Sequence[str]) -> dict[str, Any]:
         "floor": rounded(layer.random_floor),
         "noise": bool(layer.noise_like_base),
         "layerFlags": list(layer.flags),
-        "notes": list(layer.notes),
-        "error": layer.error,
+        "notes": [in_one_line(note) for note in layer.notes],
+        "error": None if layer.error is None else in_one_line(layer.error),
         "engine": layer.engine,
         "residual": rounded(layer.residual),
         "weights": None if layer.weights is None else [list(item) for item in layer.weights["counts"]],
@@ -156,7 +156,11 @@ def facets(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     if single:
         panels.append((None, sorted(single)))
     return [
-        {"title": title, "layers": members, "labels": distinct([layers[number].name for number in members])}
+        {
+            "title": None if title is None else in_one_line(title),
+            "layers": members,
+            "labels": [in_one_line(label) for label in distinct([layers[number].name for number in members])],
+        }
         for title, members in panels
     ]
 
@@ -186,6 +190,6 @@ def depths(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
         if layer.vectors and first is not None and first + 1 < len(parts):
             blocks.setdefault(".".join(parts[: first + 1]), []).append(number)
     return [
-        {"label": label, "layers": members}
+        {"label": in_one_line(label), "layers": members}
         for label, members in zip(distinct(list(blocks)), blocks.values(), strict=True)
     ]

@@ -16,12 +16,24 @@ const CHARTS = {
 
 /** [{label, least, most, vectors}] of the model's blocks, in order. */
 function groupsByDepth(report) {
-  return report.depths.map(({ label, layers }) => ({ label, ...countLayers(report, layers.map((n) => report.layers[n])) }));
+  return report.depths.map(({ label, layers }) => ({
+    label,
+    ...countLayers(
+      report,
+      layers.map((n) => report.layers[n]),
+    ),
+  }));
 }
 
 function groupsByType(report) {
   return report.types
-    .map((label, type) => ({ label, ...countLayers(report, report.layers.filter((layer) => layer.type === type)) }))
+    .map((label, type) => ({
+      label,
+      ...countLayers(
+        report,
+        report.layers.filter((layer) => layer.type === type),
+      ),
+    }))
     .filter((group) => group.vectors);
 }
 
@@ -45,10 +57,17 @@ const groupText = (group) => `${plain(group.label)}: ${span(group.least, group.m
 function stacked(groups, horizontal, value) {
   const c = colours();
   const trace = (amount, color) => {
-    const lengths = groups.map(amount), places = groups.map((_, place) => place);
+    const lengths = groups.map(amount),
+      places = groups.map((_, place) => place);
     return {
-      type: "bar", orientation: horizontal ? "h" : "v", x: horizontal ? lengths : places, y: horizontal ? places : lengths,
-      marker: { color }, hoverinfo: "text", hovertext: groups.map(groupText), textposition: "none",
+      type: "bar",
+      orientation: horizontal ? "h" : "v",
+      x: horizontal ? lengths : places,
+      y: horizontal ? places : lengths,
+      marker: { color },
+      hoverinfo: "text",
+      hovertext: groups.map(groupText),
+      textposition: "none",
     };
   };
   const traces = [trace((group) => value(group, group.least), c.intruder)];
@@ -70,7 +89,9 @@ function bars(groups, title) {
   return {
     data: stacked(groups, false, (_, count) => count),
     layout: {
-      barmode: "stack", bargap: groups.length < 8 ? 0.5 : 0.25, height: 240,
+      barmode: "stack",
+      bargap: groups.length < 8 ? 0.5 : 0.25,
+      height: 240,
       xaxis: { ...named(groups, wide ? 32 : 12, 20), showgrid: false, title: { text: title } },
       yaxis: { rangemode: "tozero", title: { text: "intruders" }, ...whole(groups) },
     },
@@ -89,28 +110,60 @@ function sideways(groups) {
   return {
     data: stacked(ordered, true, (group, count) => count / group.vectors),
     layout: {
-      barmode: "stack", bargap: 0.25, height: Math.max(240, 60 + 20 * Math.min(ordered.length, 40)),
-      xaxis: { tickformat: ".0%", rangemode: "tozero", title: { text: "of the vectors compared" }, ...(most ? {} : { range: [0, 0.1] }) },
+      barmode: "stack",
+      bargap: 0.25,
+      height: Math.max(240, 60 + 20 * Math.min(ordered.length, 40)),
+      xaxis: {
+        tickformat: ".0%",
+        rangemode: "tozero",
+        title: { text: "of the vectors compared" },
+        ...(most ? {} : { range: [0, 0.1] }),
+      },
       yaxis: { ...named(ordered, 40, 26), showgrid: false, range: [-0.5, ordered.length - 0.5] },
     },
   };
 }
 
 function curve() {
-  const report = shown(), c = colours(), points = sweep(report), e = threshold(report) / STEPS;
+  const report = shown(),
+    c = colours(),
+    points = sweep(report),
+    e = threshold(report) / STEPS;
   const x = points.map((point) => point[0]);
   const line = (values, more) => ({
-    type: "scatter", mode: "lines", x, y: values, line: { color: c.intruder, width: 2, shape: "hv" }, hoverinfo: "text",
-    hovertext: points.map((point) => `ε = ${point[0].toFixed(2)}: ${plural(point[1], "intruder").replace(/^\S+/, span(point[1], point[2]))}`), ...more,
+    type: "scatter",
+    mode: "lines",
+    x,
+    y: values,
+    line: { color: c.intruder, width: 2, shape: "hv" },
+    hoverinfo: "text",
+    hovertext: points.map(
+      (point) =>
+        `ε = ${point[0].toFixed(2)}: ${plural(point[1], "intruder").replace(/^\S+/, span(point[1], point[2]))}`,
+    ),
+    ...more,
   });
-  const data = [line(points.map((point) => point[1]), {})];
+  const data = [
+    line(
+      points.map((point) => point[1]),
+      {},
+    ),
+  ];
   if (points.some((point) => point[1] !== point[2])) {
-    data.push(line(points.map((point) => point[2]), { fill: "tonexty", fillcolor: `${c.perhaps}44`, line: { color: c.perhaps, width: 1.5, shape: "hv" } }));
+    data.push(
+      line(
+        points.map((point) => point[2]),
+        { fill: "tonexty", fillcolor: `${c.perhaps}44`, line: { color: c.perhaps, width: 1.5, shape: "hv" } },
+      ),
+    );
   }
   return {
     data,
     layout: {
-      height: 240, shapes: [{ type: "line", x0: e, x1: e, yref: "paper", y0: 0, y1: 1, line: { color: c.ink, width: 1, dash: "dash" } }],
+      height: 240,
+      shapes: [
+        { type: "line", x0: e, x1: e, yref: "paper", y0: 0, y1: 1, line: { color: c.ink, width: 1, dash: "dash" } },
+      ],
       xaxis: { range: [0, 1], title: { text: "ε (choose a point to count there)" } },
       yaxis: { rangemode: "tozero", title: { text: "intruders" } },
     },

@@ -23,10 +23,10 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** A name as plotly shall draw it: plotly reads a little HTML and entities in labels. */
-function plain(text) {
-  return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-}
+const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;" };
+
+/** A name as plotly shall draw it: plotly reads a little HTML, entities and TeX between dollars in labels. */
+const plain = (text) => String(text).replace(/[&<>$]/g, (mark) => ENTITIES[mark]);
 
 const MINUS = "–";
 const fixed = (value, digits) => (value === null || value === undefined ? MINUS : value.toFixed(digits));
@@ -52,9 +52,17 @@ function colours() {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(`--${name}`).trim();
   return {
-    paper: colour("paper"), ink: colour("ink"), soft: colour("soft"), line: colour("line"), accent: colour("accent"),
-    intruder: colour("intruder"), intruderWeak: colour("intruder-weak"), perhaps: colour("perhaps"),
-    known: colour("known"), knownWeak: colour("known-weak"), raised: colour("raised"),
+    paper: colour("paper"),
+    ink: colour("ink"),
+    soft: colour("soft"),
+    line: colour("line"),
+    accent: colour("accent"),
+    intruder: colour("intruder"),
+    intruderWeak: colour("intruder-weak"),
+    perhaps: colour("perhaps"),
+    known: colour("known"),
+    knownWeak: colour("known-weak"),
+    raised: colour("raised"),
   };
 }
 

@@ -1,13 +1,15 @@
 // Counting at any epsilon.  A cosine c is stored as floor(c · STEPS), so c < E / STEPS just where it is below E.
 
-const NO = 0, YES = 1, OPEN = -1;
+const NO = 0,
+  YES = 1,
+  OPEN = -1;
 
 /** The threshold in use for a report, in STEPS (a fraction, where its own has more decimals). */
 const threshold = (report) => (state.epsilon === null ? report.epsilon * STEPS : state.epsilon);
 
 /** Whether vector i of a layer is an intruder: YES, NO, or OPEN where its bounds do not say. */
 function judge(report, layer, i, epsilon = state.epsilon) {
-  if (epsilon === null || epsilon === Math.round(report.epsilon * 1e8) * STEPS / 1e8) {
+  if (epsilon === null || epsilon === (Math.round(report.epsilon * 1e8) * STEPS) / 1e8) {
     return (layer.intruder || []).includes(i) ? YES : NO; // what the audit settled, to the last digit
   }
   const cosine = layer.cosine[i];
@@ -23,7 +25,8 @@ const vectorsOf = (layer) => layer.index || [];
 
 /** {least, most} intruders in one layer. */
 function countLayer(report, layer, epsilon = state.epsilon) {
-  let least = 0, open = 0;
+  let least = 0,
+    open = 0;
   vectorsOf(layer).forEach((_, i) => {
     const verdict = judge(report, layer, i, epsilon);
     if (verdict === YES) least += 1;
@@ -39,8 +42,11 @@ function countLayers(report, layers, epsilon = state.epsilon) {
   return layers.reduce((sum, layer) => {
     const { least, most } = countLayer(report, layer, epsilon);
     return {
-      least: sum.least + least, most: sum.most + most, vectors: sum.vectors + vectorsOf(layer).length,
-      layersLeast: sum.layersLeast + (least > 0), layersMost: sum.layersMost + (most > 0),
+      least: sum.least + least,
+      most: sum.most + most,
+      vectors: sum.vectors + vectorsOf(layer).length,
+      layersLeast: sum.layersLeast + (least > 0),
+      layersMost: sum.layersMost + (most > 0),
     };
   }, NOTHING);
 }
@@ -79,12 +85,11 @@ function lowest(layer) {
   return best;
 }
 
-/** [[epsilon, least, most], …] at every hundredth. */
+/** [[epsilon, least, most], …] at every hundredth; counted once a report. */
 function sweep(report) {
-  const found = [];
-  for (let step = 1; step <= 100; step += 1) {
-    const { least, most } = countLayers(report, report.layers, (step * STEPS) / 100);
-    found.push([step / 100, least, most]);
-  }
-  return found;
+  report.sweep ??= [...Array(100).keys()].map((step) => {
+    const { least, most } = countLayers(report, report.layers, ((step + 1) * STEPS) / 100);
+    return [(step + 1) / 100, least, most];
+  });
+  return report.sweep;
 }

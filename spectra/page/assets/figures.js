@@ -78,32 +78,73 @@ const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false, dou
 function layoutOf(own) {
   const c = colours();
   const axis = {
-    gridcolor: c.line, linecolor: c.line, zerolinecolor: c.line, tickcolor: c.line, fixedrange: true, automargin: true,
-    tickfont: { color: c.soft, size: 11 }, title: { font: { color: c.soft, size: 12 }, standoff: 6 },
+    gridcolor: c.line,
+    linecolor: c.line,
+    zerolinecolor: c.line,
+    tickcolor: c.line,
+    fixedrange: true,
+    automargin: true,
+    tickfont: { color: c.soft, size: 11 },
+    title: { font: { color: c.soft, size: 12 }, standoff: 6 },
   };
   const merged = (given) => ({ ...axis, ...given, title: { ...axis.title, ...(given?.title || {}) } });
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", dragmode: false,
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    hovermode: "closest",
+    dragmode: false,
     font: { family: getComputedStyle(document.body).fontFamily, color: c.ink, size: 12 },
-    hoverlabel: { bgcolor: c.paper, bordercolor: c.soft, font: { color: c.ink, size: 12 }, align: "left", namelength: -1 },
-    margin: { l: 8, r: 8, t: 8, b: 8 }, showlegend: false,
+    hoverlabel: {
+      bgcolor: c.paper,
+      bordercolor: c.soft,
+      font: { color: c.ink, size: 12 },
+      align: "left",
+      namelength: -1,
+    },
+    margin: { l: 8, r: 8, t: 8, b: 8 },
+    showlegend: false,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: c.ink, size: 11 } },
-    ...own, xaxis: merged(own.xaxis), yaxis: merged(own.yaxis),
+    ...own,
+    xaxis: merged(own.xaxis),
+    yaxis: merged(own.yaxis),
   };
 }
 
-const SERIES = [ // Okabe & Ito 2008, as in the package's own figures; the second is for dark paper
-  ["#0072B2", "#56B4E9"], ["#D55E00", "#FF8C42"], ["#009E73", "#2FCFA0"], ["#CC79A7", "#E59AC4"], ["#B57F00", "#E6B23C"],
-  ["#444444", "#CFCFCF"], ["#56B4E9", "#9AD4F5"],
+const SERIES = [
+  // Okabe & Ito 2008, as in the package's own figures; the second is for dark paper
+  ["#0072B2", "#56B4E9"],
+  ["#D55E00", "#FF8C42"],
+  ["#009E73", "#2FCFA0"],
+  ["#CC79A7", "#E59AC4"],
+  ["#B57F00", "#E6B23C"],
+  ["#444444", "#CFCFCF"],
+  ["#56B4E9", "#9AD4F5"],
 ];
 const DASHES = ["solid", "dash", "dashdot", "dot", "longdash", "longdashdot"];
 const MARKS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "x", "star"];
 const look = (place) => ({
-  color: SERIES[place % SERIES.length][isDark() ? 1 : 0], dash: DASHES[place % DASHES.length],
+  color: SERIES[place % SERIES.length][isDark() ? 1 : 0],
+  dash: DASHES[place % DASHES.length],
   symbol: MARKS[place % MARKS.length],
 });
 
 /** Shades of similarity: what resembles nothing is like the paper. */
-const similarityScale = () => (isDark()
-  ? [[0, "#0f1318"], [0.25, "#3b0f70"], [0.5, "#8c2981"], [0.75, "#de4968"], [0.9, "#fe9f6d"], [1, "#fcfdbf"]]
-  : [[0, "#ffffff"], [0.1, "#fdebd3"], [0.25, "#fe9f6d"], [0.5, "#de4968"], [0.75, "#8c2981"], [0.9, "#3b0f70"], [1, "#000004"]]);
+const similarityScale = () =>
+  isDark()
+    ? [
+        [0, "#0f1318"],
+        [0.25, "#3b0f70"],
+        [0.5, "#8c2981"],
+        [0.75, "#de4968"],
+        [0.9, "#fe9f6d"],
+        [1, "#fcfdbf"],
+      ]
+    : [
+        [0, "#ffffff"],
+        [0.1, "#fdebd3"],
+        [0.25, "#fe9f6d"],
+        [0.5, "#de4968"],
+        [0.75, "#8c2981"],
+        [0.9, "#3b0f70"],
+        [1, "#000004"],
+      ];

@@ -4,7 +4,8 @@ const ROWS = 300; // of a panel; with more layers, a row is a block of them and 
 const UNDECIDED = 2; // the value of a cell whose bounds lie on both sides of epsilon
 
 function drawMap() {
-  const report = shown(), map = byId("map");
+  const report = shown(),
+    map = byId("map");
   for (const old of map.querySelectorAll(".plot")) forget(old);
   const most = Math.max(1, ...report.layers.map((layer) => vectorsOf(layer).length));
   map.style.setProperty("--facet", `${Math.min(24, Math.max(9.2, 2.2 + 0.42 * most))}rem`);
@@ -17,25 +18,44 @@ function panel(report, facet) {
   const height = rows.length * Math.max(2, Math.min(20, Math.round(420 / rows.length))) + 26;
   const what = facet.title ?? "single layers";
   const plot = make("div", {
-    className: "plot", tabIndex: 0, role: "application", "aria-roledescription": "map of cosines",
+    className: "plot",
+    tabIndex: 0,
+    role: "application",
+    "aria-roledescription": "map of cosines",
     "aria-label": `${what}: ${plural(facet.layers.length, "layer")}. Arrow keys move from cell to cell, Enter opens the layer.`,
   });
   plot.style.height = `${height}px`;
   const count = make("small");
-  const element = make("div", { className: facet.title === null ? "facet wide" : "facet" }, make("h3", {}, what, count), plot);
+  const element = make(
+    "div",
+    { className: facet.title === null ? "facet wide" : "facet" },
+    make("h3", {}, what, count),
+    plot,
+  );
   const cells = { rows, at: [0, 0] };
   plot.recount = () => {
-    const found = countLayers(report, facet.layers.map((n) => report.layers[n]));
+    const found = countLayers(
+      report,
+      facet.layers.map((n) => report.layers[n]),
+    );
     count.textContent = `${span(found.least, found.most)} of ${found.vectors}`;
   };
   plot.recount();
-  figure(plot, () => { plot.recount(); return mapFigure(report, rows); }, () => listen(plot, report, cells));
+  figure(
+    plot,
+    () => {
+      plot.recount();
+      return mapFigure(report, rows);
+    },
+    () => listen(plot, report, cells),
+  );
   return element;
 }
 
 /** [{label, layers}], one layer each unless there are very many. */
 function blocks(facet) {
-  const size = Math.ceil(facet.layers.length / ROWS), rows = [];
+  const size = Math.ceil(facet.layers.length / ROWS),
+    rows = [];
   for (let at = 0; at < facet.layers.length; at += size) {
     const last = Math.min(at + size, facet.layers.length) - 1;
     rows.push({
@@ -60,7 +80,8 @@ function cellOf(report, row, index) {
 
 /** A vector's place on the colour scale: below epsilon just where it is an intruder, UNDECIDED, or null. */
 function shade(report, layer, i) {
-  const verdict = judge(report, layer, i), epsilon = threshold(report);
+  const verdict = judge(report, layer, i),
+    epsilon = threshold(report);
   if (verdict === OPEN) return UNDECIDED;
   let value = layer.cosine[i];
   if (value === null) {
@@ -71,27 +92,57 @@ function shade(report, layer, i) {
 }
 
 function mapFigure(report, rows) {
-  const c = colours(), most = Math.max(...rows.flatMap((row) => row.layers.map((n) => vectorsOf(report.layers[n]).length)));
+  const c = colours(),
+    most = Math.max(...rows.flatMap((row) => row.layers.map((n) => vectorsOf(report.layers[n]).length)));
   const indices = [...Array(most).keys()];
   const cells = rows.map((row) => indices.map((index) => cellOf(report, row, index)));
   const e = threshold(report) / STEPS / UNDECIDED;
   const scale = [
-    [0, c.intruder], [e, c.intruderWeak], [e, c.known], [1 / UNDECIDED, c.knownWeak], [1 / UNDECIDED, c.perhaps], [1, c.perhaps],
+    [0, c.intruder],
+    [e, c.intruderWeak],
+    [e, c.known],
+    [1 / UNDECIDED, c.knownWeak],
+    [1 / UNDECIDED, c.perhaps],
+    [1, c.perhaps],
   ];
   const every = Math.ceil(rows.length / 24);
   const ticks = rows.map((_, place) => place).filter((place) => place % every === 0);
   return {
-    data: [{
-      type: "heatmap", z: cells.map((row) => row.map((cell) => (cell === null ? null : cell.value))), x: indices,
-      y: rows.map((_, place) => place), zmin: 0, zmax: UNDECIDED, colorscale: scale, showscale: false,
-      xgap: most > 30 ? 0 : 1, ygap: rows.length > 80 ? 0 : 1, hoverinfo: "text", hoverongaps: false,
-      text: cells.map((row) => row.map((cell) => (cell === null ? "" : describe(report, cell).map(plain).join("<br>")))),
-    }],
+    data: [
+      {
+        type: "heatmap",
+        z: cells.map((row) => row.map((cell) => (cell === null ? null : cell.value))),
+        x: indices,
+        y: rows.map((_, place) => place),
+        zmin: 0,
+        zmax: UNDECIDED,
+        colorscale: scale,
+        showscale: false,
+        xgap: most > 30 ? 0 : 1,
+        ygap: rows.length > 80 ? 0 : 1,
+        hoverinfo: "text",
+        hoverongaps: false,
+        text: cells.map((row) =>
+          row.map((cell) => (cell === null ? "" : describe(report, cell).map(plain).join("<br>"))),
+        ),
+      },
+    ],
     layout: {
       margin: { l: 4, r: 2, t: 2, b: 18 },
-      xaxis: { range: [-0.5, most - 0.5], showgrid: false, zeroline: false, ticks: "", tickmode: "linear", dtick: most > 12 ? 10 : most > 5 ? 3 : 1 },
+      xaxis: {
+        range: [-0.5, most - 0.5],
+        showgrid: false,
+        zeroline: false,
+        ticks: "",
+        tickmode: "linear",
+        dtick: most > 12 ? 10 : most > 5 ? 3 : 1,
+      },
       yaxis: {
-        range: [rows.length - 0.5, -0.5], showgrid: false, zeroline: false, ticks: "", tickvals: ticks,
+        range: [rows.length - 0.5, -0.5],
+        showgrid: false,
+        zeroline: false,
+        ticks: "",
+        tickvals: ticks,
         ticktext: ticks.map((place) => plain(shortened(rows[place].label, 44))),
       },
     },
@@ -121,12 +172,15 @@ function listen(plot, report, cells) {
   });
   const columns = () => plot.data[0].x.length;
   const show = () => {
-    const [row, index] = cells.at, cell = cellOf(report, cells.rows[row], index);
+    const [row, index] = cells.at,
+      cell = cellOf(report, cells.rows[row], index);
     byId("map-status").textContent = cell ? describe(report, cell).join(", ") : "no vector";
-    window.Plotly.Fx.hover(plot, [{ curveNumber: 0, pointNumber: [row, index] }]);
+    window.Plotly.Fx.hover(plot, { xval: index, yval: row }, "xy");
   };
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-  plot.addEventListener("focus", () => { if (plot.matches(":focus-visible")) show(); });
+  plot.addEventListener("focus", () => {
+    if (plot.matches(":focus-visible")) show();
+  });
   plot.addEventListener("blur", () => window.Plotly.Fx.unhover(plot));
   plot.addEventListener("keydown", (event) => {
     if (event.key in moves) {
@@ -142,7 +196,8 @@ function listen(plot, report, cells) {
 }
 
 function drawLegend() {
-  const c = colours(), e = (100 * threshold(shown())) / STEPS;
+  const c = colours(),
+    e = (100 * threshold(shown())) / STEPS;
   const ramp = make("span", { className: "ramp" });
   ramp.style.background = `linear-gradient(90deg, ${c.intruder} 0%, ${c.intruderWeak} ${e}%, ${c.known} ${e}%, ${c.knownWeak} 100%)`;
   const parts = [make("span", {}, "resembles nothing (0)", ramp, "(1) as it was")];
@@ -150,6 +205,9 @@ function drawLegend() {
     const swatch = make("span", { className: "swatch" });
     swatch.style.background = c.perhaps;
     parts.push(make("span", {}, swatch, "bounds do not say"));
+  }
+  if (shown().facets.some((facet) => facet.layers.length > ROWS)) {
+    parts.push(make("span", {}, "a row is several layers; its cells are the lowest cosines among them"));
   }
   byId("legend").replaceChildren(...parts);
 }

@@ -3,13 +3,21 @@
 const epsilonText = (e) => (Math.abs(e * 100 - Math.round(e * 100)) < 1e-6 ? e.toFixed(2) : short(e));
 
 function recount() {
-  const report = shown(), e = threshold(report), found = countLayers(report, report.layers);
+  const report = shown(),
+    e = threshold(report),
+    found = countLayers(report, report.layers);
   byId("epsilon-value").textContent = epsilonText(e / STEPS);
   const exact = found.least === found.most;
-  const number = make("b", { textContent: exact ? String(found.most) : `at least ${found.least}, at most ${found.most}` });
+  const number = make("b", {
+    textContent: exact ? String(found.most) : `at least ${found.least}, at most ${found.most}`,
+  });
   const layers = `in ${span(found.layersLeast, found.layersMost)} of ${plural(report.layers.filter((layer) => layer.index).length, "layer")}`;
   byId("recount").replaceChildren(
-    DATA.reports.length > 1 ? make("bdi", {}, report.label) : "", " ", number, ` ${found.most === 1 ? "intruder" : "intruders"} (${shareText(found)}) ${layers}: `, make("span", {}, severity(report)),
+    DATA.reports.length > 1 ? make("bdi", {}, report.label) : "",
+    " ",
+    number,
+    ` ${found.most === 1 ? "intruder" : "intruders"} (${shareText(found)}) ${layers}: `,
+    make("span", {}, severity(report)),
     exact ? "" : ". Of some cosines only bounds are known.",
   );
   byId("reset").disabled = state.epsilon === null;
@@ -42,7 +50,10 @@ function choose(place) {
 let frame = null;
 byId("epsilon").addEventListener("input", (event) => {
   const steps = Math.round(Number(event.target.value) * 100) * (STEPS / 100);
-  frame ??= requestAnimationFrame(() => { frame = null; setEpsilon(Math.round(Number(byId("epsilon").value) * 100) * (STEPS / 100)); });
+  frame ??= requestAnimationFrame(() => {
+    frame = null;
+    setEpsilon(Math.round(Number(byId("epsilon").value) * 100) * (STEPS / 100));
+  });
   byId("epsilon-value").textContent = epsilonText(steps / STEPS);
 });
 byId("reset").addEventListener("click", () => setEpsilon(null));
@@ -62,15 +73,22 @@ function setTheme(theme) {
 }
 
 byId("theme").addEventListener("click", () => {
-  const order = Object.keys(THEMES), now = document.documentElement.dataset.theme ?? "";
+  const order = Object.keys(THEMES),
+    now = document.documentElement.dataset.theme ?? "";
   setTheme(order[(order.indexOf(now) + 1) % order.length]);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawLegend(); redraw(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  drawLegend();
+  redraw();
+});
 
 // Paper is white and shows everything: what was not in view is drawn, what is folded is opened.
 let before = null;
 window.addEventListener("beforeprint", () => {
-  before = { theme: document.documentElement.dataset.theme ?? "", folded: [...document.querySelectorAll("details:not([open])")] };
+  before = {
+    theme: document.documentElement.dataset.theme ?? "",
+    folded: [...document.querySelectorAll("details:not([open])")],
+  };
   for (const part of before.folded) part.open = true;
   setTheme("light");
   if (window.Plotly) for (const element of figures.keys()) if (figures.get(element).stale) draw(element);
@@ -86,7 +104,13 @@ for (const part of document.querySelectorAll("main > section[data-short]")) {
   document.querySelector("header.top nav").append(make("a", { href: `#${part.id}`, textContent: part.dataset.short }));
 }
 drawComparison();
-const share = (report) => { const { most, vectors } = countLayers(report, report.layers.filter((layer) => !layer.noise)); return most / (vectors || 1); };
+const share = (report) => {
+  const { most, vectors } = countLayers(
+    report,
+    report.layers.filter((layer) => !layer.noise),
+  );
+  return most / (vectors || 1);
+};
 choose(DATA.reports.map(share).reduce((worst, one, place, all) => (one > all[worst] ? place : worst), 0));
 const asked = /^#layer-(\d+)-(\d+)$/.exec(location.hash);
 if (asked && DATA.reports[asked[1]]?.layers[asked[2]]) {

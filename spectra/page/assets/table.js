@@ -14,7 +14,8 @@ function sortable(table, columns, rows, options = {}) {
   });
   table.tHead.replaceChildren(make("tr", {}, ...heads));
   function ordered() {
-    const { value } = columns[sort.column], sign = sort.down ? -1 : 1;
+    const { value } = columns[sort.column],
+      sign = sort.down ? -1 : 1;
     const keyed = rows().map((row, place) => ({ row, place, key: value(row) }));
     const none = (key) => key === null || key === undefined;
     keyed.sort((a, b) => {
@@ -31,7 +32,10 @@ function sortable(table, columns, rows, options = {}) {
     const found = ordered();
     const visible = sort.all || !options.most ? found : found.slice(0, options.most);
     table.tBodies[0].replaceChildren(...visible.map((row) => line(row)));
-    options.shown?.(found, visible.length, () => { sort.all = true; update(); });
+    options.shown?.(found, visible.length, () => {
+      sort.all = true;
+      update();
+    });
     return found;
   }
   function line(row) {
@@ -48,39 +52,69 @@ function sortable(table, columns, rows, options = {}) {
   return Object.assign(update, { ordered });
 }
 
-const LISTED = 300; // layers of the table before somebody asks for more
+const LISTED = 60; // layers of the table before somebody asks for more
 let updateLayers = () => [];
 
 function drawTable() {
   const report = shown();
-  const choice = (id, label, values) => byId(id).replaceChildren(
-    make("option", { value: "", textContent: label }),
-    ...values.map(([value, text]) => make("option", { value, textContent: text })),
+  const choice = (id, label, values) =>
+    byId(id).replaceChildren(
+      make("option", { value: "", textContent: label }),
+      ...values.map(([value, text]) => make("option", { value, textContent: text })),
+    );
+  choice(
+    "filter-type",
+    "all",
+    report.types.map((text, type) => [String(type), text]),
   );
-  choice("filter-type", "all", report.types.map((text, type) => [String(type), text]));
   const statuses = [...new Set(report.layers.map((layer) => layer.status))];
-  choice("filter-status", "all", statuses.map((status) => [status, status.replaceAll("_", " ")]));
+  choice(
+    "filter-status",
+    "all",
+    statuses.map((status) => [status, status.replaceAll("_", " ")]),
+  );
   const rows = report.layers.map((layer, number) => ({ layer, number }));
   const count = ({ layer }) => countLayer(report, layer);
   const measure = (name, digits) => ({
-    value: ({ layer }) => layer.measures?.[name], cell: ({ layer }) => fixed(layer.measures?.[name], digits),
+    value: ({ layer }) => layer.measures?.[name],
+    cell: ({ layer }) => fixed(layer.measures?.[name], digits),
   });
   const columns = [
-    { title: "Layer", left: true, value: ({ number }) => number, cell: ({ layer, number }) => opener(layer.name, number) },
-    { title: "Intruders", value: (row) => count(row).most, cell: (row) => hits(count(row), row.layer) },
-    { title: "At index", left: true, value: ({ layer }) => flagged(report, layer)[0], cell: ({ layer }) => ranges(flagged(report, layer)) },
     {
-      title: "Lowest cos", value: ({ layer }) => lowest(layer)?.[1],
-      cell: ({ layer }) => { const found = lowest(layer); return found ? found[0] + cosineText(found[1]) : MINUS; },
+      title: "Layer",
+      left: true,
+      value: ({ number }) => number,
+      cell: ({ layer, number }) => opener(layer.name, number),
+    },
+    { title: "Intruders", value: (row) => count(row).most, cell: (row) => hits(count(row), row.layer) },
+    {
+      title: "At index",
+      left: true,
+      value: ({ layer }) => flagged(report, layer)[0],
+      cell: ({ layer }) => ranges(flagged(report, layer)),
+    },
+    {
+      title: "Lowest cos",
+      value: ({ layer }) => lowest(layer)?.[1],
+      cell: ({ layer }) => {
+        const found = lowest(layer);
+        return found ? found[0] + cosineText(found[1]) : MINUS;
+      },
     },
     { title: "‖ΔW‖ / ‖W₀‖", ...measure("update_norm_relative", 3) },
     { title: "Eff. rank", ...measure("effective_rank", 1) },
     { title: "Rank", value: ({ layer }) => layer.update.rank, cell: ({ layer }) => layer.update.rank ?? MINUS },
-    { title: "Shape", value: ({ layer }) => layer.shape[0] * layer.shape[1], cell: ({ layer }) => layer.shape.join(" × ") },
+    {
+      title: "Shape",
+      value: ({ layer }) => layer.shape[0] * layer.shape[1],
+      cell: ({ layer }) => layer.shape.join(" × "),
+    },
     { title: "Status", left: true, value: ({ layer }) => layer.status, cell: ({ layer }) => statusText(layer) },
   ];
   updateLayers = sortable(byId("layers"), columns, () => rows.filter((row) => passes(report, row)), {
-    column: 1, down: true, most: LISTED,
+    column: 1,
+    down: true,
+    most: LISTED,
     shown: (found, visible, showAll) => {
       byId("filter-count").textContent = `${found.length} of ${plural(rows.length, "layer")}`;
       const more = byId("more-rows");
@@ -93,10 +127,14 @@ function drawTable() {
 }
 
 function passes(report, { layer }) {
-  const name = byId("filter-name").value.trim().toLowerCase(), type = byId("filter-type").value, status = byId("filter-status").value;
+  const name = byId("filter-name").value.trim().toLowerCase(),
+    type = byId("filter-type").value,
+    status = byId("filter-status").value;
   return (
-    layer.name.toLowerCase().includes(name) && (type === "" || layer.type === Number(type)) &&
-    (status === "" || layer.status === status) && (!byId("filter-flagged").checked || countLayer(report, layer).most > 0)
+    layer.name.toLowerCase().includes(name) &&
+    (type === "" || layer.type === Number(type)) &&
+    (status === "" || layer.status === status) &&
+    (!byId("filter-flagged").checked || countLayer(report, layer).most > 0)
   );
 }
 
