@@ -28,6 +28,7 @@ from spectra.updates import DenseWeight, TunedWeight
 
 NUMBER = 12  # matrices of a report where no number is given
 SIZE = 64  # leading vectors of each side
+LARGE = 32  # the same of weights from ROOMY on, where 64 took three times as long (2048 and 4096 wide)
 ACCURACY = 1e-3  # of a direction from Lanczos: a cosine is then off by less than a shade of the picture
 
 
@@ -48,7 +49,7 @@ def similarity_matrices(
     ----------
     reports : of fine-tunes whose files still lie where they were; merges have no files, and are left out.
     number : how many layers of each report, those with the most intruders first.
-    size : how many leading vectors of W0 and of W1.
+    size : how many leading vectors of W0 and of W1; of weights from 1024 on at most 32.
     allow_pickle, initial_adapter, device, threads : as for :func:`spectra.audit`.
 
     Returns
@@ -110,7 +111,8 @@ def _cosines(
 ) -> np.ndarray | None:
     """(≤ k, ≤ k) |cos| for k = ``size``, or else ``top_k``; ``known`` keeps W0's vectors for further fine-tunes."""
     p = min(base.W0.shape)
-    for k in dict.fromkeys((min(size, p), min(top_k, p))):
+    size = min(size, p if p < ROOMY else LARGE)
+    for k in dict.fromkeys((size, min(top_k, size))):
         if k not in known:
             known[k] = _leading(base, DenseWeight(base.W0, base.W0), k)
         before = known[k]

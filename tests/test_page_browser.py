@@ -81,7 +81,7 @@ def shown(running, file, *, width=1280, expected=(), **options):
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text.partition(" directive")[0]))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
+    page.on("dialog", lambda dialog: said.append(f"a dialog: {dialog.message}"))
     context.on("page", lambda other: said.append(f"opened {other.url}"))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())
