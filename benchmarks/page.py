@@ -50,8 +50,9 @@ def run(options: Options) -> Iterator[Row | str]:
                 with browser() as running:
                     runs = [opened(file, running) for _ in range(options.repeat)]
             row |= {key: sorted(one[key] for one in runs)[len(runs) // 2] for key in runs[0]}
-        limited = layers <= 224
-        row["agrees"] = not limited or (row["MB"] * 1e6 < LIMIT_BYTES and row.get("open", 0) < LIMIT_SECONDS)
+        # Seconds are held to the limit where somebody measures, not where other tests share the cores.
+        quick_enough = options.quick or row.get("open", 0) < LIMIT_SECONDS
+        row["agrees"] = layers > 224 or (row["MB"] * 1e6 < LIMIT_BYTES and quick_enough)
         yield row
 
 
