@@ -47,7 +47,8 @@ def similarity_matrices(
 
     Parameters
     ----------
-    reports : of fine-tunes whose files still lie where they were; merges have no files, and are left out.
+    reports : of fine-tunes whose files still lie where they were; merges have no files, and are left out.  Nothing is
+        downloaded: what the audit took from a hub is in its cache.
     number : how many layers of each report, those with the most intruders first.
     size : how many leading vectors of W0 and of W1; of weights from 1024 on at most 32.
     allow_pickle, initial_adapter, device, threads : as for :func:`spectra.audit`.
@@ -71,6 +72,7 @@ def similarity_matrices(
         settings = checked_settings(
             top_k=chosen["top_k"], epsilon=chosen["epsilon"], side=chosen["side"], device=device, threads=threads,
             split_fused=bool(chosen.get("split_fused")), allow_pickle=allow_pickle, initial_adapter=initial_adapter,
+            local_files_only=True,
         )  # fmt: skip
         run = SingleRun(report.tuned["path"], report.base["path"], settings)
         run.pairs = tuple(pair for pair in run.pairs if pair.name in names)

@@ -89,7 +89,7 @@ def add(commands: Commands) -> None:
         parser,
         formats=FORMATS,
         format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line",
-        verbose_help="draw every layer, list every skipped tensor",
+        verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
     )
     add_page(parser)
     parser.set_defaults(run=run)
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
     return_freed_matrices()
     unreadable = Unreadable()
     try:
-        with progress(options.quiet) as show, _executor(options) as executor:
+        with progress(options.quiet, options.verbose) as show, _executor(options) as executor:
             reports = audit_many(
                 tuned, options.base, **settings(options), progress=show,
                 on_unreadable=unreadable, resume=options.resume, executor=executor,
@@ -175,9 +175,9 @@ def _rendered(reports: Sequence[Report], unreadable: Sequence[SpectraError], opt
 def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
     from spectra.inspection import beside, in_words
-    from spectra.resolve import open_tuned
+    from spectra.resolve import Access, open_tuned
 
-    found = beside(open_tuned(report.tuned["path"], allow_pickle=options.allow_pickle))
+    found = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""
 
 

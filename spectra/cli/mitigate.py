@@ -34,9 +34,9 @@ WRITTEN = ("float32", "bfloat16", "float16")
 # The options that mitigate() takes as they are, and those of them that verify_mitigation() takes.
 PASSED = (
     "keep_rank", "merged", "dtype", "force", "top_k", "epsilon", "side", "include", "exclude", "engine", "device",
-    "workers", "threads", "cache", "allow_pickle",
+    "workers", "threads", "cache", "allow_pickle", "local_files_only",
 )  # fmt: skip
-CHECKING = ("device", "threads", "allow_pickle")
+CHECKING = ("device", "threads", "allow_pickle", "local_files_only")
 # What says how to make a repair, and so has no place beside --verify; what each is by itself.
 MAKING: dict[str, Any] = {
     "scale": [], "which": None, "vectors": [], "keep_rank": False, "merged": False, "dtype": None, "folder": None,
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
     from spectra.mitigating import mitigate
 
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         mitigation = mitigate(
             options.tuned,
             None if options.dry_run else options.folder,
@@ -165,7 +165,7 @@ def _verify(options: argparse.Namespace) -> int:
     from spectra.checking import verify_mitigation
 
     chosen = {name: getattr(options, name) for name in CHECKING}
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         found = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
     emit(_rendered(found, options), None)
     return OK if found.holds else GATE
