@@ -47,8 +47,8 @@ def similarity_matrices(
 
     Parameters
     ----------
-    reports : of fine-tunes whose files still lie where they were; merges have no files, and are left out.  Nothing is
-        downloaded: what the audit took from a hub is in its cache.
+    reports : of fine-tunes whose files still lie where they were; merges and models in memory have none, and are
+        left out.  Nothing is downloaded: what the audit took from a hub is in its cache.
     number : how many layers of each report, those with the most intruders first.
     size : how many leading vectors of W0 and of W1; of weights from 1024 on at most 32.
     allow_pickle, initial_adapter, device, threads : as for :func:`spectra.audit`.
@@ -66,7 +66,7 @@ def similarity_matrices(
     runs, wanted = [], {}
     for label, report in zip(report_labels(reports), reports, strict=True):
         names = {layer.name for layer in worst_layers(report, number)}
-        if not names or report.tuned["format"] == "merged":
+        if not names or report.tuned["format"] == "merged" or report.tuned.get("path") is None:
             continue
         chosen = report.settings
         settings = checked_settings(
