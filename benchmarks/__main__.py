@@ -24,7 +24,7 @@ from benchmarks.tables import machine, text, write_table
 # What each one measures is its module's docstring.
 NAMES = (
     "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "scale", "cuda",
-    "comparison", "mitigation", "fixtures", "trained", "proof", "fuzz",
+    "comparison", "mitigation", "fixtures", "trained", "page", "proof", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from spectra.live import Source, checkpoint_of
     from spectra.mitigating import mitigate
     from spectra.mitigation import Mitigation, Verification
+    from spectra.page import to_html
     from spectra.precompute import CachedBase, cache_base
     from spectra.ranking import Extraction, extract_adapter, suggest_ranks
     from spectra.ranks import RankReport
     from spectra.records import LayerSpectra
     from spectra.render.records import to_text
     from spectra.report import Report
+    from spectra.similarity import similarity_matrices
     from spectra.tradeoff import mitigation_sweep
 
 _HOMES = {
@@ -46,7 +48,9 @@ _HOMES = {
     "layer_spectra": "spectra.comparing",
     "mitigate": "spectra.mitigating",
     "mitigation_sweep": "spectra.tradeoff",
+    "similarity_matrices": "spectra.similarity",
     "suggest_ranks": "spectra.ranking",
+    "to_html": "spectra.page",
     "to_text": "spectra.render.records",
     "verify_mitigation": "spectra.checking",
 }
@@ -74,7 +78,9 @@ __all__ = [
     "layer_spectra",
     "mitigate",
     "mitigation_sweep",
+    "similarity_matrices",
     "suggest_ranks",
+    "to_html",
     "to_text",
     "verify_mitigation",
 ]

@@ -63,7 +63,7 @@ class Comparison:
     @property
     def labels(self) -> tuple[str, ...]:
         """The fine-tunes' shortest names that tell them apart."""
-        return short_names([str(report.tuned.get("path") or report.tuned["fingerprint"]) for report in self.reports])
+        return report_labels(self.reports)
 
     @property
     def steps(self) -> tuple[int | None, ...]:
@@ -172,6 +172,11 @@ def load_comparison(path: str | Path) -> Comparison:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of :meth:`Comparison.to_dict`; it refers to the reports' own."""
     return read_schema("comparison.schema.json")
+
+
+def report_labels(reports: Sequence[Report]) -> tuple[str, ...]:
+    """The fine-tunes' shortest names that tell them apart."""
+    return short_names([str(report.tuned.get("path") or report.tuned["fingerprint"]) for report in reports])
 
 
 def short_names(paths: Sequence[str]) -> tuple[str, ...]:

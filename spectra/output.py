@@ -29,6 +29,7 @@ REPORT_MARKS = (
     b"NOT verified: ",
     b"folder,layer,error,",
     b'{\n "properties": {\n  "maker": "intruder-spectra"',  # SARIF
+    b"<!doctype html>\n<!-- spectra.page/",
 )
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")

@@ -74,3 +74,22 @@ class LayerSpectra:
     vectors: tuple[Vector, ...]
     noise_edge: float | None
     random_floor: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """How the leading singular vectors of one tuned weight relate to the base's.
+
+    Attributes
+    ----------
+    name : the layer.
+    tuned : the fine-tune, by a short name.
+    side : "left" or "right".
+    cosines : (rows, columns) |cos| of W0's leading singular vectors (rows) with W1's (columns), the largest
+        singular value first.
+    """
+
+    name: str
+    tuned: str
+    side: str
+    cosines: np.ndarray

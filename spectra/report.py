@@ -353,6 +353,12 @@ def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> p
     return pandas.DataFrame(rows, columns=list(columns))
 
 
+def worst_layers(report: Report, number: int) -> list[LayerReport]:
+    """The layers with intruders, most of them first and those on plain noise last; at most ``number``."""
+    flagged = [layer for layer in report.layers if layer.intruders]
+    return sorted(flagged, key=lambda layer: (bool(layer.noise_like_base), -layer.intruders))[: max(number, 0)]
+
+
 def layer_from_dict(value: Mapping[str, Any]) -> LayerReport:
     """The layer that ``asdict`` and JSON made of one."""
     vectors = tuple(Vector(**known_fields(Vector, vector)) for vector in value["vectors"])

@@ -224,6 +224,8 @@ ALLOWED = {
     "inspection": {"adapters", "checkpoint", "errors", "layers", "live", "precision", "render", "resolve", "splitting"},
     "render": {"comparison", "errors", "mitigation", "ranks", "report", "sweeps"},
     "plots": {"comparison", "errors", "records", "report", "sweeps"},
+    "page": {"comparison", "errors", "records", "render", "report", "sweeps"},
+    "similarity": {"analysis", "comparison", "errors", "records", "report", "runs", "svd", "updates"},
     "output": {"checkpoint", "errors"},
     "cli": {
         "audits",
@@ -235,6 +237,7 @@ ALLOWED = {
         "mitigating",
         "mitigation",
         "output",
+        "page",
         "pipeline",
         "plots",
         "precompute",
@@ -244,6 +247,7 @@ ALLOWED = {
         "render",
         "report",
         "resolve",
+        "similarity",
         "workers",
     },
 }
@@ -291,9 +295,8 @@ def test_public_names():
     assert sorted(spectra.__all__) == [
         "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Mitigation", "RankReport", "Report",
         "Source", "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache_base", "checkpoint_of",
-        "compare",
-        "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep", "suggest_ranks",
-        "to_text", "verify_mitigation",
+        "compare", "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep",
+        "similarity_matrices", "suggest_ranks", "to_html", "to_text", "verify_mitigation",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None

@@ -34,6 +34,7 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
+from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
 from spectra.output import check_output, emit, progress
 
@@ -96,6 +97,7 @@ def add(commands: Commands) -> None:
         verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
     )
     add_model_card(parser)
+    add_page(parser)
     parser.set_defaults(run=run)
 
 
@@ -112,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--fail-on needs --fail-above N")
     card = checked_card(options, len(tuned))
     target = check_output(options.output)
+    page = check_page(options, target)
     options.format = options.format or format_of(target, FORMATS)
     if options.format == "parquet":
         from spectra.render.frames import check_parquet
@@ -152,6 +155,8 @@ def run(options: argparse.Namespace) -> int:
     elif target is not None or options.model_card != "-":
         emit(_rendered(reports, unreadable, options), target)
     announce(target, options.format, options)
+    if reports:
+        write_page(reports, page, options, unreadable)
     if options.model_card is not None and reports:
         write_card(reports[0], card, options)
     complain_of_layers(reports)

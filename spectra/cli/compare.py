@@ -26,6 +26,7 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
+from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
 from spectra.output import check_output, emit, progress
 
@@ -54,6 +55,7 @@ def add(commands: Commands) -> None:
         format_help="default: what the ending of FILE says, else table; jsonl is the json in one line",
         verbose_help="add each layer's counts",
     )
+    add_page(parser)
     parser.set_defaults(run=run)
 
 
@@ -89,11 +91,13 @@ def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compares; returns the exit code."""
     target = check_output(options.output)
+    page = check_page(options, target)
     options.format = options.format or format_of(target, FORMATS)
     unreadable = Unreadable()
     comparison = compared(options, unreadable)
     emit(_rendered(comparison, options), target)
     announce(target, options.format, options)
+    write_page(comparison, page, options, unreadable)
     return BAD if complain_of_layers(comparison.reports) or unreadable else OK
 
 

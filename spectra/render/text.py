@@ -158,26 +158,29 @@ def _facts(report: Report) -> str:
 
 
 def _problems(report: Report) -> str:
-    lines = failures(report.failed)
-    lines += ["note: " + note for note in grouped_notes((layer.name, layer.notes) for layer in report.layers)]
+    return "\n".join(failures(report.failed) + ["note: " + note for note in remarks(report)])
+
+
+def remarks(report: Report) -> list[str]:
+    """What readers of the totals should know of single layers and of the cache."""
+    lines = grouped_notes((layer.name, layer.notes) for layer in report.layers)
     lines += [
-        f"note: {layer.name}: the copy of its base weight that came with the adapter is another weight; "
+        f"{layer.name}: the copy of its base weight that came with the adapter is another weight; "
         "is this the wrong base?"
         for layer in report.layers
         if "base_copy_differs" in layer.flags
     ]
     if report.base.get("changed_since_cached"):
-        lines.append("note: the base has changed since its spectra were cached; they were not used")
+        lines.append("the base has changed since its spectra were cached; they were not used")
     stale = sum("stale_cache" in layer.flags for layer in report.layers)
     if stale:
-        lines.append(f"note: the cached spectra of {plural(stale, 'layer')} are of other weights and were not used")
+        lines.append(f"the cached spectra of {plural(stale, 'layer')} are of other weights and were not used")
     small = [layer.name for layer in report.layers if layer.vectors and min(layer.shape) < 128]
     if small:
         lines.append(
-            f"note: {plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer "
-            "to epsilon"
+            f"{plural(len(small), 'layer')} narrower than 128, where chance alone brings a cosine closer to epsilon"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _worst(report: Report) -> str:
