@@ -23,6 +23,7 @@ from spectra.analysis import DTYPES, check_device, checked_question, using_threa
 from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers, why_not_merged
+from spectra.live import Source
 from spectra.precision import caveat, quantised_as
 from spectra.resolve import Bases, named_base, open_tuned
 from spectra.splitting import split_apart
@@ -132,7 +133,7 @@ class SingleRun:
     SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
     """
 
-    def __init__(self, path: str | Path, base: str | Path | None, settings: Settings, bases: Bases | None = None):
+    def __init__(self, path: Source, base: Source | None, settings: Settings, bases: Bases | None = None):
         self.settings = settings
         self.tuned: Checkpoint = open_tuned(path, allow_pickle=settings.allow_pickle)
         self.base = (bases or Bases(settings.allow_pickle)).of(self.tuned, base)
