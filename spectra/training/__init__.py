@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spectra.training.monitor import Monitor
-from spectra.training.records import Record, load_history
-
 if TYPE_CHECKING:
     from spectra.training.callback import SpectraCallback
+    from spectra.training.monitor import Monitor
+    from spectra.training.records import Record, load_history
+
+_HOMES = {"Monitor": "monitor", "Record": "records", "SpectraCallback": "callback", "load_history": "records"}
 
 __all__ = ["Monitor", "Record", "SpectraCallback", "load_history"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the callback, and transformers with it, when it is first used."""
-    if name == "SpectraCallback":
-        from spectra.training.callback import SpectraCallback
+    """Loads a public name, and torch or transformers with it, when it is first used."""
+    if name in _HOMES:
+        from importlib import import_module
 
-        return SpectraCallback
+        return getattr(import_module(f"spectra.training.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'spectra.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
