@@ -21,8 +21,9 @@ from typing import Any, Literal
 from spectra import __version__
 from spectra.analysis import using_threads
 from spectra.checkpoint import Checkpoint
-from spectra.errors import SpectraError, WrongBaseError
+from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.journal import Finished, Journal, open_journal
+from spectra.live import Source
 from spectra.pipeline import Analysis, failure, open_cache
 from spectra.report import LayerReport, Report
 from spectra.resolve import Bases
@@ -42,8 +43,8 @@ CacheFolder = str | Path | Literal[False] | None
 
 
 def audit(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -58,7 +59,8 @@ def audit(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
@@ -72,14 +74,14 @@ def audit(
     return audit_many(
         [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
         dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused, cache=cache, progress=progress, resume=resume,
-        executor=executor,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused, cache=cache,
+        progress=progress, resume=resume, executor=executor,
     )[0]  # fmt: skip
 
 
 def audit_many(
-    tuned: Sequence[str | Path],
-    base: str | Path | None = None,
+    tuned: Sequence[Source],
+    base: Source | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -94,7 +96,8 @@ def audit_many(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
@@ -123,6 +126,7 @@ def audit_many(
         as config.json says; on both sides, since a split weight is never compared with a fused one.
     allow_pickle : also read weights that are pickled, where a folder has no others; nothing that a pickle would run
         is run, and one that is more than a dictionary of tensors is refused.
+    local_files_only : download nothing: names of the hub's models stand for what its cache on this machine holds.
     initial_adapter : the adapter as it was saved before training, for one whose initialisation changed the base in a
         way that cannot be computed from it (``pissa_niter_*``, ``corda``, ``lora_ga``).
     cache : the folder where :func:`spectra.cache_base` kept the bases' spectra; None for the usual one,
@@ -147,14 +151,24 @@ def audit_many(
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
         device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     started = time.perf_counter()
-    bases = Bases(allow_pickle)
+    bases = Bases(settings.access)
     runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
+    for option in ["resume"] * (resume is not None) + ["executor"] * (executor is not None):
+        _check_on_disk(runs, option)
     with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
         return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
+
+
+def _check_on_disk(runs: Sequence[SingleRun], option: str) -> None:
+    """Raises UsageError where a run that goes on elsewhere or another time reads models of this process's memory."""
+    read = [checkpoint for run in runs for checkpoint in (run.tuned, run.base)]
+    found = next((checkpoint for checkpoint in read if checkpoint.in_memory), None)
+    if found is not None:
+        raise UsageError(f"{found.path}: {option} is for models on a disk, not for one in memory; save it first")
 
 
 def identity_of(runs: Sequence[SingleRun], settings: Settings) -> dict[str, Any]:
@@ -220,7 +234,7 @@ def _digest(identity: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=1)
 def _there(work: Work) -> tuple[Analysis, list[SingleRun], dict[str, Job]]:
     """What a worker opens for the first of a run's weights and has for the others."""
-    bases = Bases(work.settings.allow_pickle)
+    bases = Bases(work.settings.access)
     runs = [SingleRun(path, base, work.settings, bases) for path, base in zip(work.tuned, work.bases, strict=True)]
     if _digest(identity_of(runs, work.settings)) != work.identity:
         raise WrongBaseError(

@@ -5,8 +5,8 @@
 
 The key comes from names, dtypes and shapes, and from each file's hub hash, or its size and time of
 change: never from the weights, which would take longer to hash than to audit.  So a base that changed
-has another key.  What no key can see is noticed when a spectrum is used, since it is checked
-against the weight first (:attr:`spectra.svd.Base.has_stored`).
+has another key, unless it is in memory, where all of the same form have one.  What no key can see is noticed when a
+spectrum is used, since it is checked against the weight first (:attr:`spectra.svd.Base.has_stored`).
 """
 
 from __future__ import annotations
@@ -144,14 +144,16 @@ class SpectrumCache:
 
     def remember(self, base: Checkpoint) -> None:
         """Notes where this base lies, so that :meth:`stale_for` can tell when it changes."""
-        folder, here = self.folder(base), str(base.path.resolve())
+        folder, here = self.folder(base), [] if base.in_memory else [str(base.path.resolve())]
         paths = _paths(folder)
-        if here not in paths:
-            facts = {"schema": SCHEMA, "paths": [*paths, here], "fingerprint_headers": base.fingerprint().headers}
+        if not (folder / "base.json").exists() or not set(here) <= set(paths):
+            facts = {"schema": SCHEMA, "paths": [*paths, *here], "fingerprint_headers": base.fingerprint().headers}
             write_whole(folder / "base.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def stale_for(self, base: Checkpoint) -> tuple[Path, ...]:
         """Folders with spectra of what lay at this base's path before it changed."""
+        if base.in_memory:
+            return ()
         try:
             here, current = str(base.path.resolve()), self.folder(base)
             folders = sorted(file.parent for file in self.root.glob("*/base.json"))
@@ -180,7 +182,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 def _key(base: Checkpoint) -> str:
     """What the spectra of this base are filed under, from its headers and from what the system says of its files."""
-    lines = [base.fingerprint().headers]
+    lines = [base.fingerprint().headers, *(["in memory"] if base.in_memory else [])]
     for file in sorted(base.files, key=lambda file: file.name):
         blob = file.resolve()
         if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # a hub cache's, named by its hash

@@ -20,6 +20,7 @@ from spectra.editing import Choice
 from spectra.errors import LAYER_ERRORS, MissingFileError, UsageError, in_short
 from spectra.folders import CARD, RECORD, companions
 from spectra.layers import LayerPair, pair_layers
+from spectra.live import Source
 from spectra.merging import beside, carried_tensors
 from spectra.mitigation import LayerCheck, LayerRepair, Mitigation, Verification, load_mitigation
 from spectra.repair import edited_dense, edited_update, scaled, uncertainty
@@ -38,12 +39,13 @@ CHOSEN = ("rank_pattern", "alpha_pattern")  # what a repair changes of an adapte
 
 def verify_mitigation(
     folder: str | Path,
-    source: str | Path | None = None,
-    base: str | Path | None = None,
+    source: Source | None = None,
+    base: Source | None = None,
     *,
     device: str = "cpu",
     threads: int | None = None,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Checks a folder that :func:`spectra.mitigate` wrote against the fine-tune it was made from.
@@ -65,9 +67,11 @@ def verify_mitigation(
     """
     folder = Path(folder)
     record = load_mitigation(folder)
-    settings = checked_settings(device=device, threads=threads, allow_pickle=allow_pickle)
+    settings = checked_settings(
+        device=device, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only
+    )
     before = SingleRun(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
-    after = SingleRun(folder, before.base.path, settings)
+    after = SingleRun(folder, before.base, settings)
     check = _Check(record, before, after)
     problems = [
         *_identity(before.tuned, record.source, "the source"),
@@ -79,7 +83,7 @@ def verify_mitigation(
     return Verification(str(folder), str(before.tuned.path), tuple(layers), tuple(problems))
 
 
-def _place(given: str | Path | None, record: Mitigation, folder: Path, what: str) -> str | Path:
+def _place(given: Source | None, record: Mitigation, folder: Path, what: str) -> Source:
     """Where the source or the base lies: as the caller says, as the record says, or from the folder as it was then."""
     if given is not None:
         return given

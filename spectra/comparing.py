@@ -17,6 +17,7 @@ from spectra import __version__
 from spectra.analysis import ieee_arithmetic
 from spectra.comparison import Comparison, short_names
 from spectra.errors import LAYER_ERRORS, SpectraError, UsageError
+from spectra.live import Source
 from spectra.measures import subspace_overlap
 from spectra.pipeline import Analysis, Result, open_cache
 from spectra.records import LayerSpectra
@@ -38,13 +39,13 @@ from spectra.runs import (
 from spectra.study import Study, layer_spectra_of
 from spectra.svd import Base, check_finite
 
-Merge = Sequence[tuple[float, str | Path]]
+Merge = Sequence[tuple[float, Source]]
 SIZE = 256  # singular vectors of a similarity matrix, where no number is given
 
 
 def compare(
-    tuned: Sequence[str | Path],
-    base: str | Path | None = None,
+    tuned: Sequence[Source],
+    base: Source | None = None,
     *,
     merge: Sequence[Merge] = (),
     draws: int = 20,
@@ -62,7 +63,8 @@ def compare(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
@@ -96,7 +98,7 @@ def compare(
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
         device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
@@ -117,8 +119,8 @@ def compare(
 
 
 def layer_spectra(
-    tuned: Sequence[str | Path],
-    base: str | Path | None = None,
+    tuned: Sequence[Source],
+    base: Source | None = None,
     *,
     size: int = SIZE,
     top_k: int = 10,
@@ -131,7 +133,8 @@ def layer_spectra(
     threads: int | None = None,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
     progress: Progress | None = None,
 ) -> list[LayerSpectra]:
     """All singular values of W0, W1 and dW of each chosen layer, and how W1's singular vectors relate to W0's.
@@ -156,7 +159,7 @@ def layer_spectra(
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, dtype=dtype, device=device,
         threads=threads, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     runs = _open_all(tuned, base, (), settings, None)
     labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))
@@ -188,14 +191,17 @@ def layer_spectra(
 
 
 def _open_all(
-    tuned: Sequence[str | Path],
-    base: str | Path | None,
+    tuned: Sequence[Source],
+    base: Source | None,
     merge: Sequence[Merge],
     settings: Settings,
     on_unreadable: Callable[[SpectraError], None] | None,
 ) -> list[Run]:
-    paths = [tuned] if isinstance(tuned, str | Path) else tuned
-    singles = [partial(SingleRun, path, base, settings) for item in paths for path in checkpoints_of(item)]
+    named = tuned if isinstance(tuned, Sequence) and not isinstance(tuned, str) else [tuned]
+    paths: list[Source] = []
+    for item in named:
+        paths += checkpoints_of(item) if isinstance(item, str | Path) else [item]
+    singles = [partial(SingleRun, path, base, settings) for path in paths]
     merges = [partial(_merge, parts, base, settings) for parts in merge]
     openings: list[Callable[[], Run]] = [*singles, *merges]
     runs = opened(openings, on_unreadable if len(openings) > 1 else None)  # the error of a single one says it all
@@ -205,7 +211,7 @@ def _open_all(
     return runs
 
 
-def _merge(parts: Merge, base: str | Path | None, settings: Settings) -> MergedRun:
+def _merge(parts: Merge, base: Source | None, settings: Settings) -> MergedRun:
     return MergedRun([(float(weight), SingleRun(path, base, settings)) for weight, path in parts])
 
 

@@ -182,6 +182,8 @@ def companions(source: Checkpoint) -> Companions:
     of the checkpoint's own shards goes along; any other weights, which would stay unedited, do not, nor do
     sub-folders, hidden files, links that lead out of the folder, and the record of an earlier repair.
     """
+    if source.in_memory:
+        return Companions((), {})
     named_by_file = not source.path.is_dir()
     folder = source.path.parent if named_by_file else source.path
     own = {file.name for file in source.files}

@@ -130,8 +130,8 @@ class AdapterForm:
         remarks = card_section(record) if record.changed else ()
         write_repaired(self.home, self.run.tuned, self.run.plan, self.changed, whole=self.whole, remarks=remarks)
         # Adapters are small, so that every byte can enter the fingerprint.
-        written = SingleRun(self.home, self.run.base.path, replace(self.run.settings, verify=True))
-        return _audited_by_name(record, written, before, audited, self.home, output)
+        written = SingleRun(self.home, self.run.base, replace(self.run.settings, verify=True))
+        return _audited_by_name(record, self.run, written, before, audited, self.home, output)
 
 
 class CheckpointForm:
@@ -147,8 +147,13 @@ class CheckpointForm:
             if isinstance(pair.update, WholeTensor) and isinstance(pair.update.info, Derived):
                 how = pair.update.info.how
                 raise UsageError(f"{run.tuned.path}: tensor {pair.name!r} is stored as {how}, which is not written")
+        if self.source.in_memory and home is not None:
+            raise UsageError(
+                f"{self.source.path}: a model in memory is not written as a checkpoint; save it with save_pretrained "
+                "and name the folder, or write nothing (None)"
+            )
         foreign = next((info for info in self.source.tensors.values() if isinstance(info, ForeignTensor)), None)
-        if foreign is not None:
+        if foreign is not None and not self.source.in_memory:
             raise UsageError(
                 f"{foreign.file}: only single models in safetensors are written; of a pipeline, name the model, and of "
                 "another format, convert it first"
@@ -191,8 +196,8 @@ class CheckpointForm:
         assert self.home is not None
         if self.pairing is None:
             self.copy.finish(remarks=card_section(record) if record.changed else ())
-            written = SingleRun(self.home, self.run.base.path, self.run.settings)
-            return _audited_by_name(record, written, before, audited, self.home, output)
+            written = SingleRun(self.home, self.run.base, self.run.settings)
+            return _audited_by_name(record, self.run, written, before, audited, self.home, output)
         analysed = {pair.name for pair in self.run.pairs}
         left_out = [pair for pair in self.pairing.pairs if pair.name not in analysed]
         for pair in left_out:
@@ -200,7 +205,7 @@ class CheckpointForm:
             self.take(pair, self.run.weight(pair, W0)[0], None)
         self.copy.carry(self.run.tuned, self.carried)
         self.copy.finish(remarks=card_section(record))
-        written = SingleRun(self.home, self.run.base.path, self.run.settings)
+        written = SingleRun(self.home, self.run.base, self.run.settings)
         found = {pair.base.name: audited[pair.name] for pair in self.run.pairs}
         layers, skipped = [], list(written.skipped)
         for pair in written.pairs:
@@ -212,7 +217,7 @@ class CheckpointForm:
                 skipped.append(Skipped(pair.name, LEFT_OUT))
             else:  # copied
                 layers.append(layer_report(written, pair, Findings("unchanged", pair.shape), False, 0.0))
-        return _with_audit(record, written, before, layers, skipped, self.home, output)
+        return _with_audit(record, self.run, written, before, layers, skipped, self.home, output)
 
 
 def _or_merged(run: SingleRun) -> str:
@@ -229,28 +234,26 @@ def _carry(failed: Sequence[LayerReport]) -> str:
 
 
 def _audited_by_name(
-    record: Mitigation, written: SingleRun, before: Report, audited: Mapping[str, LayerReport], home: Path, output: Path
-) -> Mitigation:
+    record: Mitigation, run: SingleRun, written: SingleRun, before: Report, audited: Mapping[str, LayerReport],
+    home: Path, output: Path,
+) -> Mitigation:  # fmt: skip
     """Changed layers were analysed as they are stored, the others are as before."""
     pairs = {pair.name: pair for pair in written.pairs}
     layers = [
         replace(audited.get(layer.name, layer), update=written.update(pairs[layer.name])) for layer in before.layers
     ]
-    return _with_audit(record, written, before, layers, written.skipped, home, output)
+    return _with_audit(record, run, written, before, layers, written.skipped, home, output)
 
 
 def _with_audit(
-    record: Mitigation, written: SingleRun, before: Report, layers: Sequence[LayerReport], skipped: Sequence[Skipped],
-    home: Path, output: Path,
+    record: Mitigation, run: SingleRun, written: SingleRun, before: Report, layers: Sequence[LayerReport],
+    skipped: Sequence[Skipped], home: Path, output: Path,
 ) -> Mitigation:  # fmt: skip
     tuned = {**written.facts(), "path": str(output)}
     audit = replace(before, tuned=tuned, layers=tuple(layers), skipped=tuple(asdict(item) for item in skipped))
-    here = {"source_from_here": record.source["path"], "base_from_here": record.base["path"]}
-    return replace(
-        record,
-        audit=audit,
-        output={**tuned, **{key: _relative(path, output) for key, path in here.items()}, "files": files_in(home)},
-    )
+    here = {"source_from_here": (record.source, run.tuned), "base_from_here": (record.base, run.base)}
+    ways = {key: None if read.in_memory else _relative(facts["path"], output) for key, (facts, read) in here.items()}
+    return replace(record, audit=audit, output={**tuned, **ways, "files": files_in(home)})
 
 
 def _relative(path: str, home: Path) -> str | None:

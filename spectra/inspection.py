@@ -14,9 +14,10 @@ from spectra.adapters import formula_of, plan_updates, uses_initial
 from spectra.checkpoint import PICKLE_SUFFIXES, TRAINING_STATE, Checkpoint
 from spectra.errors import CorruptFileError, SpectraError, UnsafeFileError, UsageError, in_one_line
 from spectra.layers import pair_layers
+from spectra.live import Source, said_of
 from spectra.precision import caveat, quantised_as
 from spectra.render.columns import grouped_notes
-from spectra.resolve import open_base, open_base_of, open_tuned
+from spectra.resolve import Access, open_base, open_base_of, open_tuned
 from spectra.splitting import split_apart
 
 SHOWN_BESIDE = 5
@@ -50,14 +51,15 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path,
-    base: str | Path | None = None,
+    path: Source,
+    base: Source | None = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
 ) -> Inspection:
     """Reads headers and configs of a path and, where there is one, of its base.
 
@@ -65,22 +67,21 @@ def inspect(
     ------
     SpectraError : the path itself cannot be read, or holds a method that cannot be.
     """
-    checkpoint = open_tuned(path, allow_pickle=allow_pickle)
-    initial = open_tuned(initial_adapter, allow_pickle=allow_pickle) if initial_adapter is not None else None
+    access = Access(allow_pickle, local_files_only)
+    checkpoint = open_tuned(path, access)
+    initial = open_tuned(initial_adapter, access) if initial_adapter is not None else None
     if split_fused:
         checkpoint = split_apart(checkpoint, checkpoint)[1]
     plan = plan_updates(checkpoint, initial)
     if initial_adapter is not None and not uses_initial(plan):
-        raise UsageError(f"{initial_adapter}: {path} has no initialisation that needs an initial adapter")
+        raise UsageError(
+            f"{said_of(initial_adapter)}: {checkpoint.path} has no initialisation that needs an initial adapter"
+        )
     found_base, problem, pairs, skipped, listed = None, None, {}, plan.skipped, plan.updates
     precision: str | None = None
     if base is not None or checkpoint.adapter_config is not None:
         try:
-            opened = (
-                open_base_of(checkpoint, allow_pickle=allow_pickle)
-                if base is None
-                else open_base(base, allow_pickle=allow_pickle)
-            )
+            opened = open_base_of(checkpoint, access) if base is None else open_base(base, access)
             found_base = str(opened.path)
             precision = caveat(opened, checkpoint, plan)
             if split_fused:

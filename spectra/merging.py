@@ -37,7 +37,8 @@ def beside(source: Checkpoint, adapter: Checkpoint | None = None) -> Companions:
     if adapter is not None:
         if along.pop(CARD, None) is not None:
             left_behind[CARD] = "the base's model card, not the result's"
-        own, home = companions(adapter), adapter.files[0].absolute().parent
+        own = companions(adapter)
+        home = (adapter.files or source.files)[0].absolute().parent
         along |= {path.name: path for path in own.files if is_tokenizer(path)}
         if home != source.files[0].absolute().parent:
             others = {path.name: "the adapter's, not the model's" for path in own.files if not is_tokenizer(path)}

@@ -18,6 +18,7 @@ from spectra.errors import UsageError
 from spectra.folders import check_apart, check_folder, whole_folder, write_record
 from spectra.forms import AdapterForm, CheckpointForm, Form
 from spectra.layers import LayerPair
+from spectra.live import Source
 from spectra.mitigation import LayerRepair, Mitigation
 from spectra.pipeline import Analysis, Result, layer_report, open_cache
 from spectra.report import LayerReport
@@ -28,9 +29,9 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F6
 
 
 def mitigate(
-    tuned: str | Path,
+    tuned: Source,
     output: str | Path | None,
-    base: str | Path | None = None,
+    base: Source | None = None,
     *,
     scale: Scale,
     which: Which = "all",
@@ -48,6 +49,7 @@ def mitigate(
     workers: int = 1,
     threads: int | None = None,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> Mitigation:
@@ -71,7 +73,8 @@ def mitigate(
         "bfloat16", "float16".  Checkpoints keep theirs.
     force : replace an adapter folder, or an earlier result, that is there already.
     include, exclude : layers left out are carried over as they are.
-    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, cache, progress :
+    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, local_files_only, cache,
+    progress :
         as for :func:`spectra.audit_many`.
 
     Returns
@@ -96,7 +99,7 @@ def mitigate(
     choice = Choice(scale, which)
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        workers=workers, threads=threads, allow_pickle=allow_pickle,
+        workers=workers, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
     )  # fmt: skip
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")

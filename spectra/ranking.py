@@ -24,10 +24,12 @@ from spectra.adapters.peft.writing import (
     write_adapter,
 )
 from spectra.analysis import ieee_arithmetic
+from spectra.checkpoint import Checkpoint
 from spectra.derived import Alternative, Derived
 from spectra.errors import LAYER_ERRORS, UsageError
 from spectra.folders import check_apart
 from spectra.layers import LEFT_OUT, LayerPair
+from spectra.live import LiveCheckpoint, Source
 from spectra.measures import update_singular_values
 from spectra.ranks import LayerRank, RankReport, layer_rank, own_rank, suggest, why_not
 from spectra.runs import Job, Progress, SingleRun, base_facts, check_initial, checked_settings, in_order, jobs_of
@@ -72,8 +74,8 @@ class Extraction:
 
 
 def suggest_ranks(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     energy: float = 0.9,
     max_rank: int | None = None,
@@ -89,7 +91,8 @@ def suggest_ranks(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
-    initial_adapter: str | Path | None = None,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
     progress: Progress | None = None,
 ) -> RankReport:
     """What rank each layer of a fine-tune really uses, and the LoRA config that would hold its change.
@@ -110,7 +113,8 @@ def suggest_ranks(
     """
     settings = checked_settings(
         include=include, exclude=exclude, dtype=dtype, device=device, workers=workers, threads=threads, verify=verify,
-        allow_pickle=allow_pickle, initial_adapter=initial_adapter, split_fused=split_fused,
+        allow_pickle=allow_pickle, local_files_only=local_files_only, initial_adapter=initial_adapter,
+        split_fused=split_fused,
     )  # fmt: skip
     run = SingleRun(tuned, base, settings)
     check_initial([run])
@@ -119,9 +123,9 @@ def suggest_ranks(
 
 
 def extract_adapter(
-    tuned: str | Path,
+    tuned: Source,
     output: str | Path,
-    base: str | Path | None = None,
+    base: Source | None = None,
     *,
     energy: float = 0.9,
     max_rank: int | None = None,
@@ -135,6 +139,7 @@ def extract_adapter(
     threads: int | None = None,
     force: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     progress: Progress | None = None,
 ) -> Extraction:
     """Writes the suggested low-rank adapter of a full fine-tune, in PEFT's format.
@@ -157,7 +162,12 @@ def extract_adapter(
     """
     check_folder(output, force=force)
     settings = checked_settings(
-        include=include, exclude=exclude, device=device, threads=threads, allow_pickle=allow_pickle
+        include=include,
+        exclude=exclude,
+        device=device,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        local_files_only=local_files_only,
     )
     run = SingleRun(tuned, base, settings)
     if run.plan.format != "full":
@@ -190,7 +200,7 @@ def extract_adapter(
 
     config = adapter_config(
         report.suggestion.peft_config(),
-        base=str(base) if base is not None and not Path(base).exists() else str(run.base.path.resolve()),
+        base=_name_of(base, run.base),
         task_type=_task(run, along),
         fan_in_fan_out=any(pair.layout == "conv1d" for pair in run.pairs if pair.name in choices),
         whole=along,
@@ -200,6 +210,13 @@ def extract_adapter(
     remarks = _resized(run, along)
     folder = write_adapter(output, config=config, tensors=tensors(), remarks=[about, *remarks], force=force)
     return Extraction(folder, report, errors, along.modules, left_out, remarks)
+
+
+def _name_of(named: Source | None, base: Checkpoint) -> str:
+    """What the written config calls its base: a name on the hub as it was given, else the path."""
+    if isinstance(base, LiveCheckpoint):
+        return base.origin or ""
+    return str(named) if isinstance(named, str) and not Path(named).exists() else str(base.path.resolve())
 
 
 def _resized(run: SingleRun, along: Whole) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""From what a person or an adapter's config calls a model to a checkpoint on this disk."""
+"""From what a person or an adapter's config calls a model to a checkpoint: a path, a name on the hub, an address.
+
+A model in memory is given itself (:mod:`spectra.live`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
@@ -20,22 +24,41 @@ from spectra.errors import (
 )
 from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.headers import check_regular
+from spectra.hub import URL, fetch_url, find_on_hub, is_offline
 from spectra.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
 
+
+@dataclass(frozen=True)
+class Access:
+    """What may be done to read what is named: unpack pickles (nothing in them is run), download."""
+
+    allow_pickle: bool = False
+    local_files_only: bool = False
+
+
+ANYWHERE, LOCAL = Access(), Access(local_files_only=True)
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
 
-def find(name: str | Path, *, revision: str | None = None, beside: Path | None = None) -> Path | None:
+def find(
+    name: str | Path,
+    access: Access = ANYWHERE,
+    *,
+    revision: str | None = None,
+    beside: Path | None = None,
+    as_base: bool = False,
+) -> Path | None:
     """The local path that ``name`` stands for, or None.
 
-    A path comes first (from ``beside``, where given, before the working directory), then the
-    Hugging Face hub's cache on this machine (``HF_HUB_CACHE``, ``HF_HOME``), where ``org/name@revision``
-    names a branch, a tag or a commit.  Nothing is downloaded.
+    A path comes first (from ``beside``, where given, before the working directory), then a model on the Hugging Face
+    hub, fetched into its cache if need be (see :mod:`spectra.hub`); ``org/name@revision`` names a branch, a tag or a
+    commit of it.  Of a repository that holds an adapter and a model, ``as_base`` means the model.
 
     Raises
     ------
     UsageError : the name is empty, or its revision is none.
+    MissingFileError : the hub has it, but does not give it.
     """
     text = str(name)
     if not text:
@@ -51,14 +74,15 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
         return None
     if wanted and not is_revision(wanted):
         raise UsageError(f"{name}: {wanted!r} is no name of a revision")
-    revision = wanted or revision
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
+    if WEIGHTS.search(text) or "\\" in text:
+        return None  # a path that is not there
+    return find_on_hub(
+        text,
+        wanted or revision,
+        as_base=as_base,
+        allow_pickle=access.allow_pickle,
+        local_files_only=access.local_files_only,
+    )
 
 
 def is_revision(text: str) -> bool:
@@ -130,37 +154,46 @@ def _within(name: str | Path) -> list[str | Path]:
     return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
 
 
-def open_tuned(name: Source, *, allow_pickle: bool = False) -> Checkpoint:
-    """Opens what was fine-tuned: a path, a model in the hub's cache on this machine, or one in memory."""
+def open_tuned(name: Source, access: Access = ANYWHERE) -> Checkpoint:
+    """Opens what was fine-tuned: a path, an address that fsspec reaches, a model on the hub, or one in memory."""
     if not isinstance(name, str | Path):
         return checkpoint_of(name)
-    return open_checkpoint(located(name), allow_pickle=allow_pickle)
+    return open_checkpoint(located(name, access), allow_pickle=access.allow_pickle)
 
 
-def located(name: str | Path) -> Path:
+def located(name: str | Path, access: Access, *, as_base: bool = False) -> Path:
     """The local path that a person means by ``name``; raises MissingFileError where there is none."""
-    found = find(name)
+    if isinstance(name, str) and URL.match(name):
+        if access.local_files_only:
+            raise UsageError(f"{name}: not fetched, since local files alone are wanted")
+        return fetch_url(name, as_base=as_base, allow_pickle=access.allow_pickle)
+    found = find(name, access, as_base=as_base)
     if found is None:
-        hint = "; Spectra downloads nothing" if str(name).count("/") == 1 else ""
-        raise MissingFileError(name, f"no such file or folder, nor a model in this machine's hub cache{hint}")
+        raise MissingFileError(name, f"no such file or folder, nor a model {_where(access)}")
     return found
 
 
-def open_base(name: Source, *, allow_pickle: bool = False) -> Checkpoint:
+def _where(access: Access) -> str:
+    if is_offline() or access.local_files_only:
+        return "in this machine's hub cache; nothing is downloaded"
+    return "on the hub that can be had without a login (`hf auth login`, or HF_TOKEN)"
+
+
+def open_base(name: Source, access: Access = ANYWHERE) -> Checkpoint:
     """Opens the base that is named.
 
     Raises
     ------
-    MissingFileError : it is not on this machine.
+    MissingFileError : it is not there.
     WrongBaseError : it is itself an adapter.
     UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
     if not isinstance(name, str | Path):
-        return _checked_base(base_checkpoint_of(name))
-    return open_base_at(located(name), allow_pickle)
+        return _checked_base(as_loaded(base_checkpoint_of(name), access))
+    return open_base_at(located(name, access, as_base=True), access)
 
 
-def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
+def open_base_of(tuned: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
     """Opens the model that an adapter sits in, or that its config names; raises as :func:`open_base` does.
 
     Raises
@@ -168,13 +201,13 @@ def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint
     UsageError : ``tuned`` names no base.
     """
     if isinstance(tuned, LiveCheckpoint) and tuned.around is not None:
-        return tuned.around()
-    return open_base_at(base_of(tuned), allow_pickle)
+        return as_loaded(tuned.around(), access)
+    return open_base_at(base_of(tuned, access), access)
 
 
-def open_base_at(found: Path, allow_pickle: bool) -> Checkpoint:
+def open_base_at(found: Path, access: Access) -> Checkpoint:
     """Opens the base at a local path; raises as :func:`open_base` does."""
-    return _checked_base(open_checkpoint(found, as_base=True, allow_pickle=allow_pickle))
+    return _checked_base(open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle))
 
 
 def _checked_base(base: Checkpoint) -> Checkpoint:
@@ -187,7 +220,32 @@ def _checked_base(base: Checkpoint) -> Checkpoint:
     return base
 
 
-def base_of(tuned: Checkpoint) -> Path:
+def as_loaded(base: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
+    """A base in memory without what it was not loaded with: a new head, which holds random values until it is trained.
+
+    That is told by the names of the checkpoint that the model says it was loaded from, where this machine has it.
+    """
+    if not isinstance(base, LiveCheckpoint) or base.origin is None:
+        return base
+    try:
+        found = find(base.origin, replace(access, local_files_only=True), as_base=True)
+        there = None if found is None else open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle)
+    except (SpectraError, OSError):
+        return base
+    if there is None or there.adapter_config is not None:
+        return base
+    names = {".".join(parts[at:]) for name in there.tensors for parts in [name.split(".")] for at in range(len(parts))}
+    modules = {part for name in there.tensors for part in name.split(".")[:-1]}
+
+    def is_new(name: str) -> bool:
+        parts = name.split(".")
+        return parts[0] not in modules and not any(".".join(parts[at:]) in names for at in range(len(parts) - 1))
+
+    kept = {name: info for name, info in base.tensors.items() if not is_new(name)}
+    return replace(base, tensors=kept) if kept and len(kept) < len(base.tensors) else base
+
+
+def base_of(tuned: Checkpoint, access: Access) -> Path:
     """The local path of the base that an adapter's config names; raises as :func:`open_base_of` does."""
     if tuned.adapter_config is None:
         raise UsageError(f"{tuned.path}: this format does not record its base; name it with --base")
@@ -198,21 +256,19 @@ def base_of(tuned: Checkpoint) -> Path:
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")
     config = tuned.adapter_config_file
+    home = config.parent
     # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
-    if wanted.startswith(("\\\\", "//")):
+    if wanted.startswith(("\\\\", "//")) or URL.match(wanted):
         raise UnsafeFileError(config, f"its base model {wanted!r} is on another host")
     if isinstance(revision, str) and not is_revision(revision):
         raise UnsafeFileError(config, f"its revision {revision!r} is no name of one")
-    found = find(
-        wanted,
-        revision=revision if isinstance(revision, str) else None,
-        beside=None if tuned.in_memory else config.parent,
-    )
+    beside, revision = None if tuned.in_memory else home, revision if isinstance(revision, str) else None
+    found = find(wanted, access, revision=revision, beside=beside, as_base=True)
     if found is None:
         raise MissingFileError(
             config,
-            f"its base model {wanted!r} is neither a path (seen from {config.parent} or the working directory) nor in "
-            "this machine's hub cache; name it with --base",
+            f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor a model "
+            f"{_where(access)}; name it with --base",
         )
     return found
 
@@ -222,7 +278,7 @@ def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
     if isinstance(tuned, LiveCheckpoint) and isinstance(base, LiveCheckpoint):
         return True if tuned.source is base.source else None
     try:
-        return base_of(tuned).samefile(base.path)
+        return base_of(tuned, LOCAL).samefile(base.path)
     except (SpectraError, OSError):
         return None
 
@@ -230,17 +286,20 @@ def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
 class Bases:
     """The bases of a run's fine-tunes, each opened once."""
 
-    def __init__(self, allow_pickle: bool):
-        self._allow_pickle, self._opened = allow_pickle, dict[Hashable, Checkpoint]()
+    def __init__(self, access: Access):
+        self._access, self._found, self._opened = access, dict[str, Path](), dict[Hashable, Checkpoint]()
 
     def of(self, tuned: Checkpoint, named: Source | None) -> Checkpoint:
         """The base that was named, or that the fine-tune sits in or names; raises as :func:`open_base` does."""
-        if named is None and not (isinstance(tuned, LiveCheckpoint) and tuned.around is not None):
-            named = base_of(tuned)
-        if named is None or not isinstance(named, str | Path):  # in memory: opening it costs nothing
-            opened = open_base_of(tuned) if named is None else open_base(named)
+        sits = named is None and isinstance(tuned, LiveCheckpoint) and tuned.around is not None
+        if sits or not isinstance(named, str | Path | None):  # in memory: opening it costs nothing
+            opened = open_base_of(tuned, self._access) if named is None else open_base(named, self._access)
             return self._opened.setdefault(opened.place, opened)
-        place = located(named)
+        if named is None:
+            place = base_of(tuned, self._access)
+        else:
+            place = self._found.get(str(named)) or located(named, self._access, as_base=True)
+            self._found[str(named)] = place
         if place not in self._opened:
-            self._opened[place] = open_base_at(place, self._allow_pickle)
+            self._opened[place] = open_base_at(place, self._access)
         return self._opened[place]

@@ -24,6 +24,7 @@ from spectra.editing import Choice, Which, triplets_of
 from spectra.errors import UsageError
 from spectra.insertion import ByName, InModel, Target, carried_beside, forms_of, name_in_model, working
 from spectra.layers import LayerPair, Pairing, pair_layers
+from spectra.live import Source
 from spectra.null import haar
 from spectra.orientation import as_stored
 from spectra.pipeline import Analysis, Result, open_cache
@@ -46,8 +47,8 @@ Evaluate: TypeAlias = Callable[[Any], float | Mapping[str, float]]
 
 
 def mitigation_sweep(
-    tuned: str | Path,
-    base: str | Path | None = None,
+    tuned: Source,
+    base: Source | None = None,
     *,
     evaluate: Evaluate,
     model: torch.nn.Module | None = None,
@@ -65,6 +66,7 @@ def mitigation_sweep(
     device: str = "cpu",
     threads: int | None = None,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> pandas.DataFrame:
@@ -95,7 +97,8 @@ def mitigation_sweep(
     seeds : random controls, with seeds from 0 on.
     include_base : also evaluate the base's own weights wherever the fine-tune changed them and the base has them.
     include, exclude : layers left out stay as the fine-tune has them.
-    top_k, epsilon, side, engine, device, threads, allow_pickle, cache : as for :func:`spectra.audit_many`.
+    top_k, epsilon, side, engine, device, threads, allow_pickle, local_files_only,
+    cache : as for :func:`spectra.audit_many`.
     progress : called after each layer and, counting anew, after each evaluation.
 
     Returns
@@ -114,7 +117,7 @@ def mitigation_sweep(
     choice = Choice(0.0, which)
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        threads=threads, allow_pickle=allow_pickle,
+        threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
     )  # fmt: skip
     run = SingleRun(tuned, base, settings)
     choice.check(run.pairs)

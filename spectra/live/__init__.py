@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ADAPTER_IN_MEMORY", "IN_MEMORY", "LiveCheckpoint", "Source", "base_checkpoint_of", "checkpoint_of", "is_live",
+    "ADAPTER_IN_MEMORY", "IN_MEMORY", "LiveCheckpoint", "Source", "base_checkpoint_of", "checkpoint_of", "said_of",
 ]  # fmt: skip
 
 # What can be given wherever a model is asked for: a path or a name, or a model in memory.
@@ -78,9 +78,9 @@ def base_checkpoint_of(source: Source) -> Checkpoint:
     return checkpoint_of(source) if model is None or wrappers is None else wrappers.base_of(model)
 
 
-def is_live(source: Source) -> bool:
-    """Whether this is a model and no name of one."""
-    return not isinstance(source, str | Path)
+def said_of(source: Source) -> str:
+    """What messages call it: the path, or what is in memory."""
+    return str(source) if isinstance(source, str | Path) else str(checkpoint_of(source).path)
 
 
 def _of_state_dict(state: object) -> LiveCheckpoint:

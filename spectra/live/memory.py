@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.checkpoint import Checkpoint
-from spectra.derived import Weight
+from spectra.derived import Alternative, Derived, Reader, Unreadable, Weight, read_rows, sources_of
 from spectra.errors import (
     CorruptFileError,
     MissingFileError,
@@ -18,6 +18,7 @@ from spectra.errors import (
     in_short,
 )
 from spectra.headers import ForeignTensor, TensorInfo
+from spectra.live.saving import config_of, saved_names, tied_names
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +61,14 @@ class LiveCheckpoint(Checkpoint):
     ----------
     source : what was given, or the base model in it; two checkpoints of one source are of one place.
     around : of an adapter that sits in a model, opens that model without it.
+    origin : the path or the name that a model says it was loaded from.
+    names : names that the model itself has, where they are not those that it is saved with → the latter.
     """
 
     source: object = field(default=None, compare=False, repr=False)
     around: Callable[[], Checkpoint] | None = field(default=None, compare=False, repr=False)
+    origin: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def in_memory(self) -> bool:
@@ -81,30 +86,42 @@ class LiveCheckpoint(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         return ()
 
+    @cached_property
+    def alternatives(self) -> Mapping[str, Alternative | Unreadable]:
+        """As of a folder's; also the names in the model, which adapters that were made on it go by."""
+        weights = self.weights
+        named = {own: weights[saved] for own, saved in self.names.items() if saved in weights and own not in weights}
+        return {**super().alternatives, **{own: _renamed(info, own) for own, info in named.items()}}
+
     def prefetch(self, weights: Iterable[str | Weight]) -> None:
         """Nothing to fetch."""
 
 
 def model_in_memory(
-    model: torch.nn.Module, rename: Callable[[str], str | None] = lambda name: name, config: Any = None
+    model: torch.nn.Module, unwrapped: Callable[[str], str | None] = lambda name: name
 ) -> LiveCheckpoint:
-    """A model without adapters; ``rename`` gives each tensor's name as it is saved, None of one that is not."""
+    """A model without adapters; ``unwrapped`` gives each tensor's name without them, None of one that is theirs."""
     path = Path(f"{type(model).__name__} in memory")
-    unread = _packed(model)
-    if unread is not None:
+    packed = _packed(model)
+    if packed is not None:
         raise UnsupportedMethodError(
-            path, "bitsandbytes has packed it for this CPU's forward pass; load it anew", unread
+            path, "bitsandbytes has packed it for this CPU's forward pass; load it anew", packed
         )
     try:
         state = model.state_dict()
     except NotImplementedError as error:  # bitsandbytes' quantised embeddings
         raise UnsupportedMethodError(path, f"its tensors cannot be had: {in_short(error)}") from None
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    named = {name: rename(name) for name in state}
-    kept = {own: state[name] for name, own in named.items() if own is not None and own not in ignored}
-    tied = _tied_names(model)
-    tensors, aside = tensors_of(path, kept, {rename(name) or name for name in tied})
-    return LiveCheckpoint(path, IN_MEMORY, tensors, _config_of(model), aside=aside, source=model)
+    own = {name: unwrapped(name) for name in state}
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    kept = {name: state[inside] for inside, name in own.items() if name is not None and name not in ignored}
+    saved = saved_names(model, kept)
+    tied = {saved.get(name, name) for name in tied_names(model)}
+    tensors, aside = tensors_of(path, {saved[name]: value for name, value in kept.items()}, tied)
+    return LiveCheckpoint(
+        path, IN_MEMORY, tensors, config_of(model), aside=aside, source=model,
+        origin=getattr(model, "name_or_path", None) or None,
+        names={name: new for name, new in saved.items() if new != name},
+    )  # fmt: skip
 
 
 def tensors_of(
@@ -171,12 +188,17 @@ def _same_values(value: Tensor) -> Hashable:
     return value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
 
 
-def _tied_names(model: torch.nn.Module) -> set[str]:
-    """The names that transformers says stand for another one's tensor."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied is None:
-        tied = getattr(model, "_tied_weights_keys", None)
-    return {name for name in tied or () if isinstance(name, str)}
+def _renamed(info: Weight, name: str) -> Alternative | Unreadable:
+    if isinstance(info, Unreadable):
+        return replace(info, name=name, uses=(info.name,))
+
+    def make(read: Reader, rows: slice | None = None) -> Tensor:
+        return read_rows(info, read, rows)
+
+    return Alternative(
+        name, info.dtype, info.shape, info.file, info.span, sources=sources_of(info), make=make, how=info.name,
+        quantised=info.quantised if isinstance(info, Derived) else None, whole=False, uses=(info.name,),
+    )  # fmt: skip
 
 
 def _packed(model: torch.nn.Module) -> str | None:
@@ -186,18 +208,3 @@ def _packed(model: torch.nn.Module) -> str | None:
         if getattr(state, "packing_format_for_cpu", False):
             return f"{name}.weight"
     return None
-
-
-def _config_of(model: torch.nn.Module) -> dict[str, Any]:
-    """A model's config as its ``config.json`` would have it; {} where it has none."""
-    config = getattr(model, "config", None)
-    writer: Any = config if hasattr(config, "to_json_string") else model if isinstance(config, Mapping) else None
-    if writer is None or not hasattr(writer, "to_json_string"):
-        return {}
-    try:
-        found = json.loads(writer.to_json_string())
-    except (TypeError, ValueError, AttributeError):  # not as transformers or diffusers write them
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return found if isinstance(config, Mapping) else {**found, "architectures": [type(model).__name__]}

@@ -15,7 +15,7 @@ from typing import Any
 
 from spectra.derived import Derived, Make, Unreadable, Weight, Weights
 from spectra.errors import CorruptFileError
-from spectra.headers import TensorInfo
+from spectra.headers import ForeignTensor, TensorInfo
 from spectra.orientation import CONV1D_FAMILIES, CONV1D_MODULES
 
 MAX_SMALL_BYTES = 4096  # of the small tensors that say how others are to be read; bitsandbytes writes some 200
@@ -207,6 +207,8 @@ def small_bytes(info: TensorInfo) -> bytes:
     CorruptFileError : it is not small, or could not be read.
     """
     begin, length = info.span
+    if isinstance(info, ForeignTensor) and not info.as_stored and length <= MAX_SMALL_BYTES:
+        return _bytes_of(info)
     if length > MAX_SMALL_BYTES:
         raise CorruptFileError(info.file, f"{length:,} bytes; expected at most {MAX_SMALL_BYTES:,}", info.name)
     try:
@@ -218,6 +220,13 @@ def small_bytes(info: TensorInfo) -> bytes:
     if len(found) != length:
         raise CorruptFileError(info.file, "the file changed while it was being read", info.name)
     return found
+
+
+def _bytes_of(info: ForeignTensor) -> bytes:
+    import torch
+
+    content: bytes = info.value().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def small_json(info: TensorInfo) -> dict[str, Any]:

@@ -133,7 +133,9 @@ def write_repaired(
     ranks = stored_ranks(source, plan, {module: update.A.shape[0] for module, update in changed.items()})
     for path in companions(source).files:
         copy_file(path, home / path.name)
-    (weights,) = source.files
+    if source.in_memory:
+        text = json.dumps(source.adapter_config, indent=2, sort_keys=True)
+        (home / CONFIG).write_text(text + "\n", encoding="utf-8")
     pickled = any(isinstance(info, ForeignTensor) for info in source.tensors.values())
     if changed or whole or pickled:
         tensors: dict[str, Tensor] = {}
@@ -146,6 +148,7 @@ def write_repaired(
         _write_config(home / CONFIG, factors, ranks)
         write_card(home, home / CARD, remarks, _front(source))
     else:
+        (weights,) = source.files
         copy_file(weights, home / WEIGHTS)
 
 
