@@ -181,6 +181,7 @@ ALLOWED = {
         "orientation",
         "pipeline",
         "report",
+        "resolve",
         "runs",
         "svd",
         "sweeps",

@@ -19,6 +19,7 @@ from spectra.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, checkpoint_o
 from spectra.live.memory import LiveTensor
 from spectra.pipeline import Analysis
 from spectra.report import SCOPES, Report
+from spectra.resolve import Bases
 from spectra.runs import Settings, SingleRun, checked_settings
 from spectra.svd import KRYLOV_PAYS
 from spectra.training.kept import KeptSpectra
@@ -29,7 +30,10 @@ logger = logging.getLogger("spectra.training")
 # What an audit is taken to cost before one was measured, in seconds: for a layer whatever its size, for each value of
 # its weight, and to decompose a base weight, for each p³.  From one core of an AMD EPYC (benchmarks/training.py).
 PER_LAYER, PER_VALUE, PER_DECOMPOSITION = 0.01, 2e-8, 4e-10
-AUDIT_OPTIONS = ("top_k", "epsilon", "side", "include", "exclude", "dtype", "threads")
+AUDIT_OPTIONS = (
+    "top_k", "epsilon", "side", "include", "exclude", "dtype", "threads", "split_fused", "initial_adapter",
+    "allow_pickle", "local_files_only",
+)  # fmt: skip
 REPORTS = 20  # that stay in memory, of the latest audits; one of 224 layers takes some 2 MB
 
 
@@ -117,7 +121,8 @@ class Monitor:
     on_error : "warn" logs what goes wrong in an audit, "raise" has it end the training.
     adapter : which of a PeftModel's adapters; None the active one.
     device : where to compute, whatever device the model is on.
-    top_k, epsilon, side, include, exclude, dtype, threads : as for :func:`spectra.audit`.
+    top_k, epsilon, side, include, exclude, dtype, threads, split_fused, initial_adapter, allow_pickle, local_files_only :
+        as for :func:`spectra.audit`.
 
     Attributes
     ----------
@@ -147,6 +152,9 @@ class Monitor:
                 if resumed:
                     raise UsageError("a full fine-tune that is resumed: its base is no longer there; give it (base=)")
                 base = _copied(tuned)
+            named = base is None and tuned.around is None  # by the adapter's config: it is not what is in memory
+            if named or isinstance(base, str | Path):
+                base = Bases(self._settings.access).of(tuned, base)
             self._base = base
             self._expected = self._estimate(self._open())
         self.seconds += time.perf_counter() - started
