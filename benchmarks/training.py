@@ -141,9 +141,9 @@ def _rows(name: str, alone: Done, watched: Done) -> Iterator[Row | str]:
     for record in watch.history:
         yield _row(name, record) | {"agrees": agrees}
     yield (
-        f"{name}: {len(watch.history)} audits took {watch.seconds:.2f} s in all, {100 * watch.share:.2g} % of the "
-        f"training; CPU time {watched.cpu_seconds:.1f} s, unwatched {alone.cpu_seconds:.1f} s "
-        f"({100 * (watched.cpu_seconds / alone.cpu_seconds - 1):+.1f} %)."
+        f"{name}: {len(watch.history)} audits took {watch.seconds:.2f} s in all, "
+        f"{100 * last.metrics['spectra/share']:.2g} % of the training; CPU time {watched.cpu_seconds:.1f} s, unwatched "
+        f"{alone.cpu_seconds:.1f} s ({100 * (watched.cpu_seconds / alone.cpu_seconds - 1):+.1f} %)."
     )
 
 

@@ -182,6 +182,24 @@ def test_a_limit_warns_or_ends_the_training(tmp_path, caplog):
     assert trainer.state.global_step == stopped.history[-1].step < 30
 
 
+def test_a_training_that_another_ends_has_its_last_audit(tmp_path):
+    from transformers import TrainerCallback
+
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    watching = SpectraCallback(every=None)
+    trainer = trained(tiny(), tmp_path, [watching, Enough()])
+    assert logged(trainer, "spectra/intruders") == [(3, watching.history[0].intruders)]
+    assert watching.monitor is not None
+    share = watching.monitor.share
+    assert watching.monitor._spectra.bytes == 0
+    assert watching.monitor.share == share
+    with pytest.raises(UsageError, match="let go of its model"):
+        watching.monitor.audit(4)
+
+
 def test_an_audit_that_fails_ends_no_training_unless_asked(tmp_path, caplog, monkeypatch):
     def fails(*args):
         raise RuntimeError("out of memory")

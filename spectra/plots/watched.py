@@ -17,6 +17,7 @@ from spectra.plots.style import (
     frame,
     from_zero,
     grid,
+    log_ticks,
     look,
     new_figure,
     whole_numbers,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 TYPES = 3  # module types with a line of their own: those with the most intruders
 ALL = Look(INTRUDER, "o", "-")
+NOISE: dict[str, Any] = {"color": INTRUDER, "linestyle": (0, (1, 1)), "linewidth": 0.9}
 LIMIT: dict[str, Any] = {"color": BLACK, "linestyle": (0, (6, 2)), "linewidth": 0.9}
 
 
@@ -39,7 +41,7 @@ def training_history(history: Sequence[Record] | str | Path, *, title: str = "")
     Above: the number of intruders, of all layers and of the three module types with most of them; and ‖dW‖/‖W0‖, the
     largest of the layers and their mean.  Below, the margins that :func:`spectra.training.records.metrics_of`
     defines, each with a dashed line where the first intruder is: the lowest max |cos| less epsilon, and the factor by
-    which the update may grow until one is predicted.
+    which the update may grow until one is predicted, both outside noise-like bases.
 
     Parameters
     ----------
@@ -56,7 +58,11 @@ def training_history(history: Sequence[Record] | str | Path, *, title: str = "")
     figure = new_figure(DOUBLE, 3.6)
     counts, sizes, cosine, threshold = grid(figure, 4, 2, sharex=True)
     _line(counts, records, f"{PREFIX}intruders", ALL)
-    legend: list[tuple[str, dict[str, Any]]] = [("intruders, all layers", ALL.line)]
+    legend: list[tuple[str, dict[str, Any]]] = [("all layers", ALL.line)]
+    outside = f"{PREFIX}intruders_outside_noise_like_base"
+    if any(record.metrics[outside] != record.intruders for record in records):
+        counts.plot(*_series(records, outside), **NOISE)
+        legend.append(("outside noise-like bases", NOISE))
     for place, name in enumerate(_most(records), start=1):
         own = look(place)
         steps = [record.step for record in records if name in record.by_module_type]
@@ -68,8 +74,8 @@ def training_history(history: Sequence[Record] | str | Path, *, title: str = "")
     _line(cosine, records, f"{PREFIX}cosine_margin", ALL)
     _line(threshold, records, f"{PREFIX}threshold_margin", ALL)
     cosine.axhline(0, **LIMIT)
-    if _series(records, f"{PREFIX}threshold_margin")[0]:
-        threshold.set_yscale("log")
+    if factors := _series(records, f"{PREFIX}threshold_margin")[1]:
+        log_ticks(threshold, "y", min(*factors, 1) / 1.3, max(*factors, 1) * 1.3)
         threshold.axhline(1, **LIMIT)
     counts.set_ylabel("intruders")
     sizes.set_ylabel("update size\n$\\|\\Delta W\\|/\\|W_0\\|$")
@@ -80,7 +86,7 @@ def training_history(history: Sequence[Record] | str | Path, *, title: str = "")
     from_zero(sizes)
     whole_numbers(threshold, "x")
     figure.align_ylabels()
-    legend += [("mean of the layers", mean), ("first intruder", LIMIT)]
+    legend += [("mean of layers", mean), ("first intruder", LIMIT)]
     frame(figure, legend, title=[title], x="training step")
     return figure
 

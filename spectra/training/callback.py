@@ -25,7 +25,8 @@ class SpectraCallback(TrainerCallback):
     """Audits the model in training, and logs what it finds as the trainer logs its loss.
 
     The numbers of :func:`spectra.training.records.metrics_of` go through ``trainer.log``, so into its history and to
-    TensorBoard, W&B or whatever else it reports to.  Only the main process audits.  An audit that fails is a warning
+    TensorBoard, W&B or whatever else it reports to.  Only the main process audits; others wait for it where they next
+    meet.  An audit that fails is a warning
     in the log, and the training goes on.
 
     The last audit is of the weights after the last step, also where ``load_best_model_at_end`` puts others in their
@@ -77,6 +78,13 @@ class SpectraCallback(TrainerCallback):
     ) -> None:
         # The last chance before the trainer's reporters close, for whoever ended the training after its last step.
         self._step(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer = None
+        if self.monitor is not None:
+            self.monitor.release()
 
     def _step(self, state: TrainerState, control: TrainerControl) -> None:
         if self.monitor is None:

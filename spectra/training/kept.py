@@ -78,6 +78,11 @@ class KeptSpectra:
         """Folders with spectra of what lay at this base's path before it changed."""
         return self.disk.stale_for(base) if self.disk is not None else ()
 
+    def clear(self) -> None:
+        """Frees the memory."""
+        self._kept.clear()
+        self.bytes = 0
+
     def _found(self, base: Checkpoint, name: str, layout: Layout, dtype: torch.dtype) -> Spectrum | None:
         """A spectrum seen for the first time, from the disk or made."""
         W0 = as_matrix(base.load(base.weights[name]).to(device=self.device, dtype=dtype), layout)

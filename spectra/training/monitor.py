@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -121,8 +122,8 @@ class Monitor:
     on_error : "warn" logs what goes wrong in an audit, "raise" has it end the training.
     adapter : which of a PeftModel's adapters; None the active one.
     device : where to compute, whatever device the model is on.
-    top_k, epsilon, side, include, exclude, dtype, threads, split_fused, initial_adapter, allow_pickle, local_files_only :
-        as for :func:`spectra.audit`.
+    top_k, epsilon, side, include, exclude, dtype, threads, split_fused, initial_adapter, allow_pickle,
+    local_files_only : as for :func:`spectra.audit`.
 
     Attributes
     ----------
@@ -136,10 +137,11 @@ class Monitor:
 
     def __init__(self, model: torch.nn.Module, base: Source | None = None, *, resumed: bool = False, **options: Any):
         self._created = started = time.perf_counter()
+        self._ended: float | None = None
         self.plan, self._settings = checked(options)
         self.history: list[Record] = []
         self.seconds = 0.0
-        self._model = model
+        self._model: torch.nn.Module | None = model
         self._mark: int | None = None
         self._waiting = False
         check_whole(model)
@@ -167,8 +169,21 @@ class Monitor:
     @property
     def share(self) -> float:
         """What everything here took, relative to the time of the training without it."""
-        own = time.perf_counter() - self._created - self.seconds
-        return self.seconds / own if own > 0 else float("inf")
+        return self._share(self.seconds)
+
+    def _share(self, seconds: float) -> float:
+        own = self._own(seconds)
+        return seconds / own if own > 0 else math.inf
+
+    def _own(self, seconds: float) -> float:
+        """The training's time without these seconds of ours."""
+        return (self._ended or time.perf_counter()) - self._created - seconds
+
+    def release(self) -> None:
+        """Lets go of the model, the base and the spectra when the training is over; the history stays."""
+        self._ended = time.perf_counter()
+        self._model = self._base = None
+        self._spectra.clear()
 
     def step(self, step: int, *, last: bool = False) -> Record | None:
         """Audits the model if it is time to; ``last`` says that no further step comes."""
@@ -191,7 +206,7 @@ class Monitor:
 
         Raises
         ------
-        SpectraError : it cannot be read any more, or the history file not be written.
+        SpectraError : it cannot be read any more.
         """
         started, decomposing = time.perf_counter(), self._spectra.seconds
         try:
@@ -199,20 +214,17 @@ class Monitor:
                 run = self._open()
                 report = Analysis(self._settings, self._spectra).reports([run], started)[0]
                 metrics = metrics_of(report, self._thresholds(run))
+            seconds = time.perf_counter() - started
+            metrics |= {f"{PREFIX}seconds": seconds, f"{PREFIX}share": self._share(self.seconds + seconds)}
+            record = Record(step, metrics, report, self._limit(report, step))
+            self.history.append(record)
+            if len(self.history) > REPORTS:
+                self.history[-REPORTS - 1] = replace(self.history[-REPORTS - 1], report=None)
+            self._write(record)
         finally:
             seconds = time.perf_counter() - started
             self.seconds += seconds
             self._expected = seconds - (self._spectra.seconds - decomposing)
-        metrics |= {f"{PREFIX}seconds": seconds, f"{PREFIX}share": self.share}
-        record = Record(step, metrics, report, self._limit(report, step))
-        self.history.append(record)
-        if len(self.history) > REPORTS:
-            self.history[-REPORTS - 1] = replace(self.history[-REPORTS - 1], report=None)
-        if self.plan.history_file is not None:
-            try:
-                append_line(self.plan.history_file, record)
-            except OSError as error:
-                raise UsageError(f"{self.plan.history_file}: could not be written: {error.strerror or error}") from None
         return record
 
     def _is_due(self, step: int, last: bool) -> bool:
@@ -227,8 +239,7 @@ class Monitor:
         limit = self.plan.max_share
         if limit is None:
             return True
-        own = time.perf_counter() - self._created - self.seconds
-        fits = self.seconds + self._expected <= limit * own
+        fits = self.seconds + self._expected <= limit * self._own(self.seconds)
         if not fits and not self._waiting:
             self._waiting = True
             logger.info(
@@ -237,8 +248,20 @@ class Monitor:
             )  # fmt: skip
         return fits
 
+    def _write(self, record: Record) -> None:
+        if self.plan.history_file is None:
+            return
+        try:
+            append_line(self.plan.history_file, record)
+        except UsageError as error:  # the record is there all the same
+            if self.plan.on_error == "raise":
+                raise
+            logger.warning("step %d: %s", record.step, error)
+
     def _tuned(self) -> LiveCheckpoint:
         """The adapter, or of a model without one the matrices that are trained."""
+        if self._model is None:
+            raise UsageError("the monitor has let go of its model")
         found = checkpoint_of(self._model, adapter=self.plan.adapter)
         assert isinstance(found, LiveCheckpoint)
         if _is_adapter(found):

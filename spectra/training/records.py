@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spectra.errors import CorruptFileError, MissingFileError
+from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.report import Report
 from spectra.sweeps import decided, mean_measure, mean_update_size
 
@@ -112,10 +112,14 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
 
 
 def append_line(path: Path, record: Record) -> None:
-    """Appends a record to a file of JSON lines, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record.to_dict(), allow_nan=False, default=list) + "\n")
+    """Appends a record to a file of JSON lines, in a folder that is made if need be; raises UsageError."""
+    line = json.dumps(record.to_dict(), allow_nan=False, default=list) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise UsageError(f"{path}: could not be written: {error.strerror or error}") from None
 
 
 def load_history(path: str | Path) -> list[Record]:
