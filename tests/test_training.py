@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +25,7 @@ from spectra.pipeline import Analysis
 from spectra.svd import short_spectrum
 from spectra.training import Monitor, SpectraCallback, load_history, monitor
 from spectra.training.records import PREFIX
+from tests.conftest import ROOT
 from tests.test_fixtures import MINILM, article_batches, published
 
 peft = pytest.importorskip("peft")
@@ -250,6 +255,38 @@ def test_only_the_main_process_audits():
     state = transformers.TrainerState(is_world_process_zero=False)
     watching.on_train_begin(NO_ARGUMENTS, state, transformers.TrainerControl(), model=tiny())
     assert watching.monitor is None
+
+
+def one_of_two(rank, folder):
+    """What each process of a training on two does; the tests' own script for them is below."""
+    watching = SpectraCallback(every=1, max_share=None, stop_above=0)
+    trainer = trained(tiny(), folder, [watching], steps=30, ddp_backend="gloo", ddp_find_unused_parameters=False)
+    stopped = [record.step for record in watching.history if record.should_stop]
+    Path(folder, f"{rank}.json").write_text(json.dumps([trainer.state.global_step, len(watching.history), stopped]))
+
+
+def test_processes_stop_together(tmp_path):
+    script = f"import os; from tests.test_training import one_of_two; one_of_two(os.environ['RANK'], {str(tmp_path)!r})"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", script],
+            env={**os.environ, **names, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert main[0] == other[0] == main[2][0] < 30
+    assert (main[1], other[1], other[2]) == (main[0], 0, [])
 
 
 def test_a_full_fine_tune_that_is_resumed_needs_its_base(tmp_path, caplog):

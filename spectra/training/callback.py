@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import distributed
 
 from spectra.errors import SpectraError, UsageError, in_one_line
 from spectra.live import Source
@@ -26,7 +27,7 @@ class SpectraCallback(TrainerCallback):
 
     The numbers of :func:`spectra.training.records.metrics_of` go through ``trainer.log``, so into its history and to
     TensorBoard, W&B or whatever else it reports to.  Only the main process audits; others wait for it where they next
-    meet.  An audit that fails is a warning
+    meet, and with ``stop_above`` hear after each step whether to stop.  An audit that fails is a warning
     in the log, and the training goes on.
 
     The last audit is of the weights after the last step, also where ``load_best_model_at_end`` puts others in their
@@ -71,7 +72,14 @@ class SpectraCallback(TrainerCallback):
             logger.warning("the training is not watched: %s", in_one_line(what))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._step(state, control)
+        stop = self._step(state, control)
+        if self._options.get("stop_above") is not None and distributed.is_available() and distributed.is_initialized():
+            # A process that stopped alone would leave the others waiting for it.
+            told = torch.tensor([int(stop)], device=args.device)
+            distributed.broadcast(told, src=0)
+            stop = bool(told.item())
+        if stop:
+            control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,16 +94,16 @@ class SpectraCallback(TrainerCallback):
         if self.monitor is not None:
             self.monitor.release()
 
-    def _step(self, state: TrainerState, control: TrainerControl) -> None:
+    def _step(self, state: TrainerState, control: TrainerControl) -> bool:
+        """Audits if it is time to; whether the training should stop."""
         if self.monitor is None:
-            return
+            return False
         last = control.should_training_stop or state.global_step >= state.max_steps
         record = self.monitor.step(state.global_step, last=last)
         if record is None:
-            return
+            return False
         self._log(record, state, control)
-        if record.should_stop:
-            control.should_training_stop = True
+        return record.should_stop
 
     def _log(self, record: Record, state: TrainerState, control: TrainerControl) -> None:
         if self._trainer is None:
