@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLE = "A training, watched"
-WORDS, BATCH = 64, 16  # tokens of an article, articles a step
+WORDS, BATCH, FEWER = 48, 16, 8  # tokens of an article; articles a step, and a step of the wide model
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def bytewise(steps: int, every: int | None, width: int) -> Done:
     started = time.process_time()
     watch = Monitor(model, every=every) if every is not None else None
     for step in range(1, steps + 1):
-        picked = [data[i] for i in torch.randint(0, FEW, (BATCH,), generator=chosen).tolist()]
+        picked = [data[i] for i in torch.randint(0, FEW, (FEWER,), generator=chosen).tolist()]
         ids = torch.stack([text[:LENGTH] for text, _ in picked])
         loss = functional.cross_entropy(model(ids, classify=True), torch.tensor([label for _, label in picked]))
         optimizer.zero_grad()
@@ -115,8 +115,8 @@ def bytewise(steps: int, every: int | None, width: int) -> Done:
 
 def run(options: Options) -> Iterator[Row | str]:
     width = options.width or options.scale(quick=128, default=2048)
-    steps, every = options.scale(quick=(8, 4), default=(300, 25))
-    few, seldom = options.scale(quick=(20, 10), default=(120, 20))
+    steps, every = options.scale(quick=(8, 4), default=(240, 20))
+    few, seldom = options.scale(quick=(20, 10), default=(80, 20))
     with tempfile.TemporaryDirectory(dir=options.scratch) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainings: dict[str, Callable[[bool], Done]] = {

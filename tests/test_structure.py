@@ -183,6 +183,7 @@ ALLOWED = {
         "report",
         "resolve",
         "runs",
+        "study",
         "svd",
         "sweeps",
         "threshold",

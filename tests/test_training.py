@@ -25,7 +25,7 @@ from spectra.pipeline import Analysis
 from spectra.svd import short_spectrum
 from spectra.training import Monitor, SpectraCallback, load_history, monitor
 from spectra.training.records import PREFIX
-from tests.conftest import ROOT
+from tests.conftest import FIXTURES, ROOT
 from tests.test_fixtures import MINILM, article_batches, published
 
 peft = pytest.importorskip("peft")
@@ -426,6 +426,18 @@ def test_what_is_asked_for_by_number_does_not_wait(monkeypatch):
         clock.now += 0.1
         watch.step(step, last=step == 6)
     assert [record.step for record in watch.history] == [3, 6]
+
+
+def test_the_exact_threshold_is_that_of_a_comparison():
+    found = spectra.compare([FIXTURES / "lora-r4"], FIXTURES / "base", include=["layers.0.*"], draws=0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(FIXTURES / "base", num_labels=5)
+    model = peft.PeftModel.from_pretrained(model, FIXTURES / "lora-r4", is_trainable=True)
+    watch = Monitor(model, include=["layers.0.*"], exact_threshold=True)
+    metrics = watch.audit(1).metrics
+    assert metrics["spectra/threshold_margin_exact"] == pytest.approx(found.rows()[0]["threshold"], rel=0.01)
+    predicted = min(layer.weights["predicted"] for layer in found.reports[0].layers if layer.weights is not None)
+    assert metrics["spectra/threshold_margin"] == pytest.approx(predicted, rel=1e-3)
+    assert 0.2 < metrics["spectra/threshold_margin_exact"] < 1
 
 
 def test_steps_that_are_not_seen_are_made_up_for():

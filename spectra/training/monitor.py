@@ -22,6 +22,7 @@ from spectra.pipeline import Analysis
 from spectra.report import SCOPES, Report
 from spectra.resolve import Bases
 from spectra.runs import Settings, SingleRun, checked_settings
+from spectra.study import Study
 from spectra.svd import KRYLOV_PAYS
 from spectra.training.kept import KeptSpectra
 from spectra.training.records import PREFIX, Record, append_line, metrics_of
@@ -35,6 +36,7 @@ AUDIT_OPTIONS = (
     "top_k", "epsilon", "side", "include", "exclude", "dtype", "threads", "split_fused", "initial_adapter",
     "allow_pickle", "local_files_only",
 )  # fmt: skip
+COUNTS = 20  # of intruders, to find the size at which the first appears
 REPORTS = 20  # that stay in memory, of the latest audits; one of 224 layers takes some 2 MB
 
 
@@ -49,6 +51,7 @@ class Plan:
     warn_above: int | None = None
     stop_above: int | None = None
     limit_on: str = "all"
+    exact_threshold: bool = False
     history_file: Path | None = None
     on_error: Literal["warn", "raise"] = "warn"
     memory: float = 4e9
@@ -111,6 +114,8 @@ class Monitor:
     warn_above, stop_above : more intruders than that are logged as a warning, or make ``record.should_stop`` true.
     limit_on : the total that these look at: "all", "paper" or "non-noise", as ``spectra audit --fail-on``.
     resumed : the training goes on from a checkpoint, so that the model is no base any more.
+    exact_threshold : also find the factor by which each update may grow before its first intruder appears, by counting
+        the intruders at other sizes of it: some 20 times the work of an audit.
     engine : "auto" decomposes base weights with min(m, n) < 1024 at the first audit, keeps their spectra and has the
         cached engine work with these; larger ones, unless ``cache`` has them, are audited by krylov.  "cached"
         decomposes and keeps them all; "krylov" and "exact" none.
@@ -148,6 +153,7 @@ class Monitor:
         disk = None if self.plan.cache is None else SpectrumCache(self.plan.cache)
         below = {"auto": KRYLOV_PAYS, "cached": None}.get(self.plan.engine, 0)
         self._spectra = KeptSpectra(self._settings.question, self.plan.device, self.plan.memory, below, disk)
+        self._study = Study(draws=0, weights=True, shift=False) if self.plan.exact_threshold else None
         with undisturbed():
             tuned = self._tuned()
             if base is None and not _is_adapter(tuned):
@@ -212,7 +218,7 @@ class Monitor:
         try:
             with undisturbed():
                 run = self._open()
-                report = Analysis(self._settings, self._spectra).reports([run], started)[0]
+                report = Analysis(self._settings, self._spectra, self._study).reports([run], started)[0]
                 metrics = metrics_of(report, self._thresholds(run))
             seconds = time.perf_counter() - started
             metrics |= {f"{PREFIX}seconds": seconds, f"{PREFIX}share": self._share(self.seconds + seconds)}
@@ -291,7 +297,7 @@ class Monitor:
             m, n = pair.shape
             p, below = min(m, n), self._spectra.below
             seconds += PER_LAYER + PER_VALUE * m * n + PER_DECOMPOSITION * p**3 * (below is None or p < below)
-        return seconds
+        return seconds * (COUNTS if self.plan.exact_threshold else 1)
 
     def _limit(self, report: Report, step: int) -> Literal["warn", "stop"] | None:
         count, plan = report.total(self.plan.limit_on), self.plan
