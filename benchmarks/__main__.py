@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory, comparison, mitigation"
     )
     parser.add_argument("--rank", type=int, default=16, help="of LoRAs (default: 16)")
-    parser.add_argument("--width", type=int, help="of seven_b (4096), ten_adapters, trained and training (2048)")
+    parser.add_argument("--width", type=int, help="of seven_b (4096), ten_adapters and trained (2048), training (1024)")
     parser.add_argument("--layers", type=int, help="of seven_b (32), ten_adapters (4) and comparison (2)")
     parser.add_argument("--workers", type=int, default=2, help="processes of proof (default: 2)")
     return parser

@@ -109,8 +109,8 @@ class Monitor:
     every : audit every so many steps; None only ``at`` some and at the end.
     at : steps to audit at whatever it costs.
     at_end : audit at the last step, where :meth:`step` is told, whatever it costs.
-    max_share : audits may take this share of the training's own time: one that is due waits until it fits.  None for
-        no such limit.
+    max_share : audits may take this share of the training's own time: one that is due waits until it fits, with room
+        left for the last one.  None for no such limit.
     warn_above, stop_above : more intruders than that are logged as a warning, or make ``record.should_stop`` true.
     limit_on : the total that these look at: "all", "paper" or "non-noise", as ``spectra audit --fail-on``.
     resumed : the training goes on from a checkpoint, so that the model is no base any more.
@@ -245,7 +245,8 @@ class Monitor:
         limit = self.plan.max_share
         if limit is None:
             return True
-        fits = self.seconds + self._expected <= limit * self._own(self.seconds)
+        coming = 2 if self.plan.at_end else 1  # room is left for the last
+        fits = self.seconds + coming * self._expected <= limit * self._own(self.seconds)
         if not fits and not self._waiting:
             self._waiting = True
             logger.info(
