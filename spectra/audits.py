@@ -68,7 +68,7 @@ def audit(
 ) -> Report:
     """Flags the intruder dimensions of one fine-tune, layer by layer.
 
-    ``tuned`` is an adapter folder, a checkpoint folder or a file; everything else is as for
+    ``tuned`` is an adapter folder, a checkpoint folder, a file, or a model in memory; everything else is as for
     :func:`audit_many`.
     """
     return audit_many(
@@ -108,8 +108,8 @@ def audit_many(
 
     Parameters
     ----------
-    tuned : adapter folders, checkpoints or files.
-    base : the base checkpoint of all of them; None takes each adapter's from its config.
+    tuned : adapter folders, checkpoints or files, or models in memory: whatever is a :data:`spectra.Source`.
+    base : the base of all of them, likewise; None takes each adapter's from its config, or the model that it is in.
     top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
     include, exclude : shell patterns over module names.
     engine : "auto", "exact", "krylov" or "cached"; the verdicts are the same.  Krylov decides large weights

@@ -282,6 +282,9 @@ class _Check:
                 yield from self._config_problems()
             elif path.name != CARD and not filecmp.cmp(path, there, shallow=False):
                 yield f"{home}: {path.name} is not as in {path.parent}"
+        if self.source.in_memory:  # whose config was written
+            along = (home / CONFIG,)
+            yield from self._config_problems()
         own = {path.name for path in along} | {path.name for path in self.after.tuned.files} | {CARD, RECORD}
         for name in sorted({path.name for path in home.iterdir()} - own):
             yield f"{home}: {name} is not what was written there"

@@ -73,8 +73,8 @@ def compare(
 
     Parameters
     ----------
-    tuned : adapter folders, checkpoints or files.  A folder that holds nothing but a training run's
-        ``checkpoint-N`` folders stands for these, in the order of their steps.
+    tuned : adapter folders, checkpoints, files, or models in memory (:data:`spectra.Source`).  A folder that holds
+        nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.
     base : the base of all of them; None takes the one that the adapters' configs name.
     merge : further columns, each a list of (weight, path): W0 + Σ weight·dW.
     draws : random updates with dW's singular values, per layer, against which the count of

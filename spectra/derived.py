@@ -37,7 +37,7 @@ class Derived(TensorInfo):
     ----------
     sources : names of the stored tensors it is made of.
     make : makes it; given rows, only those.  Its result has ``shape`` (or that many rows) and ``dtype``.
-    how : for people: "nf4 in blocks of 64", "expert 3 of experts.gate_up_proj".
+    how : for people: "nf4 in blocks of 64", "expert 3 of experts.gate_up_proj"; "" of a tensor as it is.
     quantised : what it was quantised as ("nf4", "fp8", …), None where every value is as it was stored.
     part_of : the weight, stored or derived, that it is a part of, and that is no weight of its own any more.
     whole : whether it uses up its sources, so that they are not weights of their own either.

@@ -61,7 +61,7 @@ def inspect(
     local_files_only: bool = False,
     initial_adapter: Source | None = None,
 ) -> Inspection:
-    """Reads headers and configs of a path and, where there is one, of its base.
+    """Reads headers and configs of a path, or what a model in memory has of them, and of its base where there is one.
 
     Raises
     ------

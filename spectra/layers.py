@@ -170,7 +170,7 @@ def pair_layers(
             skipped.append(made)
         else:
             notes = update.notes + made.notes
-            if isinstance(info, Derived):
+            if isinstance(info, Derived) and info.how:
                 notes += (f"its base weight is read from {info.how}",)
             if tied:
                 notes += (f"tied: the base stores this weight as {info.name!r}",)

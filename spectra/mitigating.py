@@ -61,7 +61,8 @@ def mitigate(
     Parameters
     ----------
     tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
-    output : the folder to write; it appears whole or not at all.  None writes nothing.
+    output : the folder to write; it appears whole or not at all.  None writes nothing.  Of models in memory adapters
+        are written, not whole checkpoints.
     scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last that matches
         counts.
     which : "all" intruders among the top ``top_k`` vectors, the "top" one of each weight (as in the paper), or

@@ -115,7 +115,8 @@ def cache_base(
 
     Parameters
     ----------
-    base : a checkpoint, or the name of a model in this machine's hub cache.
+    base : a checkpoint, the name of a model on the hub, or a model in memory, of which all of the same form share a
+        place.
     include, exclude, dtype, device, threads, allow_pickle, local_files_only : as for :func:`spectra.audit`.
     root : the folder to keep them in; by default the one that audits look into.
     dry_run : plan from headers, write nothing.

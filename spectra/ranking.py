@@ -99,7 +99,7 @@ def suggest_ranks(
 
     Parameters
     ----------
-    tuned : an adapter or a full fine-tune.
+    tuned : an adapter or a full fine-tune, a path or in memory.
     energy, max_rank, by, use_rslora, alpha : how ranks and alphas are chosen; see :func:`spectra.ranks.suggest`.
 
     The rest is as for :func:`spectra.audit_many`, and so are the errors.  The base is read, not decomposed.
@@ -148,7 +148,7 @@ def extract_adapter(
 
     Parameters
     ----------
-    tuned, base : a full fine-tune and the model it was made from.
+    tuned, base : a full fine-tune and the model it was made from, paths or in memory.
     output : the folder to write; it appears whole or not at all.
     energy, max_rank, by, use_rslora, alpha : as for :func:`suggest_ranks`.
     whole : carry what factors cannot (norms, biases, embeddings, new heads) in ``modules_to_save``; else it

@@ -253,6 +253,9 @@ def base_of(tuned: Checkpoint, access: Access) -> Path:
     if not wanted and "peft_type" not in tuned.adapter_config:  # MLX's own config
         wanted = tuned.adapter_config.get("model")
     if not wanted or not isinstance(wanted, str):
+        if tuned.in_memory:
+            why = "its initialisation took a part out of the base weights in memory, and its config names no base"
+            raise UsageError(f"{tuned.path}: {why}; name it (base=…)")
         raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
     revision = tuned.adapter_config.get("revision")
     config = tuned.adapter_config_file

@@ -24,7 +24,7 @@ from spectra.editing import Choice, Which, triplets_of
 from spectra.errors import UsageError
 from spectra.insertion import ByName, InModel, Target, carried_beside, forms_of, name_in_model, working
 from spectra.layers import LayerPair, Pairing, pair_layers
-from spectra.live import Source
+from spectra.live import LiveCheckpoint, Source
 from spectra.null import haar
 from spectra.orientation import as_stored
 from spectra.pipeline import Analysis, Result, open_cache
@@ -87,7 +87,8 @@ def mitigation_sweep(
     tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
     evaluate : called with the model, or with the weights; returns a number (column "value"), or numbers by name (a
         column each).  It is to leave weights as they are, and to give the same for the same weights.
-    model : one of the base's architecture with the base's weights, and whatever the fine-tune adds.  Every tensor that
+    model : one of the base's architecture with the base's weights, and whatever the fine-tune adds; not one whose
+        values are read, but a copy.  Every tensor that
         the fine-tune changes is put into it in place, and its own values come back at the end.  None:
         ``evaluate`` gets {name: tensor} of these, named and laid out as in the fine-tuned model, in float32 (float64
         where stored so), on ``device``.
@@ -126,6 +127,7 @@ def mitigation_sweep(
     with ExitStack() as stack:
         target: Target = ByName()
         if model is not None:
+            _check_apart(model, run)
             target = InModel(model, forms_of(run, pairing, carried), run)
             stack.callback(target.restore)
         work = _Work(run, pairing, carried, choice, target, controls, seeds)
@@ -136,6 +138,13 @@ def mitigation_sweep(
         if not work.layers:
             raise UsageError(f"{run.tuned.path}: no intruder dimensions, so there is nothing to scale")
         return _evaluated(work, evaluate, scales, include_base, progress)
+
+
+def _check_apart(model: object, run: SingleRun) -> None:
+    """Raises UsageError where weights put into the model would be those that are read."""
+    for read in (run.tuned, run.base):
+        if isinstance(model, torch.nn.Module) and isinstance(read, LiveCheckpoint) and read.shares(model.parameters()):
+            raise UsageError(f"{read.path}: model= shares its values with it; give a copy, such as copy.deepcopy of it")
 
 
 def _checked(scales: Sequence[float], controls: Sequence[str], seeds: int) -> tuple[list[float], list[str]]:

@@ -1,8 +1,8 @@
 """Models that are in memory: a ``torch.nn.Module``, a ``peft.PeftModel`` or a state dict as a :class:`Checkpoint`.
 
-Nothing is copied but the weight that is being worked on, where its dtype or device is another, and nothing is
-written.  A model's tensors have the names that ``save_pretrained`` gives them, so what is read of a folder is read
-of the model that was loaded from it.
+Nothing is copied but the weight that is being worked on, where its dtype or device is another, and the model stays as
+it is.  Tensors have the names that ``save_pretrained`` gives them, so what is found of a folder is found of the
+model that was loaded from it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,20 @@ __all__ = [
     "ADAPTER_IN_MEMORY", "IN_MEMORY", "LiveCheckpoint", "Source", "base_checkpoint_of", "checkpoint_of", "said_of",
 ]  # fmt: skip
 
-# What can be given wherever a model is asked for: a path or a name, or a model in memory.
 Source: TypeAlias = Union[str, Path, "torch.nn.Module", Mapping[str, "Tensor"], Checkpoint]
+"""What may be given wherever a model is asked for.
+
+- a path, or a name on the hub;
+- a ``torch.nn.Module``, whatever its class; one that runs it on several devices or compiled (``DataParallel``,
+  ``torch.compile``) stands for the model in it;
+- a ``peft.PeftModel``, or a model that peft has put adapters into: as a fine-tune its active adapter, with all else in
+  it as the base where none is named; as a base the model without its adapters;
+- a state dict, {name: tensor};
+- what :func:`checkpoint_of` makes of these, which names one adapter of several.
+
+A base in memory is read without the weights that the checkpoint it says it was loaded from does not have: a head that
+was made when it was loaded holds random values.  Values are those at the time of reading.
+"""
 
 # What runs a model on several devices, and where it keeps it; torch.compile says "_orig_mod".
 _INSIDE = {"DistributedDataParallel": "module", "DataParallel": "module"}

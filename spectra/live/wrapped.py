@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UnsupportedMethodError, UsageError, in_short
-from spectra.live.memory import ADAPTER_IN_MEMORY, LiveCheckpoint, model_in_memory, tensors_of
+from spectra.live.memory import ADAPTER_IN_MEMORY, LiveCheckpoint, model_in_memory, plain_name, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def adapter_of(model: torch.nn.Module, name: str | None) -> LiveCheckpoint:
         state = {key: value for key, value in model.state_dict().items() if "prompt_encoder" in key}
     else:
         state = _adapter_state(model, name, path)
-    tensors, aside = tensors_of(path, state)
+    tensors, aside = tensors_of(path, state, once=False)  # as peft saves them
     around = None if changes_base(config) else lambda: base_of(model)
     return LiveCheckpoint(path, ADAPTER_IN_MEMORY, tensors, {}, config, aside, source=inner_model(model), around=around)
 
@@ -57,10 +57,16 @@ def base_of(model: torch.nn.Module) -> LiveCheckpoint:
     """
     inner = inner_model(model)
     title = _title(model)
+    for name, config in _configs(model).items():
+        if changes_base(config.to_dict()):
+            raise UsageError(
+                f"{title}: the initialisation of adapter {name} ({config.init_lora_weights}) took a part out of the "
+                "base weights, which are no longer there; name the base (base=…)"
+            )
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     prefixes = []
-    for name, module in inner.named_modules():
+    for name, module in [(plain_name(name), module) for name, module in inner.named_modules()]:
         if isinstance(module, BaseTunerLayer):
             if module.merged:
                 raise UsageError(
@@ -69,7 +75,8 @@ def base_of(model: torch.nn.Module) -> LiveCheckpoint:
                 )
             prefixes.append((f"{name}." if name else "", "base_layer."))
         elif isinstance(module, _training_wrapper()):
-            prefixes.append((f"{name}." if name else "", "original_module."))
+            kept = "original_module." if module._modules.get("original_module") is not None else "token_adapter."
+            prefixes.append((f"{name}." if name else "", kept))
 
     def rename(name: str) -> str | None:
         for outer, kept in reversed(prefixes):  # the innermost first, whose names are the longest
@@ -83,7 +90,7 @@ def base_of(model: torch.nn.Module) -> LiveCheckpoint:
 
 
 def changes_base(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter's initialisation took something out of the base weights, which are then not in memory."""
+    """Whether an adapter's initialisation took a part out of the base weights, which are then not in memory."""
     how = config.get("init_lora_weights")
     return isinstance(how, str) and how.lower().startswith(INITIALISED)
 
@@ -175,9 +182,24 @@ def _adapter_state(model: torch.nn.Module, name: str, path: Path) -> dict[str, A
         warnings.simplefilter("ignore")  # of what would be saved
         try:
             # Whether the vocabulary was resized is not asked, for which peft would look for the base on the hub.
-            state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            copies = _with_embeddings(model, _configs(model)[name])
+            state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=copies)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UnsupportedMethodError(path, f"peft cannot tell what it would save: {in_short(error)}") from None
-    if isinstance(model, PeftModel):
-        return dict(state)
-    return {PREFIX + key: value for key, value in state.items()}
+    before = "" if isinstance(model, PeftModel) else PREFIX
+    return {before + plain_name(key): value for key, value in state.items()}
+
+
+def _with_embeddings(model: torch.nn.Module, config: Any) -> bool:
+    """Whether peft saves the embeddings' own weights beside an adapter of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import other
+
+    tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
+    targets = getattr(config, "target_modules", None)
+    if tokens or not targets or targets == "all-linear":
+        return False
+    if not isinstance(targets, str):
+        return any(name in targets for name in other.EMBEDDING_LAYER_NAMES)
+    layers = [name for name, module in inner_model(model).named_modules() if isinstance(module, BaseTunerLayer)]
+    return any(name.rpartition(".")[2] in other.EMBEDDING_LAYER_NAMES for name in layers)

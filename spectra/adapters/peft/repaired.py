@@ -212,6 +212,8 @@ def _write_tensors(file: Path, source: Checkpoint, changed: Mapping[str, Tensor]
         with safe_open(source.files[0], framework="pt") as opened:
             metadata = opened.metadata()
     values = {name: (changed[name] if name in changed else source.read(name)).contiguous() for name in source.tensors}
+    if source.in_memory:  # where several names may be one tensor
+        values = {name: value.clone() for name, value in values.items()}
     save_file(values, file, metadata=metadata)
 
 
