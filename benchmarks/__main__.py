@@ -24,7 +24,7 @@ from benchmarks.tables import machine, text, write_table
 # What each one measures is its module's docstring.
 NAMES = (
     "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "scale", "cuda",
-    "comparison", "mitigation", "fixtures", "trained", "page", "proof", "fuzz",
+    "comparison", "mitigation", "fixtures", "trained", "training", "page", "proof", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory, comparison, mitigation"
     )
     parser.add_argument("--rank", type=int, default=16, help="of LoRAs (default: 16)")
-    width = "of seven_b (4096), ten_adapters, workers, trained (2048) and hundred_adapters (1024)"
+    width = "of seven_b (4096), ten_adapters, workers, trained (2048), hundred_adapters and training (1024)"
     layers = "of seven_b (32), workers (6), ten_adapters, hundred_adapters (4), scale (3 of 70B) and comparison (2)"
     parser.add_argument("--width", type=int, help=width)
     parser.add_argument("--layers", type=int, help=layers)

@@ -19,7 +19,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from spectra import __version__
 from spectra.checkpoint import PARTIAL, Checkpoint, read_json, write_whole
@@ -44,6 +44,18 @@ def default_root() -> Path:
     fallback = "~/AppData/Local" if os.name == "nt" else "~/.cache"
     home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
     return Path(home if Path(home).is_absolute() else fallback).expanduser() / "spectra"
+
+
+class Spectra(Protocol):
+    """Where an audit finds the spectra of base weights that are known already."""
+
+    def load(self, base: Checkpoint, name: str, layout: Layout, dtype: torch.dtype) -> Spectrum | None:
+        """The spectrum of this tensor, or None."""
+        ...
+
+    def stale_for(self, base: Checkpoint) -> tuple[Path, ...]:
+        """Folders with spectra of what lay at this base's path before it changed."""
+        ...
 
 
 class SpectrumCache:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectra import __version__
 from spectra.analysis import Findings, LayerAnalysis
-from spectra.cache import SpectrumCache
+from spectra.cache import Spectra, SpectrumCache
 from spectra.errors import LAYER_ERRORS
 from spectra.layers import LayerPair
 from spectra.report import LayerReport, Report, module_type
@@ -62,7 +62,7 @@ class Analysis:
     """
 
     settings: Settings
-    cache: SpectrumCache | None
+    cache: Spectra | None
     study: Study | None = None
     visit: Visit | None = None
 

