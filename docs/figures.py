@@ -132,9 +132,11 @@ def bounds() -> Figure:
     axes = figure.subplots()
     for place, (low, high, colour, words) in enumerate(shown):
         axes.plot([low, high], [-place] * 2, color=colour, linewidth=6, solid_capstyle="butt")
-        axes.annotate(
-            words, ((low + high) / 2, -place), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=SMALL
+        at, aligned = (
+            (high + 0.02, "left") if low < 0.5 < high else (low - 0.02, "right") if low > 0.5 else (low, "left")
         )
+        below = 0.0 if low > 0.5 or high > 0.5 else 0.45
+        axes.text(at, below - place, words, ha=aligned, va="center", fontsize=SMALL)
     axes.axvline(0.5, color=BLACK, linestyle=(0, (4, 2)), linewidth=0.8)
     axes.text(0.505, 0.45, "ε", fontsize=SMALL)
     axes.set(xlim=(0, 1), ylim=(-2.4, 0.7), yticks=[], xlabel="max |cos| with the base: between these bounds")

@@ -1,4 +1,4 @@
-"""The ``commands`` directive: what each command takes, from the parsers that parse it.
+"""The directives ``commands`` and ``formats``: what each command takes and writes, from the parsers that parse it.
 
 Every option becomes a target of ``{option}`` (``{option}`spectra audit --top-k```), every command one of ``{ref}``
 (``{ref}`spectra-audit```).
@@ -106,7 +106,28 @@ class CommandsDirective(SphinxDirective):
         return nodes.definition_list_item("", term, what)
 
 
+class FormatsDirective(SphinxDirective):
+    """What each command writes: the choices of its ``--format``."""
+
+    def run(self) -> list[nodes.Node]:
+        items = []
+        for name, parser in parsers().items():
+            for action in parser._actions:
+                if "--format" in action.option_strings and action.choices is not None:
+                    link = nodes.reference("", f"spectra {name}", internal=True)
+                    link["refuri"] = (
+                        self.env.app.builder.get_relative_uri(self.env.docname, "commands") + f"#spectra-{name}"
+                    )
+                    term = nodes.term("", "", link)
+                    text = nodes.paragraph()
+                    for number, choice in enumerate(action.choices):
+                        text += [nodes.Text(", " * bool(number)), nodes.literal("", str(choice))]
+                    items.append(nodes.definition_list_item("", term, nodes.definition("", text)))
+        return [nodes.definition_list("", *items)]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Registers the directive."""
     app.add_directive("commands", CommandsDirective)
+    app.add_directive("formats", FormatsDirective)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,8 +18,12 @@ from sphinx.util.docutils import SphinxDirective
 
 from spectra.plots import render
 
-# Of the page, which has a light and a dark theme.
-COLOURS = {"#ffffff": "var(--color-background-primary)", "#000000": "var(--color-foreground-primary)"}
+# Of the page, which has a light and a dark theme; static/spectra.css has the blue.
+COLOURS = {
+    "#ffffff": "var(--color-background-primary)",
+    "#000000": "var(--color-foreground-primary)",
+    "#0072b2": "var(--drawing-blue)",
+}
 
 
 def as_html(figure: Any, name: str, alt: str) -> str:
@@ -30,7 +34,7 @@ def as_html(figure: Any, name: str, alt: str) -> str:
     for colour, variable in COLOURS.items():
         svg = svg.replace(colour, variable)
     width = float(figure.get_size_inches()[0])
-    size = "wide" if width > 4 else "narrow"
+    size = "wide" if width > 5.5 else "narrow"  # inches: two columns of a paper, or about one
     return f'<div class="drawing {size}" role="img" aria-label="{html.escape(alt, quote=True)}">{svg}</div>'
 
 
