@@ -58,6 +58,7 @@ def audit(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     initial_adapter: str | Path | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
@@ -72,8 +73,8 @@ def audit(
     return audit_many(
         [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
         dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused, cache=cache, progress=progress, resume=resume,
-        executor=executor,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused, cache=cache,
+        progress=progress, resume=resume, executor=executor,
     )[0]  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def audit_many(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     initial_adapter: str | Path | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
@@ -123,6 +125,7 @@ def audit_many(
         as config.json says; on both sides, since a split weight is never compared with a fused one.
     allow_pickle : also read weights that are pickled, where a folder has no others; nothing that a pickle would run
         is run, and one that is more than a dictionary of tensors is refused.
+    local_files_only : download nothing: names of the hub's models stand for what its cache on this machine holds.
     initial_adapter : the adapter as it was saved before training, for one whose initialisation changed the base in a
         way that cannot be computed from it (``pissa_niter_*``, ``corda``, ``lora_ga``).
     cache : the folder where :func:`spectra.cache_base` kept the bases' spectra; None for the usual one,
@@ -147,10 +150,10 @@ def audit_many(
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
         device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     started = time.perf_counter()
-    bases = Bases(allow_pickle)
+    bases = Bases(settings.access)
     runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
     with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
@@ -220,7 +223,7 @@ def _digest(identity: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=1)
 def _there(work: Work) -> tuple[Analysis, list[SingleRun], dict[str, Job]]:
     """What a worker opens for the first of a run's weights and has for the others."""
-    bases = Bases(work.settings.allow_pickle)
+    bases = Bases(work.settings.access)
     runs = [SingleRun(path, base, work.settings, bases) for path, base in zip(work.tuned, work.bases, strict=True)]
     if _digest(identity_of(runs, work.settings)) != work.identity:
         raise WrongBaseError(

@@ -44,6 +44,7 @@ def verify_mitigation(
     device: str = "cpu",
     threads: int | None = None,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Checks a folder that :func:`spectra.mitigate` wrote against the fine-tune it was made from.
@@ -65,7 +66,9 @@ def verify_mitigation(
     """
     folder = Path(folder)
     record = load_mitigation(folder)
-    settings = checked_settings(device=device, threads=threads, allow_pickle=allow_pickle)
+    settings = checked_settings(
+        device=device, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only
+    )
     before = SingleRun(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
     after = SingleRun(folder, before.base.path, settings)
     check = _Check(record, before, after)

@@ -62,6 +62,7 @@ def compare(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     initial_adapter: str | Path | None = None,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
@@ -96,7 +97,7 @@ def compare(
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
         device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
@@ -131,6 +132,7 @@ def layer_spectra(
     threads: int | None = None,
     split_fused: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     initial_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[LayerSpectra]:
@@ -156,7 +158,7 @@ def layer_spectra(
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, dtype=dtype, device=device,
         threads=threads, allow_pickle=allow_pickle,
-        initial_adapter=initial_adapter, split_fused=split_fused,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
     )  # fmt: skip
     runs = _open_all(tuned, base, (), settings, None)
     labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))

@@ -16,7 +16,7 @@ from spectra.errors import CorruptFileError, SpectraError, UnsafeFileError, Usag
 from spectra.layers import pair_layers
 from spectra.precision import caveat, quantised_as
 from spectra.render.columns import grouped_notes
-from spectra.resolve import open_base, open_base_of, open_tuned
+from spectra.resolve import Access, open_base, open_base_of, open_tuned
 from spectra.splitting import split_apart
 
 SHOWN_BESIDE = 5
@@ -57,6 +57,7 @@ def inspect(
     exclude: Sequence[str] = (),
     split_fused: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     initial_adapter: str | Path | None = None,
 ) -> Inspection:
     """Reads headers and configs of a path and, where there is one, of its base.
@@ -65,8 +66,9 @@ def inspect(
     ------
     SpectraError : the path itself cannot be read, or holds a method that cannot be.
     """
-    checkpoint = open_tuned(path, allow_pickle=allow_pickle)
-    initial = open_tuned(initial_adapter, allow_pickle=allow_pickle) if initial_adapter is not None else None
+    access = Access(allow_pickle, local_files_only)
+    checkpoint = open_tuned(path, access)
+    initial = open_tuned(initial_adapter, access) if initial_adapter is not None else None
     if split_fused:
         checkpoint = split_apart(checkpoint, checkpoint)[1]
     plan = plan_updates(checkpoint, initial)
@@ -76,11 +78,7 @@ def inspect(
     precision: str | None = None
     if base is not None or checkpoint.adapter_config is not None:
         try:
-            opened = (
-                open_base_of(checkpoint, allow_pickle=allow_pickle)
-                if base is None
-                else open_base(base, allow_pickle=allow_pickle)
-            )
+            opened = open_base_of(checkpoint, access) if base is None else open_base(base, access)
             found_base = str(opened.path)
             precision = caveat(opened, checkpoint, plan)
             if split_fused:

@@ -48,6 +48,7 @@ def mitigate(
     workers: int = 1,
     threads: int | None = None,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> Mitigation:
@@ -71,7 +72,8 @@ def mitigate(
         "bfloat16", "float16".  Checkpoints keep theirs.
     force : replace an adapter folder, or an earlier result, that is there already.
     include, exclude : layers left out are carried over as they are.
-    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, cache, progress :
+    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, local_files_only, cache,
+    progress :
         as for :func:`spectra.audit_many`.
 
     Returns
@@ -96,7 +98,7 @@ def mitigate(
     choice = Choice(scale, which)
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        workers=workers, threads=threads, allow_pickle=allow_pickle,
+        workers=workers, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
     )  # fmt: skip
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,15 @@ def components_of(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, P
         if not (place / "config.json").exists():
             continue  # a scheduler, a tokenizer: no model
         configs[name] = read_json(check_within(place / "config.json", folder))
-        found[name] = check_within(_weights(place, allow_pickle), folder)
+        files = sorted(path for path in place.iterdir() if path.is_file())
+        found[name] = check_within(weights_among(files, place, allow_pickle), folder)
     if not found:
         raise CorruptFileError(index, "names no model that lies in this folder")
     return found, {"_class_name": str(values.get("_class_name"))[:80], "components": configs}
 
 
-def _weights(place: Path, allow_pickle: bool) -> Path:
-    files = sorted(path for path in place.iterdir() if path.is_file())
+def weights_among(files: Sequence[Path], place: Path, allow_pickle: bool) -> Path:
+    """Which of a component's files holds its weights, or is the index of their shards; raises as above."""
     named = _by_variant(_SAFE, files)
     if not named:
         pickles = [path for path in files if path.suffix in PICKLE_SUFFIXES]

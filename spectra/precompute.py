@@ -14,7 +14,7 @@ from spectra.cache import SpectrumCache
 from spectra.checkpoint import Checkpoint
 from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers
-from spectra.resolve import open_base
+from spectra.resolve import Access, open_base
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,7 @@ def cache_base(
     root: str | Path | None = None,
     dry_run: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     progress: Callable[[float, float, str], None] | None = None,
 ) -> CachedBase:
     """Decomposes the weights of a base once and keeps their spectra for later audits.
@@ -114,7 +115,7 @@ def cache_base(
     Parameters
     ----------
     base : a checkpoint, or the name of a model in this machine's hub cache.
-    include, exclude, dtype, device, threads, allow_pickle : as for :func:`spectra.audit`.
+    include, exclude, dtype, device, threads, allow_pickle, local_files_only : as for :func:`spectra.audit`.
     root : the folder to keep them in; by default the one that audits look into.
     dry_run : plan from headers, write nothing.
     progress : called after each layer.
@@ -128,7 +129,7 @@ def cache_base(
         raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
     if threads is not None and threads < 1:
         raise UsageError("threads are at least 1")
-    opened = open_base(base, allow_pickle=allow_pickle)
+    opened = open_base(base, Access(allow_pickle, local_files_only))
     layers, skipped = plan_cache(opened, tuple(include), tuple(exclude), dtype)
     if not layers:
         reasons = sorted({item.reason for item in skipped})

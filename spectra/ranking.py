@@ -89,6 +89,7 @@ def suggest_ranks(
     verify: bool = False,
     split_fused: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     initial_adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> RankReport:
@@ -110,7 +111,8 @@ def suggest_ranks(
     """
     settings = checked_settings(
         include=include, exclude=exclude, dtype=dtype, device=device, workers=workers, threads=threads, verify=verify,
-        allow_pickle=allow_pickle, initial_adapter=initial_adapter, split_fused=split_fused,
+        allow_pickle=allow_pickle, local_files_only=local_files_only, initial_adapter=initial_adapter,
+        split_fused=split_fused,
     )  # fmt: skip
     run = SingleRun(tuned, base, settings)
     check_initial([run])
@@ -135,6 +137,7 @@ def extract_adapter(
     threads: int | None = None,
     force: bool = False,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     progress: Progress | None = None,
 ) -> Extraction:
     """Writes the suggested low-rank adapter of a full fine-tune, in PEFT's format.
@@ -157,7 +160,12 @@ def extract_adapter(
     """
     check_folder(output, force=force)
     settings = checked_settings(
-        include=include, exclude=exclude, device=device, threads=threads, allow_pickle=allow_pickle
+        include=include,
+        exclude=exclude,
+        device=device,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        local_files_only=local_files_only,
     )
     run = SingleRun(tuned, base, settings)
     if run.plan.format != "full":

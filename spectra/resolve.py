@@ -1,4 +1,4 @@
-"""From what a person or an adapter's config calls a model to a checkpoint on this disk."""
+"""From what a person or an adapter's config calls a model to a checkpoint: a path, a name on the hub, an address."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from spectra.checkpoint import Checkpoint, open_checkpoint
@@ -20,21 +21,40 @@ from spectra.errors import (
 )
 from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.headers import check_regular
+from spectra.hub import URL, fetch_url, find_on_hub, is_offline
 
+
+@dataclass(frozen=True)
+class Access:
+    """What may be done to read what is named: unpack pickles (nothing in them is run), download."""
+
+    allow_pickle: bool = False
+    local_files_only: bool = False
+
+
+ANYWHERE, LOCAL = Access(), Access(local_files_only=True)
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
 
-def find(name: str | Path, *, revision: str | None = None, beside: Path | None = None) -> Path | None:
+def find(
+    name: str | Path,
+    access: Access = ANYWHERE,
+    *,
+    revision: str | None = None,
+    beside: Path | None = None,
+    as_base: bool = False,
+) -> Path | None:
     """The local path that ``name`` stands for, or None.
 
-    A path comes first (from ``beside``, where given, before the working directory), then the
-    Hugging Face hub's cache on this machine (``HF_HUB_CACHE``, ``HF_HOME``), where ``org/name@revision``
-    names a branch, a tag or a commit.  Nothing is downloaded.
+    A path comes first (from ``beside``, where given, before the working directory), then a model on the Hugging Face
+    hub, fetched into its cache if need be (see :mod:`spectra.hub`); ``org/name@revision`` names a branch, a tag or a
+    commit of it.  Of a repository that holds an adapter and a model, ``as_base`` means the model.
 
     Raises
     ------
     UsageError : the name is empty, or its revision is none.
+    MissingFileError : the hub has it, but does not give it.
     """
     text = str(name)
     if not text:
@@ -50,14 +70,15 @@ def find(name: str | Path, *, revision: str | None = None, beside: Path | None =
         return None
     if wanted and not is_revision(wanted):
         raise UsageError(f"{name}: {wanted!r} is no name of a revision")
-    revision = wanted or revision
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
+    if WEIGHTS.search(text) or "\\" in text:
+        return None  # a path that is not there
+    return find_on_hub(
+        text,
+        wanted or revision,
+        as_base=as_base,
+        allow_pickle=access.allow_pickle,
+        local_files_only=access.local_files_only,
+    )
 
 
 def is_revision(text: str) -> bool:
@@ -129,45 +150,54 @@ def _within(name: str | Path) -> list[str | Path]:
     return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
 
 
-def open_tuned(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Opens what was fine-tuned: a path, or a model in the hub's cache on this machine."""
-    return open_checkpoint(located(name), allow_pickle=allow_pickle)
+def open_tuned(name: str | Path, access: Access = ANYWHERE) -> Checkpoint:
+    """Opens what was fine-tuned: a path, an address that fsspec reaches, or a model on the hub."""
+    return open_checkpoint(located(name, access), allow_pickle=access.allow_pickle)
 
 
-def located(name: str | Path) -> Path:
+def located(name: str | Path, access: Access, *, as_base: bool = False) -> Path:
     """The local path that a person means by ``name``; raises MissingFileError where there is none."""
-    found = find(name)
+    if isinstance(name, str) and URL.match(name):
+        if access.local_files_only:
+            raise UsageError(f"{name}: not fetched, since local files alone are wanted")
+        return fetch_url(name, as_base=as_base, allow_pickle=access.allow_pickle)
+    found = find(name, access, as_base=as_base)
     if found is None:
-        hint = "; Spectra downloads nothing" if str(name).count("/") == 1 else ""
-        raise MissingFileError(name, f"no such file or folder, nor a model in this machine's hub cache{hint}")
+        raise MissingFileError(name, f"no such file or folder, nor a model {_where(access)}")
     return found
 
 
-def open_base(name: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+def _where(access: Access) -> str:
+    if is_offline() or access.local_files_only:
+        return "in this machine's hub cache; nothing is downloaded"
+    return "on the hub that can be had without a login (`hf auth login`, or HF_TOKEN)"
+
+
+def open_base(name: str | Path, access: Access = ANYWHERE) -> Checkpoint:
     """Opens the base that is named.
 
     Raises
     ------
-    MissingFileError : it is not on this machine.
+    MissingFileError : it is not there.
     WrongBaseError : it is itself an adapter.
     UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
-    return open_base_at(located(name), allow_pickle)
+    return open_base_at(located(name, access, as_base=True), access)
 
 
-def open_base_of(tuned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
+def open_base_of(tuned: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
     """Opens the base that an adapter's config names; raises as :func:`open_base` does.
 
     Raises
     ------
     UsageError : ``tuned`` names no base.
     """
-    return open_base_at(base_of(tuned), allow_pickle)
+    return open_base_at(base_of(tuned, access), access)
 
 
-def open_base_at(found: Path, allow_pickle: bool) -> Checkpoint:
+def open_base_at(found: Path, access: Access) -> Checkpoint:
     """Opens the base at a local path; raises as :func:`open_base` does."""
-    base = open_checkpoint(found, as_base=True, allow_pickle=allow_pickle)
+    base = open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle)
     if base.layout in ("peft folder", "mlx folder", "gguf adapter"):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
     matrices = [info for info in base.tensors.values() if len(info.shape) > 1]
@@ -177,7 +207,7 @@ def open_base_at(found: Path, allow_pickle: bool) -> Checkpoint:
     return base
 
 
-def base_of(tuned: Checkpoint) -> Path:
+def base_of(tuned: Checkpoint, access: Access) -> Path:
     """The local path of the base that an adapter's config names; raises as :func:`open_base_of` does."""
     if tuned.adapter_config is None:
         raise UsageError(f"{tuned.path}: this format does not record its base; name it with --base")
@@ -189,16 +219,16 @@ def base_of(tuned: Checkpoint) -> Path:
     revision = tuned.adapter_config.get("revision")
     home = tuned.path if tuned.path.is_dir() else tuned.path.parent
     # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
-    if wanted.startswith(("\\\\", "//")):
+    if wanted.startswith(("\\\\", "//")) or URL.match(wanted):
         raise UnsafeFileError(home / "adapter_config.json", f"its base model {wanted!r} is on another host")
     if isinstance(revision, str) and not is_revision(revision):
         raise UnsafeFileError(home / "adapter_config.json", f"its revision {revision!r} is no name of one")
-    found = find(wanted, revision=revision if isinstance(revision, str) else None, beside=home)
+    found = find(wanted, access, revision=revision if isinstance(revision, str) else None, beside=home, as_base=True)
     if found is None:
         raise MissingFileError(
             home / "adapter_config.json",
-            f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor in "
-            "this machine's hub cache; name it with --base",
+            f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor a model "
+            f"{_where(access)}; name it with --base",
         )
     return found
 
@@ -206,7 +236,7 @@ def base_of(tuned: Checkpoint) -> Path:
 def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
     """Whether ``base`` is the one that the adapter's config names; None where that cannot be told."""
     try:
-        return base_of(tuned).samefile(base.path)
+        return base_of(tuned, LOCAL).samefile(base.path)
     except (SpectraError, OSError):
         return None
 
@@ -214,12 +244,16 @@ def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
 class Bases:
     """The bases of a run's fine-tunes, each opened once."""
 
-    def __init__(self, allow_pickle: bool):
-        self._allow_pickle, self._opened = allow_pickle, dict[Path, Checkpoint]()
+    def __init__(self, access: Access):
+        self._access, self._found, self._opened = access, dict[str, Path](), dict[Path, Checkpoint]()
 
     def of(self, tuned: Checkpoint, named: str | Path | None) -> Checkpoint:
         """The base that was named, or that the fine-tune's config names; raises as :func:`open_base` does."""
-        place = base_of(tuned) if named is None else located(named)
+        if named is None:
+            place = base_of(tuned, self._access)
+        else:
+            place = self._found.get(str(named)) or located(named, self._access, as_base=True)
+            self._found[str(named)] = place
         if place not in self._opened:
-            self._opened[place] = open_base_at(place, self._allow_pickle)
+            self._opened[place] = open_base_at(place, self._access)
         return self._opened[place]

@@ -24,7 +24,7 @@ from spectra.checkpoint import Checkpoint
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.layers import LayerPair, pair_layers, why_not_merged
 from spectra.precision import caveat, quantised_as
-from spectra.resolve import Bases, named_base, open_tuned
+from spectra.resolve import ANYWHERE, Access, Bases, named_base, open_tuned
 from spectra.splitting import split_apart
 from spectra.svd import Question, choose_engine
 from spectra.updates import TunedWeight, merged
@@ -52,14 +52,14 @@ class Settings:
     exclude: tuple[str, ...]
     verify: bool
     split_fused: bool = False  # recorded where it is asked for
-    allow_pickle: bool = False  # no part of the record: it changes no result
+    access: Access = ANYWHERE  # no part of the record: it changes no result
     initial_adapter: str | Path | None = None  # nor is this: the layers' notes say where it was used
 
     def record(self) -> dict[str, Any]:
         record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
         if not self.split_fused:
             del record["split_fused"]
-        del record["question"], record["allow_pickle"], record["initial_adapter"]
+        del record["question"], record["access"], record["initial_adapter"]
         return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
 
 
@@ -67,7 +67,7 @@ def checked_settings(
     *, top_k: int = 10, epsilon: float = 0.5, side: str = "left", include: Iterable[str] = (),
     exclude: Iterable[str] = (), engine: str = "auto", dtype: str = "float32", device: str = "cpu",
     workers: int = 1, threads: int | None = None, verify: bool = False, split_fused: bool = False,
-    allow_pickle: bool = False, initial_adapter: str | Path | None = None,
+    allow_pickle: bool = False, local_files_only: bool = False, initial_adapter: str | Path | None = None,
 ) -> Settings:  # fmt: skip
     """The options of :func:`spectra.audit_many`, checked; raises UsageError."""
     choose_engine(engine)
@@ -87,7 +87,7 @@ def checked_settings(
         exclude=tuple(exclude),
         verify=verify,
         split_fused=split_fused,
-        allow_pickle=allow_pickle,
+        access=Access(allow_pickle, local_files_only),
         initial_adapter=initial_adapter,
     )
 
@@ -134,12 +134,12 @@ class SingleRun:
 
     def __init__(self, path: str | Path, base: str | Path | None, settings: Settings, bases: Bases | None = None):
         self.settings = settings
-        self.tuned: Checkpoint = open_tuned(path, allow_pickle=settings.allow_pickle)
-        self.base = (bases or Bases(settings.allow_pickle)).of(self.tuned, base)
+        self.tuned: Checkpoint = open_tuned(path, settings.access)
+        self.base = (bases or Bases(settings.access)).of(self.tuned, base)
         if settings.split_fused:
             self.base, self.tuned = split_apart(self.base, self.tuned)
         before = settings.initial_adapter
-        initial = open_tuned(before, allow_pickle=settings.allow_pickle) if before is not None else None
+        initial = open_tuned(before, settings.access) if before is not None else None
         self.plan = plan_updates(self.tuned, initial)
         pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
         self.pairs, self.skipped, self.counterpart = pairing.pairs, pairing.skipped, pairing.counterpart

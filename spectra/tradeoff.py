@@ -65,6 +65,7 @@ def mitigation_sweep(
     device: str = "cpu",
     threads: int | None = None,
     allow_pickle: bool = False,
+    local_files_only: bool = False,
     cache: str | Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> pandas.DataFrame:
@@ -95,7 +96,8 @@ def mitigation_sweep(
     seeds : random controls, with seeds from 0 on.
     include_base : also evaluate the base's own weights wherever the fine-tune changed them and the base has them.
     include, exclude : layers left out stay as the fine-tune has them.
-    top_k, epsilon, side, engine, device, threads, allow_pickle, cache : as for :func:`spectra.audit_many`.
+    top_k, epsilon, side, engine, device, threads, allow_pickle, local_files_only,
+    cache : as for :func:`spectra.audit_many`.
     progress : called after each layer and, counting anew, after each evaluation.
 
     Returns
@@ -114,7 +116,7 @@ def mitigation_sweep(
     choice = Choice(0.0, which)
     settings = checked_settings(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        threads=threads, allow_pickle=allow_pickle,
+        threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
     )  # fmt: skip
     run = SingleRun(tuned, base, settings)
     choice.check(run.pairs)

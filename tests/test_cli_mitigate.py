@@ -59,7 +59,7 @@ def test_the_defaults_are_told_apart_from_what_was_given():
     options = vars(parser.parse_args(["mitigate", "tuned"]))
     assert {name: options[name] for name in command.MAKING} == command.MAKING
     free = {"tuned", "base", "verify", "device", "threads", "format", "quiet", "verbose", "run", "output"}
-    free.add("allow_pickle")
+    free |= {"allow_pickle", "local_files_only"}
     assert options.keys() - command.MAKING.keys() == free
     assert set(command.PASSED) - command.MAKING.keys() == set(command.CHECKING)
 
@@ -71,7 +71,7 @@ def test_what_is_passed_on(call):
     progress = given.pop("progress")
     assert progress is None
     defaults = {"dtype": None, "keep_rank": False, "merged": False, "force": False, "device": "cpu", "threads": None}
-    defaults["allow_pickle"] = False
+    defaults |= {"allow_pickle": False, "local_files_only": False}
     assert given == {
         "tuned": "tuned", "output": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
         "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, **defaults,
@@ -226,6 +226,7 @@ def test_verify(call, name, made):
     assert given == {
         "folder": "out", "source": None, "base": None, "device": "cpu", "threads": None, "progress": None,
         "allow_pickle": False,
+        "local_files_only": False,
     }  # fmt: skip
 
 

@@ -99,9 +99,9 @@ def test_the_base_is_opened_and_read_once(folder, monkeypatch):
 
     open_base, load = resolve.open_base_at, Checkpoint.load
 
-    def noted_opening(place, allow):
+    def noted_opening(place, access):
         opened.append(place)
-        return open_base(place, allow)
+        return open_base(place, access)
 
     monkeypatch.setattr(resolve, "open_base_at", noted_opening)
 

@@ -171,9 +171,9 @@ def _rendered(reports: Sequence[Report], unreadable: Sequence[SpectraError], opt
 def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
     from spectra.inspection import beside, in_words
-    from spectra.resolve import open_tuned
+    from spectra.resolve import Access, open_tuned
 
-    found = beside(open_tuned(report.tuned["path"], allow_pickle=options.allow_pickle))
+    found = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""
 
 

@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
         root=options.cache,
         allow_pickle=options.allow_pickle,
+        local_files_only=options.local_files_only,
     )
     return_freed_matrices()
     plan = prepare(dry_run=True)

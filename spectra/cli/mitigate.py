@@ -34,9 +34,9 @@ WRITTEN = ("float32", "bfloat16", "float16")
 # The options that mitigate() takes as they are, and those of them that verify_mitigation() takes.
 PASSED = (
     "keep_rank", "merged", "dtype", "force", "top_k", "epsilon", "side", "include", "exclude", "engine", "device",
-    "workers", "threads", "cache", "allow_pickle",
+    "workers", "threads", "cache", "allow_pickle", "local_files_only",
 )  # fmt: skip
-CHECKING = ("device", "threads", "allow_pickle")
+CHECKING = ("device", "threads", "allow_pickle", "local_files_only")
 # What says how to make a repair, and so has no place beside --verify; what each is by itself.
 MAKING: dict[str, Any] = {
     "scale": [], "which": None, "vectors": [], "keep_rank": False, "merged": False, "dtype": None, "folder": None,

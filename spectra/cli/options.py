@@ -33,12 +33,12 @@ EXIT_CODES = """exit codes:
 
 TEXT = ("txt", "md", "log")  # endings of files that take a table
 TUNED = (
-    "adapter folder, checkpoint folder or pipeline, .safetensors or .gguf file (.bin with --allow-pickle), or ORG/NAME "
-    "of what this machine's hub cache holds"
+    "adapter folder, checkpoint folder or pipeline, .safetensors or .gguf file (.bin with --allow-pickle), ORG/NAME "
+    "on the Hugging Face hub, or an address that fsspec reads (s3://…)"
 )
 DTYPES = ("float32", "float64")
 
-READING = ("include", "exclude", "split_fused", "allow_pickle", "initial_adapter")
+READING = ("include", "exclude", "split_fused", "allow_pickle", "local_files_only", "initial_adapter")
 COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "verify")
 # The options of add_definition, add_layers, add_pickles and add_computation, by the names that the pipeline gives them.
 SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
@@ -124,11 +124,16 @@ def add_layers(parser: argparse.ArgumentParser, *, as_for: str | None = None) ->
 
 
 def add_pickles(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Whether weights may be pickled: ``options.allow_pickle``."""
+    """What may be read: ``options.allow_pickle``, ``.local_files_only``."""
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="also read weights that torch.save wrote (.bin, .pt), where there are no others; runs nothing of them",
+    )
+    parser.add_argument(
+        "--local-files-only",
+        action="store_true",
+        help="download nothing: of ORG/NAME take what this machine's hub cache holds (as HF_HUB_OFFLINE=1 does)",
     )
 
 

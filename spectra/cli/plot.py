@@ -35,10 +35,12 @@ FORMATS = ("png", "svg", "pdf")
 AS_MADE: dict[str, Any] = {
     "base": None, "top_k": 10, "epsilon": 0.5, "side": "left", "include": [], "exclude": [], "draws": 0, "quick": False,
     "engine": "cached", "dtype": "float32", "size": None, "allow_pickle": False,
+    "local_files_only": False,
     "initial_adapter": None,
 }  # fmt: skip
 LAYER_SETTINGS = (
-    "top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads", "allow_pickle", "initial_adapter",
+    "top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads", "allow_pickle", "local_files_only",
+    "initial_adapter",
 )  # fmt: skip
 PANELS = 3  # layers of one fine-tune that are drawn side by side where none are named
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv")
 CHOICE = ("energy", "max_rank", "by", "use_rslora", "alpha")
-READING = ("include", "exclude", "device", "threads", "allow_pickle")
+READING = ("include", "exclude", "device", "threads", "allow_pickle", "local_files_only")
 
 
 def add(commands: Commands) -> None:
