@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,8 +31,9 @@ from spectra.plots.style import (
 )
 from spectra.records import LayerSpectra
 from spectra.report import SEVERITIES, Report
-from tests.conftest import FIXTURES, MEMBERS
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+MEMBERS = ("lora-r1", "lora-r4", "lora-r16", "lora-r64", "rslora-r16", "dora-r16", "full")
 BASE = FIXTURES / "base"
 LAYER = "model.layers.0.self_attn.v_proj"
 
