@@ -23,8 +23,8 @@ from benchmarks.tables import machine, text, write_table
 
 # What each one measures is its module's docstring.
 NAMES = (
-    "engines", "growth", "seven_b", "memory", "ten_adapters", "comparison", "mitigation", "fixtures", "trained",
-    "proof", "fuzz",
+    "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "scale", "cuda",
+    "comparison", "mitigation", "fixtures", "trained", "proof", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
@@ -105,9 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         "--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory, comparison, mitigation"
     )
     parser.add_argument("--rank", type=int, default=16, help="of LoRAs (default: 16)")
-    parser.add_argument("--width", type=int, help="of seven_b (4096), ten_adapters (2048) and trained (2048)")
-    parser.add_argument("--layers", type=int, help="of seven_b (32), ten_adapters (4) and comparison (2)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of proof (default: 2)")
+    width = "of seven_b (4096), ten_adapters, workers, trained (2048) and hundred_adapters (1024)"
+    layers = "of seven_b (32), workers (6), ten_adapters, hundred_adapters (4), scale (3 of 70B) and comparison (2)"
+    parser.add_argument("--width", type=int, help=width)
+    parser.add_argument("--layers", type=int, help=layers)
+    parser.add_argument("--workers", type=int, default=2, help="of proof and workers (default: 2)")
     return parser
 
 

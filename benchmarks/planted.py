@@ -47,8 +47,8 @@ PLANTED = (
     Planted(
         "a span that is not where the header says, of one dtype",
         "headers.py",
-        "tuple(shape), path, (begins + begin, end - begin))",
-        'tuple(shape), path, (begins + (0 if dtype == "BOOL" else begin), end - begin))',
+        "tuple(shape), path, (begins + begin, end - begin), stamp=stamp)",
+        'tuple(shape), path, (begins + (0 if dtype == "BOOL" else begin), end - begin), stamp=stamp)',
         "another tensor",
         "header",
     ),

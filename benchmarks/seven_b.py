@@ -77,12 +77,13 @@ def write_tuned(folder: Path, layers: int, shapes: dict[str, tuple[int, int]], r
     return write_adapter(folder, modules, rank, ALPHA * rank)
 
 
-def audit(report: Path, adapter: Path, base: Path, *more: str) -> dict[str, Any]:
+def audit(report: Path, adapter: Path, base: Path, *more: str, cache: Path | None = None) -> dict[str, Any]:
     """Runs ``spectra audit`` as a process of its own: its report, seconds and peak resident bytes."""
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "spectra", "audit", str(adapter), "--base", str(base), "-o", str(report)]
     started = time.perf_counter()
-    process = subprocess.Popen([*command, "--no-cache", "--quiet", *more], cwd=ROOT)
+    kept = ["--no-cache"] if cache is None else ["--cache", str(cache)]
+    process = subprocess.Popen([*command, *kept, "--quiet", *more], cwd=ROOT)
     largest = 0
     while process.poll() is None:
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from spectra.errors import CorruptFileError, UnsafeFileError
+from spectra.values import stamp_of
 
 MAX_DIRECTORY_BYTES = 16_000_000  # of the archive: some 150 bytes a storage
 LARGEST = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)  # what stands in 16 and 32 bits for a number that zip64 has elsewhere
@@ -130,8 +131,3 @@ def _content(path: Path, file: BinaryIO, info: zipfile.ZipInfo, size: int) -> in
     if place + info.file_size > size:
         raise CorruptFileError(path, f"truncated: {info.filename[:80]!r} would end behind the file")
     return place
-
-
-def stamp_of(status: os.stat_result) -> tuple[int, int]:
-    """By which a file that changed is known: its size and time of change."""
-    return status.st_size, status.st_mtime_ns

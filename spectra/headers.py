@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectra.errors import CorruptFileError, MissingFileError, UnsafeFileError
+from spectra.values import DTYPES, Stamp, stamp_of, values_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +70,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
     span: tuple[int, int]
+    stamp: Stamp | None = field(default=None, kw_only=True, compare=False, repr=False)  # of the file, when opened
 
     @property
     def is_float(self) -> bool:
@@ -113,8 +116,9 @@ def stored_value(info: TensorInfo, rows: slice | None = None) -> Tensor:
 
     if isinstance(info, ForeignTensor):
         return info.value(rows)
-    try:
-        # Opened for this one tensor: a map that stays open would count every page ever touched.
+    if info.dtype in DTYPES:
+        return values_at(info.file, info.span[0], info.dtype, info.shape, rows, info.name, info.stamp)
+    try:  # of less than a byte each: how torch has them is the library's business
         with safe_open(info.file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(info.name) if rows is None else file.get_slice(info.name)[rows]
     except (SafetensorError, OSError) as error:
@@ -226,7 +230,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(start[:8], "little")
             _check_length(path, start, length, size)
             file.seek(8)
-            tensors = _read_entries(path, file, length, size)
+            tensors = _read_entries(path, file, length, size, stamp_of(os.fstat(file.fileno())))
     except OSError as error:
         if isinstance(error, MissingFileError):
             raise
@@ -254,7 +258,7 @@ def _check_length(path: Path, start: bytes, length: int, size: int) -> None:
         raise CorruptFileError(path, "not a safetensors file: its header is not JSON (it begins with no brace)")
 
 
-def _read_entries(path: Path, file: BinaryIO, length: int, size: int) -> dict[str, TensorInfo]:
+def _read_entries(path: Path, file: BinaryIO, length: int, size: int, stamp: Stamp) -> dict[str, TensorInfo]:
     scanner = _Scanner(file, length)
     tensors: dict[str, TensorInfo] = {}
     used = 0
@@ -282,7 +286,7 @@ def _read_entries(path: Path, file: BinaryIO, length: int, size: int) -> dict[st
         if found is None:
             begins = repr(scanner.rest[:40].decode(errors="replace"))
             raise CorruptFileError(path, f"malformed: its entry in the header is not JSON, or not one: {begins}", name)
-        tensors[name] = _tensor(path, name, found[1], 8 + length)
+        tensors[name] = _tensor(path, name, found[1], 8 + length, stamp)
         used += scanner.at - begun
         if used > max(MANY_ENTRIES_BYTES, size - length):
             raise CorruptFileError(path, "malformed: its header is larger than the data that it describes")
@@ -373,7 +377,7 @@ def _skip_metadata(path: Path, scanner: _Scanner) -> bytes:
     raise wrong
 
 
-def _tensor(path: Path, name: str, stored: bytes, begins: int) -> TensorInfo:
+def _tensor(path: Path, name: str, stored: bytes, begins: int, stamp: Stamp) -> TensorInfo:
     """One entry, checked by itself."""
     try:
         entry = json.loads(stored.decode(), object_pairs_hook=_unique(path, name))
@@ -394,7 +398,7 @@ def _tensor(path: Path, name: str, stored: bytes, begins: int) -> TensorInfo:
         raise CorruptFileError(
             path, f"malformed: invalid shape: {str(shape)[:80]} of {dtype} does not make {end - begin:,} bytes", name
         )
-    return TensorInfo(name, dtype, tuple(shape), path, (begins + begin, end - begin))
+    return TensorInfo(name, dtype, tuple(shape), path, (begins + begin, end - begin), stamp=stamp)
 
 
 def _check_spans(path: Path, tensors: dict[str, TensorInfo], begins: int, size: int) -> None:

@@ -32,11 +32,21 @@ REPORT_MARKS = (
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")
 MAKER = b"intruder-spectra"
+GIB = 2**30
 
 
 @contextlib.contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None] | None]:
-    """A bar with a time estimate on standard error, where somebody may be looking."""
+def progress(quiet: bool, verbose: bool = False) -> Iterator[Callable[[float, float, str], None] | None]:
+    """A bar with a time estimate on standard error, where somebody may be looking; ``verbose``, a line a weight."""
+    if verbose and not quiet:
+        before = _memory()[0]  # with the libraries loaded
+        yield _say
+        peak = _memory()[1]
+        print(
+            f"spectra: peak memory {peak / GIB:.2f} GiB, {max(0, peak - before) / GIB:.2f} GiB above the libraries",
+            file=sys.stderr,
+        )
+        return
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -55,6 +65,25 @@ def progress(quiet: bool) -> Iterator[Callable[[float, float, str], None] | None
             bar.update(done / work - bar.n)
 
         yield show
+
+
+def _say(done: float, work: float, layer: str) -> None:
+    print(f"spectra: {100 * done / work:3.0f}%  memory {_memory()[0] / GIB:.2f} GiB  {layer}", file=sys.stderr)
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of this process that are resident now, and at most so far; where only the latter is known, it twice."""
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:  # no such module on Windows
+        return 0, 0
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE"), peak
+    except (OSError, ValueError):
+        return peak, peak
 
 
 def check_output(output: str | None, *, picture: bool = False) -> Path | None:

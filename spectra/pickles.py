@@ -8,17 +8,17 @@ dictionaries of them; anything else is refused by name.  Values are the bytes of
 from __future__ import annotations
 
 import math
-import os
 import pickletools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.archives import Archive, read_members, stamp_of
+from spectra.archives import Archive, read_members
 from spectra.errors import AmbiguousFilesError, CorruptFileError, MissingFileError, SpectraError, UnsafeFileError
 from spectra.headers import MAX_NAME, ForeignTensor, TensorInfo, check_regular
+from spectra.values import raw_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +53,10 @@ _CALLED = (
 class PickledTensor(ForeignTensor):
     """A tensor of such an archive.
 
-    ``span`` reaches from its first value to its last, ``strides`` count elements, ``stamp`` is the file's size and time
-    of change when it was opened.
+    ``span`` reaches from its first value to its last, ``strides`` count elements.
     """
 
     strides: tuple[int, ...] = ()
-    stamp: tuple[int, int] = field(default=(0, 0), compare=False, repr=False)
 
     @property
     def as_stored(self) -> bool:
@@ -66,7 +64,6 @@ class PickledTensor(ForeignTensor):
 
     def value(self, rows: slice | None = None) -> Tensor:
         """The tensor, or some of its leading rows, in an order of its own; raises CorruptFileError."""
-        import numpy as np
         import torch
 
         names = {dtype: name for name, (dtype, _) in _DTYPES.items()}
@@ -76,15 +73,7 @@ class PickledTensor(ForeignTensor):
             first, end, step = rows.indices(shape[0])
             shape, begin = (max(0, end - first), *shape[1:]), first * self.strides[0]
         wanted = _reach(shape, self.strides) * width
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.span[0] + (begin * width if wanted else 0))
-                raw = np.fromfile(file, np.uint8, wanted)
-                stamp = stamp_of(os.fstat(file.fileno()))
-        except OSError as error:
-            raise CorruptFileError(self.file, f"could not be read: {error.strerror or error}", self.name) from None
-        if raw.size != wanted or stamp != self.stamp:
-            raise CorruptFileError(self.file, "the file changed while it was being read", self.name)
+        raw = raw_at(self.file, self.span[0] + (begin * width if wanted else 0), wanted, self.name, self.stamp)
         dtype = getattr(torch, names[self.dtype])
         if not wanted:
             tensor = torch.empty(shape, dtype=dtype)
@@ -383,4 +372,4 @@ def _info(archive: Archive, name: str, stored: _Stored) -> PickledTensor:
     if math.prod(max(1, count) for count in stored.shape) * width >= 2**63:  # one of no values too
         raise wrong(f"its shape {list(stored.shape)} is too large")
     span = (place + stored.offset * width, reach * width) if size else (place, 0)
-    return PickledTensor(name, dtype, stored.shape, archive.path, span, stored.strides, archive.stamp)
+    return PickledTensor(name, dtype, stored.shape, archive.path, span, stored.strides, stamp=archive.stamp)

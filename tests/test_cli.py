@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -476,3 +477,16 @@ def test_python_mirrors_the_command():
     report = spectra.audit(Path(LORA), top_k=4)
     assert isinstance(report, spectra.Report)
     assert {len(layer.vectors) for layer in report.layers} == {4}
+
+
+def test_verbose_says_how_much_memory(capsys):
+    assert main(["audit", str(FIXTURES / "lora-r1"), "--include", "*.layers.0.*_proj", "--verbose"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    assert re.fullmatch(r"spectra: 100%  memory \d+\.\d\d GiB  model\.layers\.0\.\S+", lines[-2])
+    found = re.fullmatch(r"spectra: peak memory (\d+\.\d\d) GiB, (\d+\.\d\d) GiB above the libraries", lines[-1])
+    assert found
+    assert 0.1 < float(found[1]) < 16
+    assert float(found[2]) < float(found[1])
+    assert main(["audit", str(FIXTURES / "lora-r1"), "--include", "*.layers.0.*", "--verbose", "--quiet"]) == 0
+    assert not capsys.readouterr().err

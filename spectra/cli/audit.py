@@ -88,7 +88,7 @@ def add(commands: Commands) -> None:
         parser,
         formats=FORMATS,
         format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line",
-        verbose_help="draw every layer, list every skipped tensor",
+        verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
     )
     parser.set_defaults(run=run)
 
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     return_freed_matrices()
     unreadable = Unreadable()
     try:
-        with progress(options.quiet) as show, _executor(options) as executor:
+        with progress(options.quiet, options.verbose) as show, _executor(options) as executor:
             reports = audit_many(
                 tuned, options.base, **settings(options), progress=show,
                 on_unreadable=unreadable, resume=options.resume, executor=executor,

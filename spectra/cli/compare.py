@@ -106,7 +106,7 @@ def compared(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
     from spectra.comparing import compare
 
     return_freed_matrices()
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         return compare(
             options.tuned,
             options.base,

@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
     from spectra.mitigating import mitigate
 
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         mitigation = mitigate(
             options.tuned,
             None if options.dry_run else options.folder,
@@ -165,7 +165,7 @@ def _verify(options: argparse.Namespace) -> int:
     from spectra.checking import verify_mitigation
 
     chosen = {name: getattr(options, name) for name in CHECKING}
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         found = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
     emit(_rendered(found, options), None)
     return OK if found.holds else GATE

@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
     chosen: dict[str, Any] = {name: getattr(options, name) for name in (*CHOICE, *READING)}
     extraction = None
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         if options.extract is not None:
             extraction = extract_adapter(
                 options.tuned, options.extract, options.base, **chosen, whole=options.whole, force=options.force,

@@ -1,0 +1,183 @@
+"""What an audit of a large model costs: seconds, bytes and memory, predicted and measured.
+
+``layers`` of a 7B-shaped model lie in one sharded checkpoint; the seconds of more than one are predicted from
+those of one.  70B-shaped layers are made, audited and deleted one at a time; each is predicted from the first.
+Of the 405B shape one attention weight is measured, and predicted by the law that the weights before it gave
+(seconds = c·(m·n)^p).  Every audit is a process of its own, with nothing cached; models are synthetic
+(bfloat16, LoRA of rank 16) and deleted again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import spectra
+from benchmarks.memory import ROOT
+from benchmarks.options import Options, Row
+from benchmarks.plots import look
+from benchmarks.seven_b import audit, write_base, write_tuned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TITLE = "What large models cost"
+# width, inner width, width of keys and values, layers
+MODELS = {"7B": (4096, 11008, 4096, 32), "70B": (8192, 28672, 1024, 80), "405B": (16384, 53248, 1024, 126)}
+TINY = {"7B": (192, 512, 192, 4), "70B": (256, 896, 64, 4), "405B": (384, 1280, 64, 4)}
+ADAPTERS = (1, 10, 100, 1000)
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def shapes_of(width: int, inner: int, narrow: int) -> Shapes:
+    """The linear modules of one layer with their shapes (out, in)."""
+    return {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (narrow, width),
+        "self_attn.v_proj": (narrow, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+
+
+def size_of(shapes: Shapes) -> int:
+    return sum(m * n for m, n in shapes.values())
+
+
+class Measured:
+    """Audits of synthetic layers, each in a process, and the weights they looked at."""
+
+    def __init__(self, home: Path, rank: int):
+        self._home, self._rank = home, rank
+        self.weights: list[tuple[float, float]] = []  # m·n, seconds
+        self._libraries = audit(home / "tiny.json", ROOT / "fixtures" / "lora-r1", ROOT / "fixtures" / "base")
+
+    @property
+    def startup(self) -> float:
+        """Seconds of a command that has next to nothing to do."""
+        inside = sum(layer["seconds"] for layer in self._libraries["report"]["layers"])
+        return float(self._libraries["seconds"] - inside)
+
+    def __call__(self, layers: int, shapes: Shapes) -> dict[str, Any]:
+        """The facts of one audit; the model is there only as long as that takes."""
+        with tempfile.TemporaryDirectory(dir=self._home) as folder:
+            place = Path(folder)
+            stored = write_base(place / "base", layers, shapes)
+            write_tuned(place / "adapter", layers, shapes, self._rank)
+            found = audit(place / "report.json", place / "adapter", place / "base")
+        looked_at = found["report"]["layers"]
+        self.weights += [(float(np.prod(layer["shape"])), layer["seconds"]) for layer in looked_at]
+        return {
+            "seconds": found["seconds"],
+            "inside": sum(layer["seconds"] for layer in looked_at),
+            "stored": stored,
+            "memory": (found["peak"] - self._libraries["peak"]) / 2**30,
+            "agrees": all(layer["status"] in ("analysed", "proved_small") for layer in looked_at),
+        }
+
+
+def run(options: Options) -> Iterator[Row | str]:
+    models = TINY if options.quick else MODELS
+    with tempfile.TemporaryDirectory(dir=options.scratch) as home:
+        measured = Measured(Path(home), options.rank)
+        yield f"Starting takes {measured.startup:.1f} s, of which no weight is the reason."
+        shapes = shapes_of(*models["7B"][:3])
+        one = measured(1, shapes)
+        layer = max(one["seconds"] - measured.startup, one["inside"])
+        yield _row("7B", 1, one, None)
+        for layers in options.scale(quick=(2,), default=(2, 4, 8), full=(2, 4, 8, 32)):
+            yield _row("7B", layers, measured(layers, shapes), measured.startup + layers * layer)
+        yield from _adapters(Path(home), shapes, models["7B"][3], layer, measured.startup, options.rank)
+        shapes = shapes_of(*models["70B"][:3])
+        first: dict[str, Any] | None = None
+        for _ in range(options.layers or options.scale(quick=2, default=3)):
+            found = measured(1, shapes)
+            yield _row("70B", 1, found, first["seconds"] if first else None)
+            first = first or found
+        assert first is not None
+        sizes, seconds = np.log(np.array([w for w in measured.weights if w[1] > 0], dtype=float)).T
+        law = np.polyfit(sizes, seconds, 1)
+        deep = max(first["seconds"] - measured.startup, first["inside"])
+        yield _total("70B", models["70B"], deep, measured.startup)
+        width = models["405B"][0]
+        found = measured(1, {"self_attn.q_proj": (width, width)})
+        predicted = float(np.exp(np.polyval(law, np.log(width**2.0))))
+        yield _row("405B, q_proj alone", 1, found, measured.startup + predicted)
+        whole = np.array([m * n for m, n in shapes_of(*models["405B"][:3]).values()], dtype=float)
+        layer = float(np.exp(np.polyval(law, np.log(whole))).sum())
+        yield f"Over all weights measured, seconds grow as (m·n)^{law[0]:.2f}."
+        yield _total("405B", models["405B"], layer, measured.startup)
+
+
+def _row(model: str, layers: int, found: dict[str, Any], predicted: float | None) -> Row:
+    return {
+        "model": model,
+        "layers": layers,
+        "GB stored": found["stored"] / 1e9,
+        "seconds": found["seconds"],
+        "predicted": predicted,
+        "seconds/predicted": found["seconds"] / predicted if predicted else None,
+        "GiB above the libraries": found["memory"],
+        "agrees": found["agrees"],
+    }
+
+
+def _total(name: str, model: tuple[int, int, int, int], layer: float, startup: float) -> str:
+    stored = 2 * model[3] * size_of(shapes_of(*model[:3]))
+    return (
+        f"All {model[3]} layers of the {name} shape ({stored / 1e9:.0f} GB in bfloat16) would take "
+        f"{(startup + model[3] * layer) / 60:.0f} minutes, {layer:.1f} s a layer."
+    )
+
+
+def _adapters(home: Path, shapes: Shapes, layers: int, alone: float, startup: float, rank: int) -> Iterator[Row | str]:
+    """What many adapters of that base cost, from one layer of it: each by itself, or with the base's spectra kept."""
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        place = Path(folder)
+        write_base(place / "base", 1, shapes)
+        write_tuned(place / "adapter", 1, shapes, rank)
+        started = time.perf_counter()
+        kept = spectra.cache_base(place / "base", root=place / "kept")
+        once = time.perf_counter() - started
+        found = audit(place / "report.json", place / "adapter", place / "base", cache=place / "kept")
+    each = sum(layer["seconds"] for layer in found["report"]["layers"])
+    stored = kept.bytes
+    for count in ADAPTERS:
+        by_itself, together = (startup + layers * alone) * count, layers * once + startup + layers * each * count
+        yield (
+            f"{count} adapter{'s' * (count > 1)} of the 7B-shaped base: {by_itself / 3600:.2f} h one by one, "
+            f"{together / 3600:.2f} h with its spectra kept ({layers * once / 60:.0f} minutes once, "
+            f"{layers * stored / 1e9:.0f} GB; then {layers * each:.0f} s an adapter)."
+        )
+
+
+def notes(rows: list[Row]) -> list[str]:
+    seven = [row for row in rows if row["model"] == "7B"]
+    apart = [row["seconds/predicted"] for row in rows if row["seconds/predicted"]]
+    return [
+        f"Memory above the libraries with {seven[0]['layers']} to {seven[-1]['layers']} layers of the 7B shape: "
+        f"{min(row['GiB above the libraries'] for row in seven):.2f} to "
+        f"{max(row['GiB above the libraries'] for row in seven):.2f} GiB.",
+        f"Measured over predicted seconds: {min(apart):.2f} to {max(apart):.2f}.",
+        "Totals for models that were not measured as a whole are predictions.",
+    ]
+
+
+def draw(rows: list[Row], axes: Axes) -> None:
+    shown = [row for row in rows if row["predicted"]]
+    x, y = [row["predicted"] for row in shown], [row["seconds"] for row in shown]
+    axes.plot(x, y, **look("krylov"), linestyle="none")
+    ends = [min(x) / 1.5, max(x) * 1.5]
+    axes.plot(ends, ends, linewidth=0.8, color="gray")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds predicted")
+    axes.set_ylabel("seconds measured")
