@@ -140,16 +140,22 @@ def _total(name: str, model: tuple[int, int, int, int], layer: float, startup: f
 
 def _adapters(home: Path, shapes: Shapes, layers: int, alone: float, startup: float, rank: int) -> Iterator[Row | str]:
     """What many adapters of that base cost, from one layer of it: each by itself, or with the base's spectra kept."""
+    alike = {shape: [name for name in shapes if shapes[name] == shape] for shape in shapes.values()}
+    one_of_each = {names[0]: shape for shape, names in alike.items()}
+    once = each = 0.0
+    stored = 0
     with tempfile.TemporaryDirectory(dir=home) as folder:
         place = Path(folder)
-        write_base(place / "base", 1, shapes)
-        write_tuned(place / "adapter", 1, shapes, rank)
-        started = time.perf_counter()
-        kept = spectra.cache_base(place / "base", root=place / "kept")
-        once = time.perf_counter() - started
+        write_base(place / "base", 1, one_of_each)
+        write_tuned(place / "adapter", 1, one_of_each, rank)
+        for name, shape in one_of_each.items():
+            started = time.perf_counter()
+            kept = spectra.cache_base(place / "base", root=place / "kept", include=[f"*{name}"])
+            once += len(alike[shape]) * (time.perf_counter() - started)
+            stored += len(alike[shape]) * kept.bytes
         found = audit(place / "report.json", place / "adapter", place / "base", cache=place / "kept")
-    each = sum(layer["seconds"] for layer in found["report"]["layers"])
-    stored = kept.bytes
+    for layer in found["report"]["layers"]:
+        each += len(alike[tuple(layer["shape"])]) * layer["seconds"]
     for count in ADAPTERS:
         by_itself, together = (startup + layers * alone) * count, layers * once + startup + layers * each * count
         yield (
