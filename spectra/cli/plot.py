@@ -69,6 +69,7 @@ def add(commands: Commands) -> None:
     output.add_argument("--format", choices=FORMATS, help="default: what the ending of FILE says, else png")
     output.add_argument("-o", "--output", metavar="FILE", help="write there (default: spectra-KIND.png)")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
+    output.add_argument("--verbose", action="store_true", help="on standard error a line a weight, with the memory")
     parser.set_defaults(run=run)
 
 
@@ -139,7 +140,7 @@ def _layers(options: argparse.Namespace) -> tuple[Sequence[LayerSpectra], bool]:
     if not options.include:
         chosen["include"], failed = _worst(tuned, options)
     size = SIZE if options.size is None else options.size
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         return layer_spectra(tuned, options.base, size=size, **chosen, progress=show), failed
 
 
@@ -147,7 +148,7 @@ def _worst(tuned: Sequence[str | Path], options: argparse.Namespace) -> tuple[li
     """The layers with the most intruders: some of a single fine-tune, the one of several; and whether any failed."""
     from spectra.audits import audit_many
 
-    with progress(options.quiet) as show:
+    with progress(options.quiet, options.verbose) as show:
         reports = audit_many(tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)
     failed = complain_of_layers(reports)
     totals: dict[str, int] = {}
