@@ -18,8 +18,8 @@ copyright = f"{author}. Apache-2.0"
 version = release = spectra.__version__
 
 extensions = [
-    "myst_parser", "sphinx.ext.autodoc", "commands", "docstrings", "drawings", "formulas", "notebooks",
-    "schemas",
+    "myst_parser", "sphinx.ext.autodoc", "commands", "docstrings", "drawings", "formulas", "measurements",
+    "notebooks", "schemas",
 ]  # fmt: skip
 exclude_patterns = ["extensions"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
