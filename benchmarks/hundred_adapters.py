@@ -36,7 +36,7 @@ def run(options: Options) -> Iterator[Row | str]:
     shapes = weights(width, width * 43 // 16)
     with tempfile.TemporaryDirectory(dir=options.scratch) as home:
         folder = Path(home)
-        write_base(folder / "base", layers, shapes)
+        write_base(folder / "base", range(layers), shapes)
         adapters = []
         for number in range(count):
             modules = {}

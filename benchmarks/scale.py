@@ -1,17 +1,17 @@
 """What an audit of a large model costs: seconds, bytes and memory, predicted and measured.
 
-``layers`` of a 7B-shaped model lie in one sharded checkpoint; the seconds of more than one are predicted from
-those of one.  70B-shaped layers are made, audited and deleted one at a time; each is predicted from the first.
-Of the 405B shape one attention weight is measured, and predicted by the law that the weights before it gave
-(seconds = c·(m·n)^p).  Every audit is a process of its own, with nothing cached; models are synthetic
-(bfloat16, LoRA of rank 16) and deleted again.
+Layers of a 7B-shaped model lie in one sharded checkpoint; the seconds of more than three are predicted from those of
+three.  70B-shaped layers are made, audited and deleted one at a time; they, and attention weights of the 405B shape,
+are predicted by the law that the weights before them gave: seconds = c·(m·n)^p.  One layer in three is too weak, one
+about strong enough and one clearly strong enough for intruders.  Every audit is a process of its own, with nothing
+cached; models are synthetic (bfloat16, LoRA of rank 16) and deleted again.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import spectra
 from benchmarks.memory import ROOT
 from benchmarks.options import Options, Row
 from benchmarks.plots import look
-from benchmarks.seven_b import audit, write_base, write_tuned
+from benchmarks.seven_b import STRENGTHS, audit, write_base, write_tuned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +31,8 @@ TITLE = "What large models cost"
 MODELS = {"7B": (4096, 11008, 4096, 32), "70B": (8192, 28672, 1024, 80), "405B": (16384, 53248, 1024, 126)}
 TINY = {"7B": (192, 512, 192, 4), "70B": (256, 896, 64, 4), "405B": (384, 1280, 64, 4)}
 ADAPTERS = (1, 10, 100, 1000)
+CYCLE = len(STRENGTHS)
+TOGETHER = 4  # adapters in one run, to see what each more costs
 
 Shapes = dict[str, tuple[int, int]]
 
@@ -66,7 +68,7 @@ class Measured:
         inside = sum(layer["seconds"] for layer in self._libraries["report"]["layers"])
         return float(self._libraries["seconds"] - inside)
 
-    def __call__(self, layers: int, shapes: Shapes) -> dict[str, Any]:
+    def __call__(self, layers: range, shapes: Shapes) -> dict[str, Any]:
         """The facts of one audit; the model is there only as long as that takes."""
         with tempfile.TemporaryDirectory(dir=self._home) as folder:
             place = Path(folder)
@@ -83,6 +85,20 @@ class Measured:
             "agrees": all(layer["status"] in ("analysed", "proved_small") for layer in looked_at),
         }
 
+    def law(self) -> Callable[[Shapes], float]:
+        """The seconds that weights of other shapes should take, from the means of those measured so far."""
+        by_size: dict[float, list[float]] = {}
+        for size, seconds in self.weights:
+            by_size.setdefault(size, []).append(seconds)
+        means = [(size, sum(found) / len(found)) for size, found in by_size.items()]
+        sizes, seconds_of = np.log(np.array(means, dtype=float)).T
+        line = np.polyfit(sizes, seconds_of, 1)
+
+        def predicted(shapes: Shapes) -> float:
+            return sum(float(np.exp(np.polyval(line, np.log(float(m) * n)))) for m, n in shapes.values())
+
+        return predicted
+
 
 def run(options: Options) -> Iterator[Row | str]:
     models = TINY if options.quick else MODELS
@@ -90,31 +106,25 @@ def run(options: Options) -> Iterator[Row | str]:
         measured = Measured(Path(home), options.rank)
         yield f"Starting takes {measured.startup:.1f} s, of which no weight is the reason."
         shapes = shapes_of(*models["7B"][:3])
-        one = measured(1, shapes)
-        layer = max(one["seconds"] - measured.startup, one["inside"])
-        yield _row("7B", 1, one, None)
-        for layers in options.scale(quick=(2,), default=(2, 4, 8), full=(2, 4, 8, 32)):
-            yield _row("7B", layers, measured(layers, shapes), measured.startup + layers * layer)
+        few = measured(range(CYCLE), shapes)
+        layer = max(few["seconds"] - measured.startup, few["inside"]) / CYCLE
+        yield _row("7B", CYCLE, few, None)
+        for layers in options.scale(quick=(6,), default=(6, 12), full=(6, 12, 32)):
+            yield _row("7B", layers, measured(range(layers), shapes), measured.startup + layers * layer)
         yield from _adapters(Path(home), shapes, models["7B"][3], layer, measured.startup, options.rank)
         shapes = shapes_of(*models["70B"][:3])
-        first: dict[str, Any] | None = None
-        for _ in range(options.layers or options.scale(quick=2, default=3)):
-            found = measured(1, shapes)
-            yield _row("70B", 1, found, first["seconds"] if first else None)
-            first = first or found
-        assert first is not None
-        sizes, seconds = np.log(np.array([w for w in measured.weights if w[1] > 0], dtype=float)).T
-        law = np.polyfit(sizes, seconds, 1)
-        deep = max(first["seconds"] - measured.startup, first["inside"])
+        law, deep = measured.law(), 0.0
+        count = options.layers or CYCLE
+        for i in range(count):
+            found = measured(range(i, i + 1), shapes)
+            yield _row(f"70B, layer {i}", 1, found, measured.startup + law(shapes))
+            deep += max(found["seconds"] - measured.startup, found["inside"]) / count
         yield _total("70B", models["70B"], deep, measured.startup)
-        width = models["405B"][0]
-        found = measured(1, {"self_attn.q_proj": (width, width)})
-        predicted = float(np.exp(np.polyval(law, np.log(width**2.0))))
-        yield _row("405B, q_proj alone", 1, found, measured.startup + predicted)
-        whole = np.array([m * n for m, n in shapes_of(*models["405B"][:3]).values()], dtype=float)
-        layer = float(np.exp(np.polyval(law, np.log(whole))).sum())
-        yield f"Over all weights measured, seconds grow as (m·n)^{law[0]:.2f}."
-        yield _total("405B", models["405B"], layer, measured.startup)
+        law = measured.law()
+        query = {"self_attn.q_proj": shapes_of(*models["405B"][:3])["self_attn.q_proj"]}
+        found = measured(range(CYCLE), query)
+        yield _row("405B, q_proj alone", CYCLE, found, measured.startup + CYCLE * law(query))
+        yield _total("405B", models["405B"], measured.law()(shapes_of(*models["405B"][:3])), measured.startup)
 
 
 def _row(model: str, layers: int, found: dict[str, Any], predicted: float | None) -> Row:
@@ -142,26 +152,31 @@ def _adapters(home: Path, shapes: Shapes, layers: int, alone: float, startup: fl
     """What many adapters of that base cost, from one layer of it: each by itself, or with the base's spectra kept."""
     alike = {shape: [name for name in shapes if shapes[name] == shape] for shape in shapes.values()}
     one_of_each = {names[0]: shape for shape, names in alike.items()}
-    once = each = 0.0
-    stored = 0
+    once, stored = 0.0, 0
     with tempfile.TemporaryDirectory(dir=home) as folder:
         place = Path(folder)
-        write_base(place / "base", 1, one_of_each)
-        write_tuned(place / "adapter", 1, one_of_each, rank)
+        write_base(place / "base", range(1), one_of_each)
+        for seed in range(TOGETHER):
+            write_tuned(place / "adapters" / str(seed), range(1), one_of_each, rank, seed)
         for name, shape in one_of_each.items():
             started = time.perf_counter()
             kept = spectra.cache_base(place / "base", root=place / "kept", include=[f"*{name}"])
             once += len(alike[shape]) * (time.perf_counter() - started)
             stored += len(alike[shape]) * kept.bytes
-        found = audit(place / "report.json", place / "adapter", place / "base", cache=place / "kept")
-    for layer in found["report"]["layers"]:
-        each += len(alike[tuple(layer["shape"])]) * layer["seconds"]
+        tuned = [place / "adapters" / str(seed) for seed in range(TOGETHER)]
+        reports = spectra.audit_many(tuned, place / "base", cache=place / "kept")
+    first, more = 0.0, 0.0
+    for number, report in enumerate(reports):
+        for layer in report.layers:
+            seconds = len(alike[layer.shape]) * (layer.seconds or 0.0)
+            first, more = (first + seconds, more) if number == 0 else (first, more + seconds / (TOGETHER - 1))
     for count in ADAPTERS:
-        by_itself, together = (startup + layers * alone) * count, layers * once + startup + layers * each * count
+        by_itself = (startup + layers * alone) * count
+        together = startup + layers * (once + first + more * (count - 1))
         yield (
             f"{count} adapter{'s' * (count > 1)} of the 7B-shaped base: {by_itself / 3600:.2f} h one by one, "
-            f"{together / 3600:.2f} h with its spectra kept ({layers * once / 60:.0f} minutes once, "
-            f"{layers * stored / 1e9:.0f} GB; then {layers * each:.0f} s an adapter)."
+            f"{together / 3600:.2f} h in one run (its spectra {layers * once / 60:.0f} minutes, once for all runs, "
+            f"{layers * stored / 1e9:.0f} GB; then {layers * more:.0f} s an adapter)."
         )
 
 

@@ -45,34 +45,34 @@ def weights(width: int, inner: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def write_base(folder: Path, layers: int, shapes: dict[str, tuple[int, int]], shard: float = SHARD) -> int:
-    """A sharded bfloat16 checkpoint; returns its bytes."""
+def write_base(folder: Path, layers: range, shapes: dict[str, tuple[int, int]], shard: float = SHARD) -> int:
+    """A sharded bfloat16 checkpoint of these layers of a model; returns its bytes."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": len(layers)}))
     each = 2 * sum(m * n for m, n in shapes.values())
-    shards = max(1, round(layers * each / shard))
-    ends = [round((i + 1) * layers / shards) for i in range(shards)]
+    shards = max(1, round(len(layers) * each / shard))
+    ends = [round((i + 1) * len(layers) / shards) for i in range(shards)]
     place: dict[str, str] = {}
     for number, end in enumerate(ends):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         tensors = {}
-        for layer in range(ends[number - 1] if number else 0, end):
+        for layer in layers[ends[number - 1] if number else 0 : end]:
             for position, (module, (m, n)) in enumerate(shapes.items()):
                 name = f"model.layers.{layer}.{module}.weight"
                 tensors[name] = scaled_base(m, n, seeded(1000 * layer + position)).bfloat16()
                 place[name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": layers * each}, "weight_map": place}
+    index = {"metadata": {"total_size": len(layers) * each}, "weight_map": place}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    return layers * each
+    return len(layers) * each
 
 
-def write_tuned(folder: Path, layers: int, shapes: dict[str, tuple[int, int]], rank: int) -> Path:
+def write_tuned(folder: Path, layers: range, shapes: dict[str, tuple[int, int]], rank: int, seed: int = 0) -> Path:
     modules = {}
-    for layer in range(layers):
+    for layer in layers:
         for position, (module, (m, n)) in enumerate(shapes.items()):
-            strength = STRENGTHS[layer % len(STRENGTHS)] * ENTRY * max(m, n) ** 0.5 / ALPHA
-            generator = seeded(1_000_000 + 1000 * layer + position)
+            strength = STRENGTHS[(layer + seed) % len(STRENGTHS)] * ENTRY * max(m, n) ** 0.5 / ALPHA
+            generator = seeded(1_000_000 * (seed + 1) + 1000 * layer + position)
             modules[f"model.layers.{layer}.{module}"] = factors(m, n, rank, strength, generator)
     return write_adapter(folder, modules, rank, ALPHA * rank)
 
@@ -108,8 +108,8 @@ def run(options: Options) -> Iterator[Row | str]:
             raise RuntimeError(f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; see --scratch")
         started = time.perf_counter()
         base, adapter, report = (Path(home) / name for name in ("base", "adapter", "report.json"))
-        size = write_base(base, layers, shapes, SHARD if layers * width > 4096 else 1e6)
-        write_tuned(adapter, layers, shapes, options.rank)
+        size = write_base(base, range(layers), shapes, SHARD if layers * width > 4096 else 1e6)
+        write_tuned(adapter, range(layers), shapes, options.rank)
         shards = len(list(base.glob("*.safetensors")))
         yield f"{size / 1e9:.2f} GB in {shards} shards, written in {time.perf_counter() - started:.0f} s."
         libraries = audit(report, ROOT / "fixtures" / "lora-r1", ROOT / "fixtures" / "base")

@@ -34,8 +34,8 @@ def run(options: Options) -> Iterator[Row | str]:
     shapes = weights(width, width * 43 // 16)
     with tempfile.TemporaryDirectory(dir=options.scratch) as home:
         base, adapter = Path(home) / "base", Path(home) / "adapter"
-        write_base(base, layers, shapes)
-        write_tuned(adapter, layers, shapes, options.rank)
+        write_base(base, range(layers), shapes)
+        write_tuned(adapter, range(layers), shapes, options.rank)
 
         def audited(workers: int, threads: int) -> Report:
             return spectra.audit(adapter, base, cache=False, workers=workers, threads=threads)
