@@ -28,10 +28,13 @@ REPORT_MARKS = (
     b"Verified: ",
     b"NOT verified: ",
     b"folder,layer,error,",
+    b'{\n "properties": {\n  "maker": "intruder-spectra"',  # SARIF
 )
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")
+TABLE_MARK, TABLE_SCHEMA = b"PAR1", b"spectra.rows/1"  # parquet, and what ours have in their metadata
 MAKER = b"intruder-spectra"
+MAX_CARD_BYTES = 10_000_000
 GIB = 2**30
 
 
@@ -110,10 +113,44 @@ def _is_ours(path: Path, picture: bool) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        start = file.read(40)
+        start = file.read(64)
         if picture and start.startswith(PICTURE_MARKS):
             return MAKER in start + file.read()
+        if not picture and start.startswith(TABLE_MARK):
+            return TABLE_SCHEMA in start + file.read()
     return not start or (not picture and start.startswith(REPORT_MARKS))
+
+
+def check_card(name: str) -> Path:
+    """A Markdown file that may be there or not, checked before any work."""
+    target = Path(name)
+    if target.suffix.lower() not in (".md", ".markdown"):
+        raise UsageError(f"{target}: expected a Markdown file, such as README.md, or - for standard output")
+    if not target.parent.is_dir():
+        raise MissingFileError(target.parent, "no such folder to write into")
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise UsageError(f"{target}: is no regular file; name the file itself")
+    return target
+
+
+def card_in(target: Path) -> bytes:
+    """What a model card holds; nothing where it is not there."""
+    try:
+        if not target.exists():
+            return b""
+        if target.stat().st_size > MAX_CARD_BYTES:
+            raise UsageError(f"{target}: over {MAX_CARD_BYTES:,} bytes; expected a model card")
+        return target.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{target}: could not be read: {error.strerror or error}") from None
+
+
+def replace_card(target: Path, content: bytes) -> None:
+    """Writes a model card whole or not at all, with the permissions that it had."""
+    mode = target.stat().st_mode & 0o777 if target.exists() else None
+    write_whole(target, content)
+    if mode is not None:
+        target.chmod(mode)
 
 
 def emit(content: str | bytes, target: Path | None) -> None:

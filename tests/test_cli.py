@@ -113,7 +113,7 @@ def test_options_reach_the_analysis(capsys):
         (["--fail-on", "new"], "--baseline"),
         (["--fail-on", "paper"], "--fail-above"),
         (["--include", "no such layer"], "nothing to analyse (left out by --include or --exclude, such as 'model."),
-        (["--output", "report.xlsx"], "report.xlsx: ends in none of .json, .jsonl, .csv, .txt"),
+        (["--output", "report.xlsx"], "report.xlsx: ends in none of .json, .jsonl, .csv, .parquet, .sarif, .txt"),
         (["--output", "/no/such/folder/x.json"], "no such folder"),
     ],
 )

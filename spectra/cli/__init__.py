@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from spectra import __version__
-from spectra.cli import audit, cache, compare, inspect, mitigate, plot, ranks
+from spectra.cli import audit, cache, compare, completion, inspect, mitigate, plot, ranks
 from spectra.cli.options import BAD, INTERRUPTED, complain
 from spectra.errors import SpectraError
 
-COMMANDS = (audit, compare, plot, ranks, mitigate, cache, inspect)  # in the order in which --help lists them
+COMMANDS = (audit, compare, plot, ranks, mitigate, cache, inspect, completion)  # in --help's order
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What did this fine-tune do to the spectrum of the weights?",
         epilog="`spectra COMMAND --help` tells more.",
     )
-    parser.add_argument("--version", action="version", version=f"spectra {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"spectra {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectra import __version__
+from spectra.cli.model_card import add_model_card, addresses, checked_card, further, home, public_root, write_card
 from spectra.cli.options import (
     BAD,
     EXIT_CODES,
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
     from spectra.errors import SpectraError
     from spectra.report import Report
 
-FORMATS = ("table", "json", "jsonl", "csv")
+FORMATS = ("table", "json", "jsonl", "csv", "parquet", "sarif")
+WITHOUT_REPORTS = ("jsonl", "sarif")  # formats that can say what could not be read
 
 
 def add(commands: Commands) -> None:
@@ -48,8 +52,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "audit",
         help="flag the intruder dimensions of fine-tunes, per layer and per singular index",
-        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are "
-        "nearly orthogonal to every singular vector of the base. Several TUNED give a summary table.",
+        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are\n"
+        "nearly orthogonal to every singular vector of the base. Several TUNED give a\nsummary table.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,9 +91,11 @@ def add(commands: Commands) -> None:
     add_output(
         parser,
         formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line",
+        format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line; "
+        "sarif is for code scanning",
         verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
     )
+    add_model_card(parser)
     parser.set_defaults(run=run)
 
 
@@ -104,8 +110,15 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--fail-on new needs --baseline REPORT.json")
     if options.fail_on is not None and options.fail_above is None and options.baseline is None:
         raise UsageError("--fail-on needs --fail-above N")
+    card = checked_card(options, len(tuned))
     target = check_output(options.output)
     options.format = options.format or format_of(target, FORMATS)
+    if options.format == "parquet":
+        from spectra.render.frames import check_parquet
+
+        check_parquet()
+        if target is None:
+            raise UsageError("parquet is no text: name a file to write with -o FILE.parquet")
 
     from spectra.report import load_report
 
@@ -127,14 +140,24 @@ def run(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         raise
-    if not reports:
+    if not reports and options.format not in WITHOUT_REPORTS:
         return BAD
     if baseline is not None:
         reports = [report.against(baseline) for report in reports]
-    emit(_rendered(reports, unreadable, options), target)
+    crossed = _crossed(reports, options)
+    bad = bool(unreadable) or any(report.failed for report in reports)
+    code = BAD if bad else GATE if crossed else OK
+    if options.format == "sarif":
+        emit(_sarif(reports, unreadable, frozenset(crossed), code, options), target)
+    elif target is not None or options.model_card != "-":
+        emit(_rendered(reports, unreadable, options), target)
     announce(target, options.format, options)
-    code = _verdict(reports, options)
-    return BAD if unreadable else code
+    if options.model_card is not None and reports:
+        write_card(reports[0], card, options)
+    complain_of_layers(reports)
+    for message in crossed.values():
+        print(f"spectra: gate: {message}", file=sys.stderr)
+    return code
 
 
 def _executor(options: argparse.Namespace) -> AbstractContextManager[Executor | None]:
@@ -145,7 +168,9 @@ def _executor(options: argparse.Namespace) -> AbstractContextManager[Executor | 
     return dask_executor(options.dask)
 
 
-def _rendered(reports: Sequence[Report], unreadable: Sequence[SpectraError], options: argparse.Namespace) -> str:
+def _rendered(
+    reports: Sequence[Report], unreadable: Sequence[SpectraError], options: argparse.Namespace
+) -> str | bytes:
     several = len(reports) + len(unreadable) > 1
     if options.format == "json" and not several:
         return reports[0].to_json() + "\n"
@@ -157,6 +182,10 @@ def _rendered(reports: Sequence[Report], unreadable: Sequence[SpectraError], opt
         from spectra.render.table import to_csv
 
         return to_csv(reports)
+    if options.format == "parquet":
+        from spectra.render.frames import to_parquet
+
+        return to_parquet(reports)
     from spectra.render.columns import in_ascii
     from spectra.render.text import render_report, render_summary
 
@@ -168,6 +197,39 @@ def _rendered(reports: Sequence[Report], unreadable: Sequence[SpectraError], opt
     return text + (in_ascii(beside) if ascii_only else beside)
 
 
+def _sarif(
+    reports: Sequence[Report],
+    unreadable: Sequence[SpectraError],
+    crossed: frozenset[str],
+    code: int,
+    options: argparse.Namespace,
+) -> str:
+    from spectra.render.sarif import Scanned, to_sarif
+
+    scanned = Scanned(
+        files={str(report.tuned["path"]): _files(report, options) for report in reports},
+        crossed=crossed,
+        unreadable=unreadable,
+        exit_code=code,
+        root=public_root(),
+        url=home(),
+        further=further(options),
+        addresses=addresses(reports, options),
+    )
+    return to_sarif(reports, scanned, version=__version__)
+
+
+def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, Path]:
+    """Module → the file that holds its weights; under None that of any other."""
+    from spectra.resolve import Access, open_tuned
+
+    tuned = open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True))
+    files: dict[str | None, Path] = {None: tuned.files[0]}
+    if len(tuned.files) > 1:
+        files |= {name.removesuffix(".weight"): info.file for name, info in tuned.tensors.items()}
+    return files
+
+
 def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
     from spectra.inspection import beside, in_words
@@ -177,22 +239,17 @@ def _beside(report: Report, options: argparse.Namespace) -> str:
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""
 
 
-def _verdict(reports: Sequence[Report], options: argparse.Namespace) -> int:
-    if complain_of_layers(reports):
-        return BAD
+def _crossed(reports: Sequence[Report], options: argparse.Namespace) -> dict[str, str]:
+    """The paths of the fine-tunes that a gate holds back, each with what to say of it."""
     limit = options.fail_above
     if limit is None and options.baseline is not None:
         limit = 0
     if limit is None:
-        return OK
+        return {}
     scope = options.fail_on or ("new" if options.baseline is not None else "all")
-    code = OK
-    for report in reports:
-        total = report.total(scope)
-        if total > limit:
-            print(
-                f"spectra: gate: {report.tuned['path']}: intruders ({scope}): {total}, more than {limit}",
-                file=sys.stderr,
-            )
-            code = GATE
-    return code
+    totals = {str(report.tuned["path"]): report.total(scope) for report in reports}
+    return {
+        path: f"{path}: intruders ({scope}): {total}, more than {limit}"
+        for path, total in totals.items()
+        if total > limit
+    }

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
         "interrupted run goes on where it ended; a base that changed is noticed.",
     )
     parser.add_argument(
-        "base", metavar="BASE", help="checkpoint folder, safetensors file, or org/name in the hub cache"
+        "base", metavar="BASE", help="checkpoint folder, .safetensors file, or ORG/NAME on the Hugging Face hub"
     )
     add_layers(parser, as_for="audit")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that of the audits (default: float32)")

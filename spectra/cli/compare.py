@@ -32,7 +32,7 @@ from spectra.output import check_output, emit, progress
 if TYPE_CHECKING:
     from spectra.comparison import Comparison
 
-FORMATS = ("table", "json", "csv")
+FORMATS = ("table", "json", "jsonl", "csv")
 
 
 def add(commands: Commands) -> None:
@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
     add_output(
         parser,
         formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table",
+        format_help="default: what the ending of FILE says, else table; jsonl is the json in one line",
         verbose_help="add each layer's counts",
     )
     parser.set_defaults(run=run)
@@ -131,8 +131,8 @@ def _weighted(part: str) -> tuple[float, str]:
 
 
 def _rendered(comparison: Comparison, options: argparse.Namespace) -> str:
-    if options.format == "json":
-        return comparison.to_json() + "\n"
+    if options.format in ("json", "jsonl"):
+        return comparison.to_json(indent=1 if options.format == "json" else None) + "\n"
     from spectra.render.comparison import render_comparison, to_csv
 
     if options.format == "csv":

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-FORMATS = ("table", "json", "csv")
+FORMATS = ("table", "json", "jsonl", "csv")
 WRITTEN = ("float32", "bfloat16", "float16")
 # The options that mitigate() takes as they are, and those of them that verify_mitigation() takes.
 PASSED = (
@@ -69,7 +69,7 @@ def add(commands: Commands) -> None:
         "tuned",
         nargs="?",
         metavar="ADAPTER",
-        help="adapter or checkpoint folder, .safetensors file, or ORG/NAME of what this machine's hub cache holds",
+        help="adapter or checkpoint folder, .safetensors file, or ORG/NAME on the Hugging Face hub",
     )
     add_base(parser)
     _add_repair(parser)
@@ -126,7 +126,12 @@ def _add_result(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="instead of all this, hold OUT, written before, to its record; ADAPTER says where its source lies now",
     )
-    result.add_argument("--format", choices=FORMATS, default="table", help="of the report (default: table)")
+    result.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="table",
+        help="of the report (default: table); jsonl is the json in one line",
+    )
     result.add_argument("--quiet", action="store_true", help="no progress bar")
     result.add_argument("--verbose", action="store_true", help="list every layer and every file left behind")
 
@@ -247,8 +252,8 @@ def _tell(mitigation: Mitigation, options: argparse.Namespace) -> None:
 
 
 def _rendered(record: Mitigation | Verification, options: argparse.Namespace) -> str:
-    if options.format == "json":
-        return record.to_json() + "\n"
+    if options.format in ("json", "jsonl"):
+        return record.to_json(indent=1 if options.format == "json" else None) + "\n"
     from spectra.mitigation import Mitigation
     from spectra.render.mitigation import render_mitigation, render_verification, to_csv
 

@@ -26,7 +26,7 @@ OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
 
 EXIT_CODES = """exit codes:
   0  done
-  1  a --fail-above gate was crossed
+  1  a gate was crossed (--fail-above, --baseline)
   2  bad usage, unreadable input, or a layer that could not be analysed
      (the report of the rest is still written)
 """
@@ -190,6 +190,8 @@ def format_of(target: Path | None, formats: Sequence[str]) -> str:
     UsageError : it asks for another.
     """
     ending = target.suffix.removeprefix(".") if target is not None else ""
+    if target is not None and "sarif" in formats and target.name.lower().endswith(".sarif.json"):
+        return "sarif"  # the standard has both endings
     if ending.lower() in formats[1:]:
         return ending.lower()
     if target is not None and ending.lower() not in ("", *TEXT):

@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         "kinds:\n" + "\n".join(f"  {name:<12}{kind.help}" for name, kind in KINDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", choices=KINDS, metavar="KIND", help="what to draw: one of the kinds above")
+    parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help="what to draw: one of the kinds above")
     add_compared(parser, draws=0)
     add_definition(parser)
     add_layers(parser)

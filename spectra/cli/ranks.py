@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from spectra.ranking import Extraction
     from spectra.ranks import RankReport
 
-FORMATS = ("table", "json", "csv")
+FORMATS = ("table", "json", "jsonl", "csv")
 CHOICE = ("energy", "max_rank", "by", "use_rslora", "alpha")
 READING = ("include", "exclude", "device", "threads", "allow_pickle", "local_files_only")
 
@@ -84,7 +84,7 @@ def add(commands: Commands) -> None:
     add_output(
         parser,
         formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table",
+        format_help="default: what the ending of FILE says, else table; jsonl is the json in one line",
         verbose_help="list every layer, and a config of any length",
     )
     parser.set_defaults(run=run)
@@ -144,7 +144,7 @@ def _tell(extraction: Extraction, options: argparse.Namespace) -> None:
 
 
 def _rendered(report: RankReport, options: argparse.Namespace) -> str:
-    if options.format == "json":
+    if options.format in ("json", "jsonl"):
         return report.to_json() + "\n"
     from spectra.render.ranks import render_ranks, to_csv
 

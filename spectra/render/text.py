@@ -30,7 +30,7 @@ MEANING = {
 def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = False) -> str:
     """One report: verdict, totals, worst layers, module types, and the layer × index picture."""
     sections = [
-        _verdict(report),
+        verdict(report),
         _facts(report),
         _problems(report),
         _worst(report),
@@ -80,7 +80,8 @@ def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = 
     return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
 
 
-def _verdict(report: Report) -> str:
+def verdict(report: Report) -> str:
+    """The verdict in words, and what else bears on it: a line or a few."""
     summary = report.summary
     analysed = [layer for layer in report.layers if layer.vectors]
     if not analysed:
@@ -185,11 +186,9 @@ def _worst(report: Report) -> str:
         return ""
     rows = []
     for layer in layers[:WORST_ROWS]:
-        found = [vector for vector in layer.vectors if vector.intruder]
-        lowest = min(v.max_cosine_bounds[1] if v.max_cosine is None else v.max_cosine for v in found)
-        known = all(vector.max_cosine is not None for vector in found)  # else a bound stands for it
+        lowest, known = lowest_cosine(layer)
         rows.append([
-            layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), _ranges(layer.intruder_indices),
+            layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), ranges(layer.intruder_indices),
             f"{lowest:.2f}" if known else f"≤ {lowest:.2f}", decimals(layer.measures["update_norm_relative"]),
             decimals(layer.measures["effective_rank"], 1), number(layer.update["rank"]),
         ])  # fmt: skip
@@ -198,6 +197,13 @@ def _worst(report: Report) -> str:
     if any(layer.noise_like_base for layer in layers[:WORST_ROWS]):
         text += "\n* its base is plain noise"
     return text
+
+
+def lowest_cosine(layer: LayerReport) -> tuple[float, bool]:
+    """(the lowest cosine of a layer's intruders, True); (an upper bound on it, False) where it is not known."""
+    found = [vector for vector in layer.vectors if vector.intruder]
+    lowest = min(v.max_cosine_bounds[1] if v.max_cosine is None else v.max_cosine for v in found)
+    return lowest, all(vector.max_cosine is not None for vector in found)
 
 
 def _module_types(report: Report) -> str:
@@ -281,7 +287,7 @@ def _common_prefix(names: Sequence[str]) -> str:
     return ".".join(shared) + "." if shared else ""
 
 
-def _ranges(indices: Iterable[int]) -> str:
+def ranges(indices: Iterable[int]) -> str:
     """0, 1, 2, 5 as "0-2,5"."""
     spans: list[list[int]] = []
     for index in indices:
