@@ -14,7 +14,6 @@ import pytest
 
 import spectra
 from spectra import analysis, comparing, errors, mitigating, ranking
-from spectra.cli import main
 from spectra.render import records
 from tests.conftest import ROOT
 
@@ -342,48 +341,6 @@ def test_docstring_examples(monkeypatch):
     for module in (analysis, comparing, mitigating, ranking, records):
         tried = doctest.testmod(module)
         assert (tried.attempted > 0, tried.failed) == (True, 0), module.__name__
-
-
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-
-
-def test_readme_shows_the_real_output(capsys, monkeypatch):
-    """The block after the audit command is what that command prints."""
-    monkeypatch.chdir(ROOT)
-    one, *others = readme_blocks("text")
-    assert main(["audit", "fixtures/lora-r4"]) == 0
-    assert capsys.readouterr().out.startswith(one.partition("[…]")[0])
-    assert len(others) == 4
-    for block in others:
-        command, _, shown = block.replace("\\\n", "").partition("\n")
-        assert main(command.removeprefix("$ spectra").split()) == 0
-        out = capsys.readouterr().out
-        for part in shown.split("[…]\n"):
-            assert part in out
-
-
-def test_readme_commands_exist(capsys):
-    commands = re.findall(
-        r"^(?:\S*/)?spectra (.+?)(?:\s+#.*)?$", "\n".join(readme_blocks("console")), flags=re.MULTILINE
-    )
-    assert commands
-    for command in commands:
-        verb, *rest = command.split()
-        with pytest.raises(SystemExit) as caught:
-            main([verb, "--help"])
-        assert caught.value.code == 0
-        helped = capsys.readouterr().out
-        for option in (word for word in rest if word.startswith("--")):
-            assert option in helped
-
-
-def test_readme_python_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    blocks = readme_blocks("python")
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_versions_agree():
