@@ -32,6 +32,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(np|numpy|torch|pandas|matplotlib|collections|concurrent|pathlib|typing)\b.*"),
     ("py:class", r"\w+|.*\[.*"),
+    ("py:mod", r"spectra\..*"),
     ("py:class", r"spectra\..*\.(Answer|Checkpoint|LayerPair|Skipped|TunedWeight)"),
 ]
 

@@ -350,3 +350,27 @@ def tradeoff() -> Figure:
     measured = pandas.read_csv(FIXTURES / "mitigation.csv")
     one = measured[measured["member"] == "lora-r4"].drop(columns="member")
     return plots.mitigation_tradeoff(one, metrics=["accuracy", "pretraining_loss"])
+
+
+def training_history() -> Figure:
+    """A regression whose target has a strong new direction, watched while it is trained."""
+    import torch
+
+    from spectra.training import Monitor
+
+    size, generator = 128, torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(size, size, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(size, size, generator=generator) @ torch.diag(1.5 * 0.97 ** torch.arange(size)))
+        u, v = torch.randn(2, size, generator=generator) / size**0.5
+        target = model.weight + 30 * torch.outer(u, v)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.4)
+    monitor = Monitor(torch.nn.ModuleDict({"layer": model}), every=20, max_share=None, threads=1)
+    for step in range(1, 301):
+        x = torch.randn(64, size, generator=generator)
+        loss = (model(x) - x @ target.T).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        monitor.step(step, last=step == 300)
+    return plots.training_history(monitor.history)

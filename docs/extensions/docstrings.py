@@ -100,7 +100,11 @@ def public_name(
     domain = env.domains.python_domain
     places = [name for name in (f"spectra.{last}", f"spectra.plots.{last}", f"spectra.errors.{last}")
               if name in domain.objects]  # fmt: skip
-    places += [name for name in domain.objects if name.rpartition(".")[2] == last and last[:1].isupper()]
+    places += [
+        name
+        for name in domain.objects
+        if name.rpartition(".")[2] == last and (last[:1].isupper() or "." not in str(node["reftarget"]))
+    ]
     if not places:
         return None
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", places[0], node, content)
