@@ -78,7 +78,8 @@ class EditedCheckpoint:
             if name not in tensors or replace(tensors[name], file=info.file) != info:
                 raise CorruptFileError(info.file, "the file changed while it was being read", name)
         path = self.home if self.source.path.is_dir() else self.home / self.source.path.name
-        ordered = {name: tensors[name] for name in self.source.tensors}
+        # Without the time of their files' last change: it is this that changes them.
+        ordered = {name: replace(tensors[name], stamp=None) for name in self.source.tensors}
         return Checkpoint(path, self.source.layout, ordered, self.source.config)
 
     def put(self, name: str, value: Tensor, *, rows: int | None = None) -> None:

@@ -78,9 +78,9 @@ class PickledTensor(ForeignTensor):
         if not wanted:
             tensor = torch.empty(shape, dtype=dtype)
         elif _in_order(shape, self.strides):  # whatever the strides of sizes of 1
-            tensor = torch.from_numpy(raw).view(dtype).view(shape)
+            tensor = raw.view(dtype).view(shape)
         else:
-            tensor = torch.from_numpy(raw).view(dtype).as_strided(shape, self.strides).contiguous()
+            tensor = raw.view(dtype).as_strided(shape, self.strides).contiguous()
         return tensor if step == 1 else tensor[::step]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.errors import CorruptFileError
 
@@ -32,23 +32,26 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def raw_at(file: Path, place: int, count: int, name: str, stamp: Stamp | None) -> Any:
-    """``count`` bytes as a numpy array of uint8.
+def raw_at(file: Path, place: int, count: int, name: str, stamp: Stamp | None) -> Tensor:
+    """``count`` bytes as a tensor of uint8, which lies where torch's own do: BLAS' last digits depend on that.
 
     Raises
     ------
     CorruptFileError : the file is not what it was when ``stamp`` was taken.
     """
-    import numpy as np
+    import torch
 
+    raw = torch.empty(count, dtype=torch.uint8)
+    view, done = raw.numpy().data, 0
     try:
         with file.open("rb", buffering=0) as opened:
             opened.seek(place)
-            raw = np.fromfile(opened, np.uint8, count)
+            while done < count and (more := opened.readinto(view[done:])):  # at most 2 GB at a time
+                done += more
             now = stamp_of(os.fstat(opened.fileno()))
     except OSError as error:
         raise CorruptFileError(file, f"could not be read: {error.strerror or error}", name) from None
-    if raw.size != count or stamp not in (None, now):
+    if done != count or stamp not in (None, now):
         raise CorruptFileError(file, "the file changed while it was being read", name)
     return raw
 
@@ -70,5 +73,5 @@ def values_at(
     if not count:
         return torch.empty(shape, dtype=kind)[::step] if shape else torch.empty(shape, dtype=kind)
     raw = raw_at(file, place + begin * row * kind.itemsize, count * kind.itemsize, name, stamp)
-    tensor: Tensor = torch.from_numpy(raw).view(kind).view(shape)
+    tensor: Tensor = raw.view(kind).view(shape)
     return tensor if step == 1 else tensor[::step]

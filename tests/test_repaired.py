@@ -502,7 +502,7 @@ def test_a_source_that_shrinks_is_an_error(tmp_path, rng):
     (tmp_path / "out").mkdir()
 
     (adapter / WEIGHTS).write_bytes(content[:-8])
-    with pytest.raises(CorruptFileError, match="could not be read"):
+    with pytest.raises(CorruptFileError, match="the file changed while it was being read"):
         write_repaired(tmp_path / "out", tuned, plan, changed)
 
 
