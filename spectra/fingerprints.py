@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spectra.errors import CorruptFileError
 from spectra.headers import TensorInfo
+from spectra.values import stamp_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +38,7 @@ def digest_of(tensor: Tensor) -> str:
     """A sha256 of a tensor's bytes, in its own order."""
     import torch
 
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
 
 
@@ -49,9 +51,10 @@ def digest_of_file(info: TensorInfo) -> str:
             while left and (piece := file.read(min(left, PIECE))):
                 digest.update(piece)
                 left -= len(piece)
+            changed = info.stamp not in (None, stamp_of(os.fstat(file.fileno())))
     except OSError as error:
         raise CorruptFileError(info.file, f"could not be read: {error.strerror or error}", info.name) from None
-    if left:
+    if left or changed:
         raise CorruptFileError(info.file, "the file changed while it was being read", info.name)
     return digest.hexdigest()
 

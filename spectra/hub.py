@@ -61,7 +61,9 @@ def find_on_hub(
         kept = [try_to_load_from_cache(name, item, revision=commit) for item in names]
         if not all(isinstance(item, str) for item in kept):  # else the client would draw a bar for nothing
             exactly = [glob.escape(item) for item in names]
-            snapshot_download(name, revision=revision, allow_patterns=exactly)
+            found = snapshot_download(name, revision=revision, allow_patterns=exactly)  # which notes what a branch is
+            if Path(found).name != commit:  # it has moved on since it was listed
+                snapshot_download(name, revision=commit, allow_patterns=exactly)
         return Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
 
     what = name if revision is None else f"{name}@{revision}"
@@ -96,7 +98,8 @@ def _why(error: Exception) -> str:
 def fetch_url(url: str, *, as_base: bool, allow_pickle: bool) -> Path:
     """The local copy of a file or folder that fsspec reaches (``s3://``, ``gs://``, ``https://``, …), for reading.
 
-    Copies lie beside the kept spectra (:func:`spectra.cache_base`) and are fetched anew where the original changed.
+    Copies lie beside the kept spectra (:func:`spectra.cache_base`), those of a folder by its address and the names in
+    it, and are fetched anew where the original changed.  Of a folder the top is read alone.
 
     Raises
     ------
@@ -107,32 +110,41 @@ def fetch_url(url: str, *, as_base: bool, allow_pickle: bool) -> Path:
 
     from spectra.cache import default_root
 
-    home = default_root() / "remote" / sha256(url.encode()).hexdigest()[:32]
-    options = {"cache_storage": str(home), "same_names": True, "check_files": True}
+    shown = without_secrets(url)
 
-    def local(addresses: Sequence[str]) -> list[str]:
+    def local(addresses: Sequence[str], *identity: str) -> list[Path]:
+        home = default_root() / "remote" / sha256("\n".join(identity).encode()).hexdigest()[:32]
+        options = {"cache_storage": str(home), "same_names": True, "check_files": True}
         found = fsspec.open_local([f"filecache::{item}" for item in addresses], mode="rb", filecache=options)
-        return list(found)
+        return [Path(item) for item in found]
 
     try:
         files, place = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:  # s3fs, gcsfs … are packages of their own; no such protocol
-        raise UsageError(f"{url}: cannot be read: {in_short(error)}") from None
+        raise UsageError(f"{shown}: cannot be read: {in_short(error).replace(url, shown)}") from None
     try:
         if not files.isdir(place):
-            return Path(local([url])[0])
+            return local([url], url)[0]
         # Names of the top folder alone: same_names keeps a file's name, not its folder.
-        names = [PurePosixPath(item).name for item in files.ls(place, detail=False)]
+        names = sorted(
+            PurePosixPath(item["name"]).name for item in files.ls(place, detail=True) if item["type"] == "file"
+        )
 
         def get(wanted: Sequence[str]) -> Path:
-            local([f"{url.rstrip('/')}/{item}" for item in wanted])
-            return home
+            return local([f"{url.rstrip('/')}/{item}" for item in wanted], url, *names)[0].parent
 
-        return fetched(url, names, get, as_base=as_base, allow_pickle=allow_pickle)
+        return fetched(shown, names, get, as_base=as_base, allow_pickle=allow_pickle)
     except SpectraError:
         raise
-    except Exception as error:  # of whatever library speaks that protocol
-        raise MissingFileError(url, f"could not be fetched: {in_short(error)}") from None
+    except FileNotFoundError:
+        raise MissingFileError(shown, "nothing is there") from None
+    except Exception as error:  # of whatever library speaks that protocol; its words may repeat the address
+        raise MissingFileError(shown, f"could not be fetched ({type(error).__name__})") from None
+
+
+def without_secrets(url: str) -> str:
+    """An address without the name and password, and without the signature, that may be in it."""
+    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
 
 
 def fetched(what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_pickle: bool) -> Path:
@@ -143,41 +155,53 @@ def fetched(what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_p
     MissingFileError, AmbiguousFilesError : it holds nothing that is read, or several that could be meant.
     UnsafeFileError : its weights are pickled, and ``allow_pickle`` is not given.
     """
-    listed = [name for name in names if ".." not in PurePosixPath(name).parts]
+    listed = [name for name in names if _is_plain(name)]
     wanted = set(chosen(listed, as_base=as_base, allow_pickle=allow_pickle))
     if not wanted:
         if chosen(listed, as_base=as_base, allow_pickle=True):
             raise UnsafeFileError(what, PICKLE_ADVICE)
         weights = sorted(name for name in listed if name.endswith((".safetensors", ".gguf")))
         if not weights:
-            raise MissingFileError(what, "it holds no weights that are read")
+            raise MissingFileError(what, "it holds no weights that are read, as far as its listing shows")
         raise AmbiguousFilesError(what, f"several could be meant ({', '.join(weights[:8])}); download one and name it")
-    small = [name for name in listed if PurePosixPath(name).name in CONFIGS]
-    folder = get(sorted({*small, *(name for name in wanted if name.endswith(".json"))}))
+    folders = {PurePosixPath(), *(PurePosixPath(name).parent for name in wanted)}
+    if INDEX in wanted | {*listed}:  # a scheduler, too, is told apart from a model by its config
+        folders |= {PurePosixPath(name).parent for name in listed if name.count("/") == 1}
+    small = {name for name in listed if PurePosixPath(name).name in CONFIGS and PurePosixPath(name).parent in folders}
+    folder = get(sorted({*small, *(name for name in wanted if name.endswith(".json"))}) or sorted(wanted))
     for index in [name for name in wanted if name.endswith(INDICES)]:
         shards = read_json(folder / index, index=True).get("weight_map")
         within = PurePosixPath(index).parent
+        ending = ".safetensors" if index.endswith(INDICES[0]) else ".bin"
         if isinstance(shards, dict):
-            wanted |= {str(within / item) for item in shards.values() if isinstance(item, str)} & {*listed}
+            named = {item for item in shards.values() if isinstance(item, str) and item.endswith(ending)}
+            wanted |= {str(within / item) for item in named} & {*listed}
     return get(sorted(wanted))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name in a listing leads nowhere else."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def chosen(names: Sequence[str], *, as_base: bool, allow_pickle: bool) -> list[str]:
     """Which of a folder's files hold the weights (or are the index of their shards) that opening it would read."""
-    top = [name for name in names if "/" not in name]
-    kinds = INDICES if allow_pickle else INDICES[:1]
-    single = [name for name in (*SINGLE_FILES, *(PICKLED_FILES if allow_pickle else ())) if name in top]
-    indices = [name for name in sorted(top) if name.endswith(kinds)]
-    adapter: list[str] = [name for name in ("adapter_model.safetensors", "adapters.safetensors") if name in top]
-    if "adapter_config.json" in top and not adapter and allow_pickle:
-        adapter = [name for name in ("adapter_model.bin",) if name in top]
-    if adapter and not (as_base and (single or indices)):
-        return adapter[:1]
-    if single and single[0] in SINGLE_FILES:
-        return single[:1]
+    top = sorted(name for name in names if "/" not in name)
+    whole = [name for name in SINGLE_FILES if name in top]
+    indices = [name for name in top if name.endswith(INDICES[0])]
+    pickled = [name for name in (*PICKLED_FILES, *(name for name in top if name.endswith(INDICES[1]))) if name in top]
+    pickled = pickled if allow_pickle else []
+    if "adapter_config.json" in top or "adapter_model.safetensors" in top:
+        kinds = ("adapter_model.safetensors", *(("adapter_model.bin",) if allow_pickle else ()), "adapters.safetensors")
+        adapter = [name for name in kinds if name in top]
+        if adapter and not (as_base and (whole or indices or pickled)):
+            return adapter[:1]
+    if whole:
+        return whole[:1]
     if INDEX in top:
         return _of_pipeline(names, allow_pickle)
-    for candidates in (indices, [name for name in sorted(top) if name.endswith(".safetensors")]):
+    for candidates in (indices, [name for name in top if name.endswith(".safetensors")]):
         if candidates:
             return candidates if len(candidates) == 1 else []
     inner = [
@@ -187,8 +211,10 @@ def chosen(names: Sequence[str], *, as_base: bool, allow_pickle: bool) -> list[s
         return [name for name in names if name == f"{inner[0]}/adapter_model.safetensors"]
     if inner:
         return []
-    found = [name for name in top if name.endswith(".gguf")]
-    return found if len(found) == 1 else single[:1]
+    ggufs = [name for name in top if name.endswith(".gguf")]
+    if ggufs:
+        return ggufs if len(ggufs) == 1 else []
+    return pickled[:1]
 
 
 def _of_pipeline(names: Sequence[str], allow_pickle: bool) -> list[str]:

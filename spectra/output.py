@@ -18,7 +18,10 @@ REPORT_MARKS = (
     b"tuned,layer,",
     b"label,path,method,",
     b"layer,module_type,",
-    b"Verdict: ",
+    *(
+        b"Verdict: " + word
+        for word in (b"NONE ", b"SLIGHT ", b"MODERATE ", b"STRONG ", b"CANNOT TELL ", b"nothing changed.")
+    ),
     b"fine-tune  ",
     b"base       ",
     b"Suggestion: ",
@@ -31,6 +34,7 @@ REPORT_MARKS = (
     b'{\n "properties": {\n  "maker": "intruder-spectra"',  # SARIF
     b"<!doctype html>\n<!-- spectra.page/",
 )
+JOURNAL_MARK = b'{"schema": "spectra.run/'  # how what `--resume` appends to begins
 # How pictures begin; ours name their maker somewhere within.
 PICTURE_MARKS = (b"\x89PNG", b"%PDF", b"<?xml")
 TABLE_MARK, TABLE_SCHEMA = b"PAR1", b"spectra.rows/1"  # parquet, and what ours have in their metadata
@@ -109,6 +113,18 @@ def check_output(output: str | None, *, picture: bool = False) -> Path | None:
     return target
 
 
+def check_distinct(**outputs: str | Path | None) -> None:
+    """Raises UsageError where two of a command's outputs would be the same file."""
+    seen: dict[Path, str] = {}
+    for option, name in outputs.items():
+        if name is None or str(name) == "-":
+            continue
+        place, said = Path(name).resolve(), "--" + option.replace("_", "-")
+        if place in seen:
+            raise UsageError(f"{name}: {seen[place]} and {said} name the same file")
+        seen[place] = said
+
+
 def _is_ours(path: Path, picture: bool) -> bool:
     """Whether a file is empty or begins as what we write begins."""
     if not path.is_file():
@@ -119,6 +135,8 @@ def _is_ours(path: Path, picture: bool) -> bool:
             return MAKER in start + file.read()
         if not picture and start.startswith(TABLE_MARK):
             return TABLE_SCHEMA in start + file.read()
+    if start.startswith(JOURNAL_MARK):
+        return False  # a run goes on from it
     return not start or (not picture and start.startswith(REPORT_MARKS))
 
 

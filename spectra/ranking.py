@@ -28,6 +28,7 @@ from spectra.checkpoint import Checkpoint
 from spectra.derived import Alternative, Derived
 from spectra.errors import LAYER_ERRORS, UsageError
 from spectra.folders import check_apart
+from spectra.hub import URL
 from spectra.layers import LEFT_OUT, LayerPair
 from spectra.live import LiveCheckpoint, Source
 from spectra.measures import update_singular_values
@@ -198,25 +199,31 @@ def extract_adapter(
         for key, name in along.keys.items():
             yield key, run.tuned.read(name)
 
+    name, revision = _name_of(base, run.base)
     config = adapter_config(
         report.suggestion.peft_config(),
-        base=_name_of(base, run.base),
+        base=name,
         task_type=_task(run, along),
         fan_in_fan_out=any(pair.layout == "conv1d" for pair in run.pairs if pair.name in choices),
         whole=along,
     )
     overall = report.suggestion.relative_error
+    if revision:
+        config["revision"] = revision
     about = f"Over all layers with factors it differs from the fine-tune's change by {overall:.1%} (Frobenius norm)."
     remarks = _resized(run, along)
     folder = write_adapter(output, config=config, tensors=tensors(), remarks=[about, *remarks], force=force)
     return Extraction(folder, report, errors, along.modules, left_out, remarks)
 
 
-def _name_of(named: Source | None, base: Checkpoint) -> str:
-    """What the written config calls its base: a name on the hub as it was given, else the path."""
+def _name_of(named: Source | None, base: Checkpoint) -> tuple[str, str]:
+    """What the written config calls its base, and the revision: a name on the hub as it was given, else the path."""
     if isinstance(base, LiveCheckpoint):
-        return base.origin or ""
-    return str(named) if isinstance(named, str) and not Path(named).exists() else str(base.path.resolve())
+        return base.origin or "", ""
+    if not isinstance(named, str) or URL.match(named) or Path(named).exists():
+        return str(base.path.resolve()), ""
+    name, _, revision = named.partition("@")
+    return name, revision
 
 
 def _resized(run: SingleRun, along: Whole) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from spectra.errors import (
 )
 from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.headers import check_regular
-from spectra.hub import URL, fetch_url, find_on_hub, is_offline
+from spectra.hub import URL, fetch_url, find_on_hub, is_offline, without_secrets
 from spectra.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
 
 
@@ -165,7 +165,7 @@ def located(name: str | Path, access: Access, *, as_base: bool = False) -> Path:
     """The local path that a person means by ``name``; raises MissingFileError where there is none."""
     if isinstance(name, str) and URL.match(name):
         if access.local_files_only:
-            raise UsageError(f"{name}: not fetched, since local files alone are wanted")
+            raise UsageError(f"{without_secrets(name)}: not fetched, since local files alone are wanted")
         return fetch_url(name, as_base=as_base, allow_pickle=access.allow_pickle)
     found = find(name, access, as_base=as_base)
     if found is None:
@@ -261,7 +261,7 @@ def base_of(tuned: Checkpoint, access: Access) -> Path:
     config = tuned.adapter_config_file
     home = config.parent
     # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
-    if wanted.startswith(("\\\\", "//")) or URL.match(wanted):
+    if wanted.replace("\\", "/").startswith("//") or URL.match(wanted):
         raise UnsafeFileError(config, f"its base model {wanted!r} is on another host")
     if isinstance(revision, str) and not is_revision(revision):
         raise UnsafeFileError(config, f"its revision {revision!r} is no name of one")

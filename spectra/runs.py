@@ -282,10 +282,11 @@ def check_one_base(runs: Sequence[Run]) -> None:
         )
 
 
-def fingerprint(checkpoint: Checkpoint, verify: bool) -> dict[str, str]:
+def fingerprint(checkpoint: Checkpoint, verify: bool) -> dict[str, Any]:
     """The report's fields for what identifies a checkpoint."""
     made = checkpoint.fingerprint(verify=verify)
-    return {"fingerprint": made.value, "fingerprint_covers": made.covers, "fingerprint_headers": made.headers}
+    where = {"in_memory": True} if checkpoint.in_memory else {}
+    return {**where, "fingerprint": made.value, "fingerprint_covers": made.covers, "fingerprint_headers": made.headers}
 
 
 def base_facts(run: Run) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def similarity_matrices(
     runs, wanted = [], {}
     for label, report in zip(report_labels(reports), reports, strict=True):
         names = {layer.name for layer in worst_layers(report, number)}
-        if not names or report.tuned["format"] == "merged" or report.tuned.get("path") is None:
+        if not names or report.tuned["format"] == "merged" or _in_memory(report):
             continue
         chosen = report.settings
         settings = checked_settings(
@@ -89,6 +89,12 @@ def similarity_matrices(
     labels = list(report_labels(reports))
     matrices = [matrix for matrices in found for matrix in matrices]
     return sorted(matrices, key=lambda one: (labels.index(one.tuned), order[one.tuned, one.name]))
+
+
+def _in_memory(report: Report) -> bool:
+    """Whether the fine-tune or its base was a model in memory, or is not known any more (a canonical report)."""
+    parts = (report.tuned, report.base)
+    return any(part.get("in_memory") or part.get("path") is None for part in parts)
 
 
 def _of_job(job: Job, *, labels: Mapping[int, str], size: int) -> list[Similarity]:

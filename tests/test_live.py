@@ -25,7 +25,15 @@ from tests.test_peft_oracle import DTYPES, OPTIONS, Net, option, randomise, tiny
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' remarks on what is asked of them
 
 ADAPTERS = sorted(file.parent.relative_to(FIXTURES).as_posix() for file in FIXTURES.glob("**/adapter_config.json"))
-WHERE = ("path", "format", "fingerprint", "fingerprint_covers", "fingerprint_headers", "changed_since_cached")
+WHERE = (
+    "path",
+    "in_memory",
+    "format",
+    "fingerprint",
+    "fingerprint_covers",
+    "fingerprint_headers",
+    "changed_since_cached",
+)
 
 
 def load(folder: str) -> Any:

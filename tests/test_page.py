@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +268,31 @@ def test_our_own_files_stay_small():
     for name in (*SCRIPTS, "page.css", "body.html"):
         assert len(asset(name).splitlines()) <= 450, name
         assert "innerHTML" not in asset(name)
+
+
+def test_no_output_replaces_another_of_the_same_run(tmp_path, capsys):
+    common = ["audit", str(FIXTURES / "lora-r4"), "--base", str(FIXTURES / "base"), "--include", "*layers.0.*q_proj"]
+    journal, page = str(tmp_path / "run.jsonl"), str(tmp_path / "new.md")
+    assert main([*common, "--resume", journal]) == 0
+    kept = Path(journal).read_bytes()
+    for more in (["--resume", journal, "--html", journal], ["--resume", journal, "-o", journal], ["-o", journal]):
+        assert main([*common, *more]) == 2
+        assert Path(journal).read_bytes() == kept
+    assert main([*common, "--html", page, "--model-card", page]) == 2
+    assert not Path(page).exists()
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Verdict: guilty, my notes")
+    assert main([*common, "-o", str(notes)]) == 2
+    assert notes.read_text() == "Verdict: guilty, my notes"
+    capsys.readouterr()
+
+
+def test_models_in_memory_have_no_matrices(audited):
+    from safetensors.torch import load_file
+
+    tuned, base = (load_file(FIXTURES / name / "model.safetensors") for name in ("full", "base"))
+    found = spectra.audit(tuned, base, include=["*layers.0.*"])
+    assert found.total("all")
+    assert found.tuned["in_memory"]
+    assert found.base["in_memory"]
+    assert similarity_matrices([found, audited], number=1)[0].tuned == "lora-r4"

@@ -534,3 +534,53 @@ def test_the_figure():
         assert line.tolist() == [[record.step, record.metrics[PREFIX + name]] for record in watch.history]
     with pytest.raises(UsageError, match="no audit"):
         plots.training_history([])
+
+
+def test_a_killed_training_goes_on_in_its_history(tmp_path):
+    """A line that was cut is cut off, and what an earlier attempt found beyond where it went on is left out."""
+    file = tmp_path / "history.jsonl"
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        model = torch.nn.Linear(24, 16)
+        watch = Monitor(model, every=1, max_share=None, history_file=file)
+        for step in steps:
+            model.weight.data += 0.1
+            watch.step(step)
+        file.write_bytes(file.read_bytes()[:-20])
+    assert [record.step for record in load_history(file)] == [1, 2, 3]
+
+
+def test_a_history_is_appended_to_no_other_file(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("my data")
+    with pytest.raises(UsageError, match="no history of a training"):
+        Monitor(torch.nn.Linear(8, 8), history_file=file)
+    assert file.read_text() == "my data"
+
+
+def test_null_spaces_have_no_margin():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 24, bias=False)
+    model.weight.data = torch.randn(24, 3) @ torch.randn(3, 16)
+    watch = Monitor(model, every=1, max_share=None)
+    model.weight.data *= 1.01
+    record = watch.audit(1)
+    assert record.intruders == 0
+    assert record.report is not None
+    assert any("null_space" in vector.flags for vector in record.report.layers[0].vectors)
+    assert record.metrics.get("spectra/cosine_margin", 1) > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"at": 5}, {"at": ("x",)}, {"max_share": "x"}, {"memory": None}, {"every": True}, {"memory": True}]
+)
+def test_options_of_the_wrong_kind(options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        Monitor(torch.nn.Linear(8, 8), **options)
+
+
+def test_a_training_that_ended_in_an_error_can_be_let_go(tmp_path):
+    callback = SpectraCallback(every=1)
+    callback.release()
+    callback.monitor = Monitor(torch.nn.Linear(8, 8), every=1)
+    callback.release()
+    assert callback.monitor._model is None

@@ -36,7 +36,7 @@ from spectra.cli.options import (
 )
 from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
-from spectra.output import check_output, emit, progress
+from spectra.output import check_distinct, check_output, emit, progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -114,7 +114,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--fail-on needs --fail-above N")
     card = checked_card(options, len(tuned))
     target = check_output(options.output)
-    page = check_page(options, target)
+    page = check_page(options)
+    check_distinct(output=target, html=page, resume=options.resume, model_card=card)
     options.format = options.format or format_of(target, FORMATS)
     if options.format == "parquet":
         from spectra.render.frames import check_parquet

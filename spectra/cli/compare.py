@@ -28,7 +28,7 @@ from spectra.cli.options import (
 )
 from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
-from spectra.output import check_output, emit, progress
+from spectra.output import check_distinct, check_output, emit, progress
 
 if TYPE_CHECKING:
     from spectra.comparison import Comparison
@@ -91,7 +91,8 @@ def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compares; returns the exit code."""
     target = check_output(options.output)
-    page = check_page(options, target)
+    page = check_page(options)
+    check_distinct(output=target, html=page)
     options.format = options.format or format_of(target, FORMATS)
     unreadable = Unreadable()
     comparison = compared(options, unreadable)

@@ -31,8 +31,8 @@ def add_page(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_page(options: argparse.Namespace, other: Path | None) -> Path | None:
-    """Where the page goes, checked before any work; ``other`` is where the command's other output goes.
+def check_page(options: argparse.Namespace) -> Path | None:
+    """Where the page goes, checked before any work.
 
     Raises
     ------
@@ -44,8 +44,6 @@ def check_page(options: argparse.Namespace, other: Path | None) -> Path | None:
     if target is not None:
         from spectra.page.library import check_library
 
-        if other is not None and other.resolve() == target.resolve():
-            raise UsageError(f"{target}: --html and --output name the same file")
         check_library()
     return target
 

@@ -28,7 +28,8 @@ class SpectraCallback(TrainerCallback):
     The numbers of :func:`spectra.training.records.metrics_of` go through ``trainer.log``, so into its history and to
     TensorBoard, W&B or whatever else it reports to.  Only the main process audits; others wait for it where they next
     meet, and with ``stop_above`` hear after each step whether to stop.  An audit that fails is a warning
-    in the log, and the training goes on.
+    in the log, and the training goes on.  An audit must take less than the other processes' patience (``ddp_timeout``),
+    and ``on_error="raise"`` is for one process: the others would wait.
 
     The last audit is of the weights after the last step, also where ``load_best_model_at_end`` puts others in their
     place.
@@ -90,6 +91,12 @@ class SpectraCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the model, the base and the spectra; for a training that was ended by an error, after which the
+        trainer says nothing.
+        """
         self._trainer = None
         if self.monitor is not None:
             self.monitor.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from spectra.runs import Settings, SingleRun, checked_settings
 from spectra.study import Study
 from spectra.svd import KRYLOV_PAYS
 from spectra.training.kept import KeptSpectra
-from spectra.training.records import PREFIX, Record, append_line, metrics_of
+from spectra.training.records import PREFIX, Record, append_line, begin_history, metrics_of
 
 logger = logging.getLogger("spectra.training")
 
@@ -63,16 +63,22 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("every", "warn_above", "stop_above"):
             value, least = getattr(self, name), int(name == "every")
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (type(value) is not int or value < least):
                 raise UsageError(f"{name} = {value!r}; expected a whole number, at least {least}, or None")
-        if self.max_share is not None and not 0 < self.max_share <= 1:
+        if any(type(step) is not int for step in self.at):
+            raise UsageError(f"at = {self.at!r}; expected steps, whole numbers")
+        if self.max_share is not None and not (_is_number(self.max_share) and 0 < self.max_share <= 1):
             raise UsageError(f"max_share = {self.max_share!r}; expected a share above 0, at most 1, or None")
-        if not self.memory >= 0:
+        if not (_is_number(self.memory) and self.memory >= 0):
             raise UsageError(f"memory = {self.memory!r}; expected a number of bytes")
         if self.limit_on not in SCOPES[:-1]:
             raise UsageError(f"limit_on = {self.limit_on!r}; expected one of {', '.join(SCOPES[:-1])}")
         if self.on_error not in ("warn", "raise"):
             raise UsageError(f"on_error = {self.on_error!r}; expected warn or raise")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 OPTIONS = (*Plan.__dataclass_fields__, *AUDIT_OPTIONS)
@@ -84,7 +90,10 @@ def checked(options: Mapping[str, Any]) -> tuple[Plan, Settings]:
         if name not in OPTIONS:
             raise UsageError(f"{name!r} is no option of a monitor; there are {', '.join(sorted(OPTIONS))}")
     mine: dict[str, Any] = {name: value for name, value in options.items() if name in Plan.__dataclass_fields__}
-    mine["at"] = tuple(mine.get("at", ()))
+    at = mine.get("at", ())
+    if not isinstance(at, Iterable) or isinstance(at, str):
+        raise UsageError(f"at = {at!r}; expected steps, whole numbers")
+    mine["at"] = tuple(at)
     if mine.get("history_file") is not None:
         mine["history_file"] = Path(mine["history_file"])
     plan = Plan(**mine)
@@ -123,7 +132,8 @@ class Monitor:
         audited without.
     cache : a folder to keep the spectra in instead, from one training to the next; they are mapped, not loaded.  With
         ``base`` a path, what ``spectra cache`` put there is used.
-    history_file : a file of JSON lines to append each record with its report to; see :func:`load_history`.
+    history_file : a file of JSON lines to append each record with its report to, of one training, resumed or not; see
+        :func:`load_history`.
     on_error : "warn" logs what goes wrong in an audit, "raise" has it end the training.
     adapter : which of a PeftModel's adapters; None the active one.
     device : where to compute, whatever device the model is on.
@@ -150,6 +160,8 @@ class Monitor:
         self._mark: int | None = None
         self._waiting = False
         check_whole(model)
+        if self.plan.history_file is not None:
+            begin_history(self.plan.history_file)
         disk = None if self.plan.cache is None else SpectrumCache(self.plan.cache)
         below = {"auto": KRYLOV_PAYS, "cached": None}.get(self.plan.engine, 0)
         self._spectra = KeptSpectra(self._settings.question, self.plan.device, self.plan.memory, below, disk)

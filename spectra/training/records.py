@@ -14,6 +14,7 @@ from spectra.sweeps import decided, free_weight, mean_measure, mean_update_size
 
 PREFIX = "spectra/"
 IN_TYPE = f"{PREFIX}intruders_in/"
+BEGINS = b'{"step": '  # a history
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
         vector.max_cosine_bounds[0] if vector.max_cosine is None else vector.max_cosine
         for layer in report.judged
         for vector in layer.vectors
+        if "null_space" not in vector.flags
     ]
     values["cosine_margin"] = min(lowest) - float(report.settings["epsilon"]) if lowest else None
     ratios = []
@@ -114,6 +116,28 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
     return named | {f"{IN_TYPE}{name}": float(count) for name, count in types.items()}
 
 
+def begin_history(path: Path) -> None:
+    """Makes ready a file that is to be appended to: a last line without its end, as a kill leaves it, is cut off.
+
+    Raises
+    ------
+    UsageError : it is no history of a monitor, or could not be written.
+    """
+    try:
+        if not path.exists():
+            return
+        with path.open("r+b") as file:
+            start = file.read(len(BEGINS))
+            if not BEGINS.startswith(start):
+                raise UsageError(f"{path}: exists and is no history of a training, so nothing is appended to it")
+            whole = file.seek(0)
+            for line in file:
+                whole += len(line) if line.endswith(b"\n") else 0
+            file.truncate(whole)
+    except OSError as error:
+        raise UsageError(f"{path}: could not be written: {error.strerror or error}") from None
+
+
 def append_line(path: Path, record: Record) -> None:
     """Appends a record to a file of JSON lines, in a folder that is made if need be; raises UsageError."""
     line = json.dumps(record.to_dict(), allow_nan=False, default=list) + "\n"
@@ -128,6 +152,7 @@ def append_line(path: Path, record: Record) -> None:
 def load_history(path: str | Path) -> list[Record]:
     """The records that a monitor wrote.
 
+    Where a training went on from an earlier step than it had come to, what it had found beyond that is left out.
     A last line without its end, as a training that was killed leaves it, is left out.
 
     Raises
@@ -141,7 +166,12 @@ def load_history(path: str | Path) -> list[Record]:
         raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
     except ValueError:
         raise CorruptFileError(path, "no text; expected the history of a monitor") from None
-    return list(_records(path, (line for line in lines if line.endswith("\n"))))
+    found: list[Record] = []
+    for record in _records(path, (line for line in lines if line.endswith("\n"))):
+        while found and found[-1].step >= record.step:
+            found.pop()
+        found.append(record)
+    return found
 
 
 def _records(path: Path, lines: Iterable[str]) -> Iterable[Record]:

@@ -5,6 +5,7 @@ let updateComparison = () => {};
 function drawComparison() {
   if (!byId("comparison-part")) return;
   const count = ({ report }) => countLayers(report, report.layers);
+  const ratio = ({ most, vectors }) => (vectors ? most / vectors : null); // of nothing, none: it sorts last
   const number = (title, get, digits) => ({
     title,
     value: ({ report }) => get(report),
@@ -15,7 +16,7 @@ function drawComparison() {
     {
       title: "Verdict",
       left: true,
-      value: (row) => count(row).most / count(row).vectors,
+      value: (row) => ratio(count(row)),
       cell: ({ report }) => severity(report) + (report.failed ? ` (${plural(report.failed, "layer")} failed)` : ""),
     },
     { title: "Method", left: true, value: ({ report }) => report.method, cell: ({ report }) => report.method },
@@ -28,7 +29,7 @@ function drawComparison() {
       value: (row) => count(row).most,
       cell: (row) => make("span", { className: "hit" }, span(count(row).least, count(row).most)),
     },
-    { title: "Share", value: (row) => count(row).most / count(row).vectors, cell: (row) => shareText(count(row)) },
+    { title: "Share", value: (row) => ratio(count(row)), cell: (row) => shareText(count(row)) },
     {
       title: "Layers",
       value: (row) => count(row).layersMost,
