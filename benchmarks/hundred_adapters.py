@@ -49,12 +49,12 @@ def run(options: Options) -> Iterator[Row | str]:
             rank = RANKS[number % len(RANKS)]
             adapters.append(write_adapter(folder / "adapters" / f"{number:03}", modules, rank, rank))
 
-        def audited(tuned: list[Path]) -> tuple[float, list[Report]]:
+        def audited(tuned: list[Path], *more: str) -> tuple[float, list[Report]]:
             target = folder / "reports.jsonl"
             target.unlink(missing_ok=True)
             command = [sys.executable, "-m", "spectra", "audit", *map(str, tuned), "--base", str(folder / "base")]
             started = time.perf_counter()
-            subprocess.run([*command, "--no-cache", "--quiet", "-o", str(target)], cwd=ROOT, check=True)
+            subprocess.run([*command, *more, "--no-cache", "--quiet", "-o", str(target)], cwd=ROOT, check=True)
             seconds = time.perf_counter() - started
             return seconds, [Report.from_dict(json.loads(line)) for line in target.read_text().splitlines()]
 
@@ -62,10 +62,13 @@ def run(options: Options) -> Iterator[Row | str]:
         sample = [audited([adapter]) for adapter in adapters[:: max(1, count // SAMPLE)][:SAMPLE]]
         one = sum(seconds for seconds, _ in sample) / len(sample)
         together, reports = audited([folder / "adapters"])
+        both, again = audited([folder / "adapters"], "--workers", "2")
+        agrees_again = [_verdicts(report) for report in again] == [_verdicts(report) for report in reports]
         by_path = {report.tuned["path"]: _verdicts(report) for report in reports}
         agrees = all(by_path[str(found.tuned["path"])] == _verdicts(found) for _, (found,) in sample)
         for how, adapters_done, seconds in (
             ("one", 1, one), ("one by one", count, one * count), ("together", count, together),
+            ("together, two workers", count, both),
         ):  # fmt: skip
             yield {
                 "audits": how,
@@ -74,7 +77,7 @@ def run(options: Options) -> Iterator[Row | str]:
                 "seconds": seconds,
                 "× one": seconds / one,
                 "how": "mean of five" if how == "one" else "extrapolated" if how == "one by one" else "measured",
-                "agrees": agrees and len(reports) == count,
+                "agrees": agrees and agrees_again and len(reports) == count,
             }
 
 
@@ -83,9 +86,9 @@ def _verdicts(report: Report) -> dict[str, tuple[int, ...]]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    alone, together = rows[1], rows[2]
+    alone, together, both = rows[1:]
     return [
-        f"Together they take {together['× one']:.0f} times one audit, "
+        f"Together they take {together['× one']:.0f} times one audit ({both['× one']:.0f} with two workers), "
         f"{alone['seconds'] / together['seconds']:.1f} times less than one by one: each base weight is read once and "
         "decomposed once."
     ]

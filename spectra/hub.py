@@ -92,7 +92,7 @@ def _why(error: Exception) -> str:
 
     if isinstance(error, GatedRepoError):
         return "this model is gated: accept its terms on its page and log in (`hf auth login`, or HF_TOKEN)"
-    return f"could not be fetched from the hub: {in_short(error)}"
+    return f"no such file or folder, and it could not be fetched from the hub: {in_short(error)}"
 
 
 def fetch_url(url: str, *, as_base: bool, allow_pickle: bool) -> Path:

@@ -167,7 +167,7 @@ def test_a_hub_that_is_out_of_order(hub, run):
     hub.broken = True
     code, _, error = run("inspect", "acme/adapter")
     assert code == 2
-    assert "acme/adapter: could not be fetched from the hub" in error
+    assert "acme/adapter: no such file or folder, and it could not be fetched from the hub" in error
     assert len(error.splitlines()) == 1
 
 
