@@ -157,8 +157,9 @@ def audit_many(
     bases = Bases(settings.access)
     runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
-    for option in ["resume"] * (resume is not None) + ["executor"] * (executor is not None):
-        _check_on_disk(runs, option)
+    for option, given in (("resume", resume), ("executor", executor)):
+        if given is not None:
+            _check_on_disk(runs, option)
     with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
         return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
 

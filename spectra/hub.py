@@ -24,7 +24,6 @@ CONFIGS = ("config.json", "adapter_config.json", INDEX)
 INDICES = (".safetensors.index.json", ".bin.index.json")
 URL = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
 
-
 Get = Callable[[Sequence[str]], Path]  # fetches files by their names; returns the folder they then lie in
 
 
@@ -165,7 +164,7 @@ def fetched(what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_p
             raise MissingFileError(what, "it holds no weights that are read, as far as its listing shows")
         raise AmbiguousFilesError(what, f"several could be meant ({', '.join(weights[:8])}); download one and name it")
     folders = {PurePosixPath(), *(PurePosixPath(name).parent for name in wanted)}
-    if INDEX in wanted | {*listed}:  # a scheduler, too, is told apart from a model by its config
+    if INDEX in listed:  # a scheduler, too, is told apart from a model by its config
         folders |= {PurePosixPath(name).parent for name in listed if name.count("/") == 1}
     small = {name for name in listed if PurePosixPath(name).name in CONFIGS and PurePosixPath(name).parent in folders}
     folder = get(sorted({*small, *(name for name in wanted if name.endswith(".json"))}) or sorted(wanted))
@@ -190,8 +189,9 @@ def chosen(names: Sequence[str], *, as_base: bool, allow_pickle: bool) -> list[s
     top = sorted(name for name in names if "/" not in name)
     whole = [name for name in SINGLE_FILES if name in top]
     indices = [name for name in top if name.endswith(INDICES[0])]
-    pickled = [name for name in (*PICKLED_FILES, *(name for name in top if name.endswith(INDICES[1]))) if name in top]
-    pickled = pickled if allow_pickle else []
+    pickled = [name for name in PICKLED_FILES if name in top] + [name for name in top if name.endswith(INDICES[1])]
+    if not allow_pickle:
+        pickled = []
     if "adapter_config.json" in top or "adapter_model.safetensors" in top:
         kinds = ("adapter_model.safetensors", *(("adapter_model.bin",) if allow_pickle else ()), "adapters.safetensors")
         adapter = [name for name in kinds if name in top]

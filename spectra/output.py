@@ -117,7 +117,7 @@ def check_distinct(**outputs: str | Path | None) -> None:
     """Raises UsageError where two of a command's outputs would be the same file."""
     seen: dict[Path, str] = {}
     for option, name in outputs.items():
-        if name is None or str(name) == "-":
+        if name is None:
             continue
         place, said = Path(name).resolve(), "--" + option.replace("_", "-")
         if place in seen:

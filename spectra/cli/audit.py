@@ -158,8 +158,8 @@ def run(options: argparse.Namespace) -> int:
     announce(target, options.format, options)
     if reports:
         write_page(reports, page, options, unreadable)
-    if options.model_card is not None and reports:
-        write_card(reports[0], card, options)
+        if options.model_card is not None:
+            write_card(reports[0], card, options)
     complain_of_layers(reports)
     for message in crossed.values():
         print(f"spectra: gate: {message}", file=sys.stderr)

@@ -155,8 +155,8 @@ def tensors_of(
     values = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     aside = {name: f"no tensor but a {type(value).__name__}" for name, value in state.items() if name not in values}
     for name, value in values.items():
-        if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
-            raise CorruptFileError(path, f"a tensor's name is {str(name)[:80]!r}; expected text that can be printed")
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise CorruptFileError(path, f"a tensor's name is {name[:80]!r}; expected text that can be printed")
         check_readable(path, name, value)
     first: dict[Hashable, str] = {}
     for name in sorted(values, key=lambda name: name in tied):  # stable: the others in their order
