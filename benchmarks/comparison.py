@@ -21,7 +21,7 @@ from benchmarks.fixtures import FOLDER
 from benchmarks.options import Options, Row
 from benchmarks.plots import bars
 from benchmarks.problems import ENTRY, factors, scaled_base, seeded, write_adapter
-from spectra.study import WEIGHTS, Study
+from spectra.analysis.study import WEIGHTS, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -39,9 +39,9 @@ from benchmarks.fuzz_files import NAMES as NAMES_OF_FILES
 from benchmarks.fuzz_files import TOKENS as BINARY_TOKENS
 from benchmarks.options import Options, Row
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import SpectraError
-from spectra.headers import BITS, TensorInfo
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.headers import BITS, TensorInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

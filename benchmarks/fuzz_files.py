@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectra.checkpoint import Checkpoint
-from spectra.gguf import BLOCKS, read_gguf
-from spectra.pickles import NESTED
+from spectra.files.checkpoint import Checkpoint
+from spectra.files.gguf import BLOCKS, read_gguf
+from spectra.files.pickles import NESTED
 
 BINARY = ("gguf", "pickle", "archive")
 NAMES = {

@@ -19,7 +19,7 @@ from benchmarks.options import Options, Row
 from benchmarks.plots import bars
 from benchmarks.problems import ENTRY, factors, seeded, write_adapter
 from benchmarks.seven_b import STRENGTHS, weights, write_base
-from spectra.report import Report
+from spectra.records.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,11 +19,11 @@ from torch import nn
 
 from benchmarks.options import Row
 from benchmarks.problems import Problem
-from spectra.cache import SpectrumCache
-from spectra.checkpoint import open_checkpoint
-from spectra.detect import detect
-from spectra.precompute import cache_base
+from spectra.analysis.detect import detect
+from spectra.files.checkpoint import open_checkpoint
+from spectra.runs.cache import SpectrumCache
 from spectra.svd import ENGINES, Base, Question, Spectrum
+from spectra.tasks.cache import cache_base
 
 TOP_K, EPSILON = 10, 0.5
 PATIENCE = 60.0  # seconds after which no further repetition is begun

@@ -26,7 +26,7 @@ from benchmarks.methods import EPSILON, TOP_K, peft_model
 from benchmarks.options import Options, Row
 from benchmarks.plots import dots
 from benchmarks.problems import Problem, prescribed_base, tuned, write_adapter
-from spectra.repair import edited_update, scaled
+from spectra.analysis.scaling import edited_update, scaled
 from spectra.svd import Base
 from spectra.svd.triplets import leading_triplets
 

@@ -20,8 +20,8 @@ import spectra
 from benchmarks.browser import browser, chromium, until
 from benchmarks.options import Options, Row
 from benchmarks.plots import bars
-from spectra.records import Similarity, Vector
-from spectra.report import LayerReport, Report, worst_layers
+from spectra.records.layer import Similarity, Vector
+from spectra.records.report import LayerReport, Report, worst_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

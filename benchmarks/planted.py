@@ -46,7 +46,7 @@ class Planted:
 PLANTED = (
     Planted(
         "a span that is not where the header says, of one dtype",
-        "headers.py",
+        "files/headers.py",
         "tuple(shape), path, (begins + begin, end - begin), stamp=stamp)",
         'tuple(shape), path, (begins + (0 if dtype == "BOOL" else begin), end - begin), stamp=stamp)',
         "another tensor",
@@ -54,7 +54,7 @@ PLANTED = (
     ),
     Planted(
         "a KeyError for a dtype nobody uses",
-        "headers.py",
+        "files/headers.py",
         "    if math.prod(shape) * BITS[dtype] !=",
         '    if math.prod(shape) * {key: n for key, n in BITS.items() if key != "F6_E3M2"}[dtype] !=',
         "KeyError",
@@ -63,7 +63,7 @@ PLANTED = (
     ),
     Planted(
         "a name that is encoded, with half a character in it",
-        "headers.py",
+        "files/headers.py",
         "    if len(name) > MAX_NAME:\n",
         "    if len(name.encode()) > MAX_NAME:\n",
         "UnicodeEncodeError",
@@ -72,7 +72,7 @@ PLANTED = (
     ),
     Planted(
         "a name that is decoded without a net",
-        "headers.py",
+        "files/headers.py",
         "        name: str = json.loads(stored.decode())\n    except ValueError as error:",
         "        name: str = json.loads(stored.decode())\n    except json.JSONDecodeError as error:",
         "UnicodeDecodeError",
@@ -81,7 +81,7 @@ PLANTED = (
     ),
     Planted(
         "deep nesting in an entry",
-        "headers.py",
+        "files/headers.py",
         "    except (ValueError, RecursionError):\n",
         "    except ValueError:\n",
         "RecursionError",
@@ -89,7 +89,7 @@ PLANTED = (
     ),
     Planted(
         "deep nesting in an index",
-        "headers.py",
+        "files/headers.py",
         "    except (OSError, ValueError, RecursionError) as error:\n        raise CorruptFileError(path, f",
         "    except (OSError, ValueError) as error:\n        raise CorruptFileError(path, f",
         "RecursionError",
@@ -97,7 +97,7 @@ PLANTED = (
     ),
     Planted(
         "a field of an entry that occurs twice",
-        "headers.py",
+        "files/headers.py",
         "            if name in found:\n",
         "            if name in found and tensor is None:\n",
         "",
@@ -113,7 +113,7 @@ PLANTED = (
     ),
     Planted(
         "a shard's name that need not be one",
-        "checkpoint.py",
+        "files/checkpoint.py",
         "not isinstance(shard, str)\n",
         "False\n",
         "TypeError",
@@ -138,7 +138,7 @@ PLANTED = (
     ),
     Planted(
         "a storage of two dtypes, read as the second",
-        "pickles.py",
+        "files/pickles.py",
         "if self.storages.setdefault(storage.key, storage) != storage:",
         "if self.storages.setdefault(storage.key, storage).key != storage.key:",
         "another",
@@ -146,7 +146,7 @@ PLANTED = (
     ),
     Planted(
         "rows of a tensor that begin at the first",
-        "pickles.py",
+        "files/pickles.py",
         "first * self.strides[0]",
         "0 * self.strides[0]",
         "another value of some rows",
@@ -155,7 +155,7 @@ PLANTED = (
     ),
     Planted(
         "a component that is left out, and yet read",
-        "pipelines.py",
+        "files/pipelines.py",
         "or len(value) != 2 or None in value:",
         "or None in value:",
         "IndexError",

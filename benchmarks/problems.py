@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectra.updates import Dense, LowRank, RowScaled, Update
+from spectra.updates.algebra import Dense, LowRank, RowScaled, Update
 
 KINDS = ("lora", "dense", "dora")
 ENTRY = 0.02  # the size of a weight's entries, about that of a trained model

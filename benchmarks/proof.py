@@ -35,9 +35,9 @@ import torch
 
 from benchmarks.options import Options, Row
 from benchmarks.plots import look
-from spectra.detect import detect
+from spectra.analysis.detect import detect
 from spectra.svd import ENGINES, Answer, Base, Question, Side, cached, krylov, lanczos
-from spectra.updates import Dense, LowRank, RowScaled, Update
+from spectra.updates.algebra import Dense, LowRank, RowScaled, Update
 from tests import problems, reference
 
 if TYPE_CHECKING:

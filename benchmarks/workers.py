@@ -19,7 +19,7 @@ import spectra
 from benchmarks.options import Options, Row
 from benchmarks.plots import bars
 from benchmarks.seven_b import weights, write_base, write_tuned
-from spectra.report import Report
+from spectra.records.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

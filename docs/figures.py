@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import spectra
 from spectra import plots
-from spectra.detect import NOISE_EDGE, random_floor
+from spectra.analysis.detect import NOISE_EDGE, random_floor
 from spectra.plots.style import (
     BLACK,
     BLUE,
@@ -29,8 +29,8 @@ from spectra.plots.style import (
     figure_function,
     new_figure,
 )
-from spectra.records import LayerSpectra
-from spectra.report import SEVERITIES, Report
+from spectra.records.layer import LayerSpectra
+from spectra.records.report import SEVERITIES, Report
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MEMBERS = ("lora-r1", "lora-r4", "lora-r16", "lora-r64", "rslora-r16", "dora-r16", "full")

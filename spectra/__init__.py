@@ -7,52 +7,52 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from spectra.analysis import Findings, find_intruders
-    from spectra.audits import audit, audit_many
-    from spectra.checking import verify_mitigation
-    from spectra.comparing import compare, layer_spectra
-    from spectra.comparison import Comparison
+    from spectra.analysis.layer import Findings, find_intruders
     from spectra.errors import SpectraError
-    from spectra.live import Source, checkpoint_of
-    from spectra.mitigating import mitigate
-    from spectra.mitigation import Mitigation, Verification
     from spectra.page import to_html
-    from spectra.precompute import CachedBase, cache_base
-    from spectra.ranking import Extraction, extract_adapter, suggest_ranks
-    from spectra.ranks import RankReport
-    from spectra.records import LayerSpectra
+    from spectra.records.comparison import Comparison
+    from spectra.records.layer import LayerSpectra
+    from spectra.records.ranks import RankReport
+    from spectra.records.repair import Mitigation, Verification
+    from spectra.records.report import Report
     from spectra.render.records import to_text
-    from spectra.report import Report
-    from spectra.similarity import similarity_matrices
-    from spectra.tradeoff import mitigation_sweep
+    from spectra.repair.repair import mitigate
+    from spectra.repair.sweep import mitigation_sweep
+    from spectra.repair.verify import verify_mitigation
+    from spectra.sources.live import Source, checkpoint_of
+    from spectra.tasks.audit import audit, audit_many
+    from spectra.tasks.cache import CachedBase, cache_base
+    from spectra.tasks.compare import compare, layer_spectra
+    from spectra.tasks.ranks import Extraction, extract_adapter, suggest_ranks
+    from spectra.tasks.similarity import similarity_matrices
 
 _HOMES = {
-    "CachedBase": "spectra.precompute",
-    "Comparison": "spectra.comparison",
-    "Extraction": "spectra.ranking",
-    "Findings": "spectra.analysis",
-    "LayerSpectra": "spectra.records",
-    "Mitigation": "spectra.mitigation",
-    "RankReport": "spectra.ranks",
-    "Report": "spectra.report",
-    "Source": "spectra.live",
+    "CachedBase": "spectra.tasks.cache",
+    "Comparison": "spectra.records.comparison",
+    "Extraction": "spectra.tasks.ranks",
+    "Findings": "spectra.analysis.layer",
+    "LayerSpectra": "spectra.records.layer",
+    "Mitigation": "spectra.records.repair",
+    "RankReport": "spectra.records.ranks",
+    "Report": "spectra.records.report",
+    "Source": "spectra.sources.live",
     "SpectraError": "spectra.errors",
-    "Verification": "spectra.mitigation",
-    "audit": "spectra.audits",
-    "audit_many": "spectra.audits",
-    "cache_base": "spectra.precompute",
-    "checkpoint_of": "spectra.live",
-    "compare": "spectra.comparing",
-    "extract_adapter": "spectra.ranking",
-    "find_intruders": "spectra.analysis",
-    "layer_spectra": "spectra.comparing",
-    "mitigate": "spectra.mitigating",
-    "mitigation_sweep": "spectra.tradeoff",
-    "similarity_matrices": "spectra.similarity",
-    "suggest_ranks": "spectra.ranking",
+    "Verification": "spectra.records.repair",
+    "audit": "spectra.tasks.audit",
+    "audit_many": "spectra.tasks.audit",
+    "cache_base": "spectra.tasks.cache",
+    "checkpoint_of": "spectra.sources.live",
+    "compare": "spectra.tasks.compare",
+    "extract_adapter": "spectra.tasks.ranks",
+    "find_intruders": "spectra.analysis.layer",
+    "layer_spectra": "spectra.tasks.compare",
+    "mitigate": "spectra.repair.repair",
+    "mitigation_sweep": "spectra.repair.sweep",
+    "similarity_matrices": "spectra.tasks.similarity",
+    "suggest_ranks": "spectra.tasks.ranks",
     "to_html": "spectra.page",
     "to_text": "spectra.render.records",
-    "verify_mitigation": "spectra.checking",
+    "verify_mitigation": "spectra.repair.verify",
 }
 
 __all__ = [

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import spectra
-from spectra import inspection
+from spectra.tasks import inspect as inspection
 from tests.conftest import ROOT
 
 SECONDS, MIB = 2.0, 16.0  # above start-up

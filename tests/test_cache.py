@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra.cache import ABANDONED, SpectrumCache, default_root
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
-from spectra.precompute import plan_cache, readable_size
+from spectra.files.checkpoint import open_checkpoint
+from spectra.runs.cache import ABANDONED, SpectrumCache, default_root
 from spectra.svd import Spectrum, short_spectrum
+from spectra.tasks.cache import plan_cache, readable_size
 from tests.conftest import FIXTURES, MEMBERS, ROOT
 from tests.problems import trained_like
 
@@ -500,7 +500,7 @@ def test_a_killed_run_leaves_whole_layers_only_and_the_next_goes_on(family, root
     # Dies while the third file is written: after base.json and one layer.
     code = """
 import os, sys
-from spectra import cache
+from spectra.runs import cache
 from spectra.cli import main
 count = 0
 def die(fd):
@@ -535,7 +535,7 @@ def test_a_full_disk_is_one_line(capsys, family, root, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("spectra.cache.os.fsync", full)
+    monkeypatch.setattr("spectra.runs.cache.os.fsync", full)
     code, _, err = run(capsys, "cache", base)
     assert code == 2
     assert "could not be written: No space left on device" in err

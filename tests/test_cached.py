@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from spectra.analysis import LayerAnalysis, find_intruders
+from spectra.analysis.layer import LayerAnalysis, find_intruders
 from spectra.errors import ConvergenceError
 from spectra.svd import ENGINES, Base, Question, cached, choose_engine, secular, short_spectrum
 from spectra.svd import base as base_module
 from spectra.svd.secular import DiagonalPlusLowRank
-from spectra.updates import Dense, LowRank, RowScaled, Update
+from spectra.updates.algebra import Dense, LowRank, RowScaled, Update
 from tests import problems, reference
 
 

@@ -10,11 +10,11 @@ import torch
 
 import spectra
 from spectra.adapters.diffusers import METADATA
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, UsageError
-from spectra.insertion import carried_beside
-from spectra.layers import pair_layers
-from spectra.runs import SingleRun, checked_settings
+from spectra.files.checkpoint import open_checkpoint
+from spectra.pairing.pairs import pair_layers
+from spectra.repair.insertion import carried_beside
+from spectra.runs.runs import SingleRun, checked_settings
 from tests.test_dialects import draw, write
 
 SHAPE = (12, 10)

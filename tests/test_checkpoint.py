@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import spectra
-from spectra.checkpoint import Checkpoint, open_checkpoint, read_header
 from spectra.cli import main
 from spectra.errors import (
     AmbiguousFilesError,
@@ -26,6 +25,7 @@ from spectra.errors import (
     SpectraError,
     UnsafeFileError,
 )
+from spectra.files.checkpoint import Checkpoint, open_checkpoint, read_header
 from tests.conftest import FIXTURES
 
 TENSORS = {

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.cli import main
-from spectra.report import json_schema
+from spectra.records.report import json_schema
 from tests.conftest import FIXTURES, MEMBERS, ROOT
 
 LORA, BASE, FULL = (str(FIXTURES / name) for name in ("lora-r4", "base", "full"))

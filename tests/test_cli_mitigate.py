@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from spectra import checking, mitigating
 from spectra.cli import main
 from spectra.cli import mitigate as command
 from spectra.errors import UsageError
+from spectra.repair import repair as mitigating
+from spectra.repair import verify as checking
 from tests.conftest import ROOT
 from tests.test_mitigation_record import AMISS, audit, check, record
 

@@ -18,15 +18,15 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 import spectra
-from spectra import comparison, sweeps
-from spectra.comparing import SIZE
-from spectra.comparison import Comparison, load_comparison, short_names
-from spectra.detect import random_floor
+from spectra.analysis.detect import random_floor
+from spectra.analysis.study import WEIGHTS, weight_curve
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
-from spectra.report import json_schema
-from spectra.study import WEIGHTS, weight_curve
+from spectra.records import comparison, sweeps
+from spectra.records.comparison import Comparison, load_comparison, short_names
+from spectra.records.report import json_schema
 from spectra.svd import base as base_module
-from spectra.updates import Dense, LowRank, RowScaled, Update, merged
+from spectra.tasks.compare import SIZE
+from spectra.updates.algebra import Dense, LowRank, RowScaled, Update, merged
 from tests import problems, reference
 from tests.conftest import FIXTURES, MEMBERS
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from spectra.analysis import find_intruders
-from spectra.detect import is_noise_like, random_floor
+from spectra.analysis.detect import is_noise_like, random_floor
+from spectra.analysis.layer import find_intruders
 from tests import problems
 
 SHAPES = [(48, 48), (64, 32), (32, 64), (24, 24), (33, 31)]

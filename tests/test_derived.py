@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import spectra.stored
+import spectra.files.stored
 from spectra import audit
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
-from spectra.derived import Derived, Unreadable, Weights, read_rows
 from spectra.errors import CorruptFileError, SpectraError
-from spectra.headers import TensorInfo
-from spectra.layers import pair_layers
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.derived import Derived, Unreadable, Weights, read_rows
+from spectra.files.headers import TensorInfo
+from spectra.pairing.pairs import pair_layers
 
 
 def halves(weights: Weights, config: Mapping[str, Any]):
@@ -203,6 +203,6 @@ def test_many_quantised_tensors_take_no_time_for_each_other(tmp_path):
         f"m.{i}.weight": TensorInfo(f"m.{i}.weight", "F8_E4M3", (4, 4), tmp_path, (16 * i, 16)) for i in range(50_000)
     }
     before = time.perf_counter()
-    made = spectra.stored.derive(tensors, {})
-    assert len(spectra.stored.weights_of(tensors, made)) == len(made) == 50_000
+    made = spectra.files.stored.derive(tensors, {})
+    assert len(spectra.files.stored.weights_of(tensors, made)) == len(made) == 50_000
     assert time.perf_counter() - before < 10

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import (
     AdapterError,
@@ -23,9 +22,10 @@ from spectra.errors import (
     UsageError,
     WrongBaseError,
 )
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
-from spectra.updates import LowRank, RowScaled
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
+from spectra.updates.algebra import LowRank, RowScaled
 from tests.conftest import ROOT
 
 SEEDS = range(24)
@@ -294,7 +294,7 @@ def test_kohya_through_the_commands(tmp_path, rng, capsys):
 def test_kohya_headers_are_read_without_torch(tmp_path, rng):
     write(tmp_path / "lora", one(rng, alpha=torch.tensor(4.0)))
     code = (
-        "import sys; from spectra.inspection import inspect; "
+        "import sys; from spectra.tasks.inspect import inspect; "
         f"assert inspect({str(tmp_path / 'lora')!r}).facts['alpha'] == 4; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.cache import SpectrumCache
-from spectra.checkpoint import open_checkpoint
-from spectra.derived import Derived, Unreadable
 from spectra.errors import UsageError, WrongBaseError
-from spectra.layers import pair_layers
-from spectra.pipeline import Analysis
-from spectra.runs import MergedRun, SingleRun, checked_settings, jobs_of
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.derived import Derived, Unreadable
+from spectra.pairing.pairs import pair_layers
+from spectra.runs.cache import SpectrumCache
+from spectra.runs.reports import Analysis
+from spectra.runs.runs import MergedRun, SingleRun, checked_settings, jobs_of
 
 SEEDS = range(20)
 NEW = "new module: the base has no such weight"

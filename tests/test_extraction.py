@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectra import truncation
 from spectra.adapters import plan_updates
 from spectra.adapters.peft.writing import (
     adapter_config,
@@ -21,15 +20,16 @@ from spectra.adapters.peft.writing import (
     whole_modules,
     write_adapter,
 )
-from spectra.checkpoint import open_checkpoint
+from spectra.analysis import truncation
+from spectra.analysis.measures import update_singular_values
+from spectra.analysis.truncation import low_rank_factors
 from spectra.errors import ConvergenceError, NonFiniteError, UsageError
-from spectra.layers import pair_layers
-from spectra.measures import update_singular_values
-from spectra.orientation import as_matrix
-from spectra.ranks import layer_rank, suggest
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
+from spectra.records.ranks import layer_rank, suggest
 from spectra.svd import decompose
-from spectra.truncation import low_rank_factors
-from spectra.updates import Dense, LowRank, RowScaled
+from spectra.updates.algebra import Dense, LowRank, RowScaled
 from tests.conftest import FIXTURES
 
 peft = pytest.importorskip("peft")

@@ -12,8 +12,8 @@ import torch
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
-from spectra.layers import pair_layers
+from spectra.files.checkpoint import open_checkpoint
+from spectra.pairing.pairs import pair_layers
 from tests import reference
 from tests.conftest import FIXTURES, MEMBERS
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from spectra.adapters import plan_updates
 from spectra.adapters.peft.repaired import replaceable, write_repaired
 from spectra.adapters.peft.writing import why_no_adapter
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
-from spectra.folders import (
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.folders import (
     RECORD,
     check_apart,
     check_folder,
@@ -28,8 +28,8 @@ from spectra.folders import (
     write_card,
     write_record,
 )
-from spectra.merging import EditedCheckpoint
-from spectra.updates import LowRank
+from spectra.repair.merged import EditedCheckpoint
+from spectra.updates.algebra import LowRank
 
 
 def anything(_):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectra.inspection import inspect, render_inspection
+from spectra.tasks.inspect import inspect, render_inspection
 
 peft = pytest.importorskip("peft")
 lycoris = pytest.importorskip("lycoris")

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import formula_of, plan_updates, rescales_base
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
-from spectra.derived import Derived, Unreadable
 from spectra.errors import UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.inspection import inspect
-from spectra.layers import pair_layers
-from spectra.splitting import split_apart
-from spectra.stored.rows import Rows
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.derived import Derived, Unreadable
+from spectra.files.stored.rows import Rows
+from spectra.pairing.fused import split_apart
+from spectra.pairing.pairs import pair_layers
+from spectra.tasks.inspect import inspect
 
 SEEDS = range(20)
 

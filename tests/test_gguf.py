@@ -20,12 +20,12 @@ import torch
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import AdapterError, AmbiguousFilesError, SpectraError, UnsupportedMethodError, WrongBaseError
-from spectra.gguf import KEPT_ITEMS, MAX_ITEMS, MODULES, REORDERED, TYPES, in_order, read_gguf
-from spectra.precision import quantised_as
-from spectra.splitting import split_apart
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.gguf import KEPT_ITEMS, MAX_ITEMS, MODULES, REORDERED, TYPES, in_order, read_gguf
+from spectra.pairing.fused import split_apart
+from spectra.pairing.precision import quantised_as
 from tests import hostile
 from tests.conftest import ROOT
 from tests.hostile import Case

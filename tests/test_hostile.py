@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from benchmarks import fuzz, planted
 from spectra.adapters import plan_updates
 from spectra.adapters.peft.pattern import Pattern
-from spectra.checkpoint import open_checkpoint
 from spectra.cli.options import complain
 from spectra.errors import AdapterError, CorruptFileError, MissingFileError, SpectraError, in_one_line
-from spectra.headers import MAX_ENTRY_BYTES, MAX_METADATA_BYTES, read_header, read_json
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.headers import MAX_ENTRY_BYTES, MAX_METADATA_BYTES, read_header, read_json
 from tests import hostile, hostile_formats  # noqa: F401  which registers its cases
 from tests.conftest import FIXTURES, ROOT
 from tests.hostile import CASES

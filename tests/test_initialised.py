@@ -14,12 +14,12 @@ from torch import nn
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError
-from spectra.initialisation import UNDECIDED, as_saved, condensed, leading, of_first_columns, surer
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
+from spectra.updates.initialisation import UNDECIDED, as_saved, condensed, leading, of_first_columns, surer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import spectra
-from spectra.analysis import find_intruders
+from spectra.analysis.layer import find_intruders
 from spectra.svd import Base, Question, certificate, krylov, lanczos
 from spectra.svd.certificate import Certificate
 from spectra.svd.lanczos import BlockLanczos, leading_pairs, random_columns, spectral_norm
-from spectra.updates import Dense, LowRank, RowScaled
+from spectra.updates.algebra import Dense, LowRank, RowScaled
 from tests import problems, reference
 
 

@@ -13,12 +13,12 @@ import torch
 import spectra
 from spectra.adapters import DIALECTS, plan_updates
 from spectra.adapters.peft.pattern import Pattern
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.headers import TensorInfo
-from spectra.layers import pair_layers
-from spectra.orientation import is_convolution, role_of
-from spectra.report import module_type
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.headers import TensorInfo
+from spectra.files.orientation import is_convolution, role_of
+from spectra.pairing.pairs import pair_layers
+from spectra.records.report import module_type
 from tests.conftest import FIXTURES, MEMBERS
 
 

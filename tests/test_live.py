@@ -12,7 +12,7 @@ from torch import nn
 
 import spectra
 from spectra.errors import MissingFileError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.inspection import inspect, render_inspection
+from spectra.tasks.inspect import inspect, render_inspection
 from tests.conftest import FIXTURES
 
 peft = pytest.importorskip("peft")

@@ -13,8 +13,8 @@ from torch import nn
 
 import spectra
 from spectra.errors import MissingFileError, UnsupportedMethodError, UsageError
-from spectra.live import base_checkpoint_of
-from spectra.live.saving import saved_names
+from spectra.sources.live import base_checkpoint_of
+from spectra.sources.live.saving import saved_names
 from tests.conftest import ROOT
 
 peft = pytest.importorskip("peft")

@@ -16,11 +16,11 @@ from torch import nn
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
-from spectra.report import json_schema
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
+from spectra.records.report import json_schema
 
 lycoris = pytest.importorskip("lycoris")
 from lycoris import modules as written  # noqa: E402  (after the oracle is known to be there)

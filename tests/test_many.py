@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from spectra.audits import audit_many
-from spectra.checkpoint import Checkpoint
 from spectra.cli import main
 from spectra.errors import MissingFileError, UsageError
-from spectra.resolve import fine_tunes_of
+from spectra.files.checkpoint import Checkpoint
+from spectra.sources.resolve import fine_tunes_of
+from spectra.tasks.audit import audit_many
 from tests.conftest import ROOT
 
 FAMILY, BASE = ROOT / "fixtures", ROOT / "fixtures" / "base"
@@ -95,7 +95,7 @@ def test_a_line_each(folder, capsys):
 
 def test_the_base_is_opened_and_read_once(folder, monkeypatch):
     opened, read = [], []
-    from spectra import resolve
+    from spectra.sources import resolve
 
     open_base, load = resolve.open_base_at, Checkpoint.load
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from spectra import measures
-from spectra.analysis import find_intruders
+from spectra.analysis import measures
+from spectra.analysis.layer import find_intruders
 from spectra.svd.matching import CAPTURE_ENERGY
-from spectra.updates import Dense, LowRank, RowScaled
+from spectra.updates.algebra import Dense, LowRank, RowScaled
 from tests import problems
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectra.carried import Carried
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, UsageError
-from spectra.folders import RECORD, write_record
-from spectra.layers import pair_layers
-from spectra.merging import EditedCheckpoint, beside, carried_tensors
-from spectra.orientation import as_stored
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.folders import RECORD, write_record
+from spectra.files.orientation import as_stored
+from spectra.pairing.carried import Carried
+from spectra.pairing.pairs import pair_layers
+from spectra.repair.merged import EditedCheckpoint, beside, carried_tensors
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -262,7 +262,7 @@ def test_only_the_bytes_of_a_tensor_change(tmp_path):
 
 
 def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch):
-    monkeypatch.setattr("spectra.merging.SLAB_ELEMENTS", 10)
+    monkeypatch.setattr("spectra.repair.merged.SLAB_ELEMENTS", 10)
     source = sharded(tmp_path / "source")
     (tmp_path / "out").mkdir()
     edited = EditedCheckpoint(tmp_path / "out", source)

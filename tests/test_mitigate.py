@@ -17,10 +17,10 @@ from torch import nn
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import SpectraError
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
 from tests.conftest import FIXTURES
 from tests.test_repair import formula, values_after
 
@@ -341,11 +341,13 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 
 
 POINTS = (
-    "spectra.folders.copy_file", "spectra.adapters.peft.repaired.save_file",
+    "spectra.files.folders.copy_file", "spectra.adapters.peft.repaired.save_file",
     "spectra.adapters.peft.repaired._write_config",
-    "spectra.adapters.peft.repaired.write_card", "spectra.forms.write_repaired", "spectra.forms._with_audit",
-    "spectra.forms.files_in", "spectra.mitigating.write_record", "spectra.folders.os.fsync",
-    "spectra.merging.copy_file", "spectra.merging.EditedCheckpoint.put", "spectra.merging.EditedCheckpoint.finish",
+    "spectra.adapters.peft.repaired.write_card", "spectra.repair.forms.write_repaired",
+    "spectra.repair.forms._with_audit",
+    "spectra.repair.forms.files_in", "spectra.repair.repair.write_record", "spectra.files.folders.os.fsync",
+    "spectra.repair.merged.copy_file", "spectra.repair.merged.EditedCheckpoint.put",
+    "spectra.repair.merged.EditedCheckpoint.finish",
 )  # fmt: skip
 
 
@@ -366,7 +368,7 @@ def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error
     for name, force in (("new", False), ("old", True)):
         with monkeypatch.context() as patch:
             patch.setattr(point, crash)
-            if point == "spectra.folders.copy_file":
+            if point == "spectra.files.folders.copy_file":
                 patch.setattr("spectra.adapters.peft.repaired.copy_file", crash)
             with pytest.raises((SpectraError, KeyboardInterrupt)):
                 spectra.mitigate(member, home / name, BASE, scale=0.3, force=force)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectra import null
-from spectra.null import null_counts, p_value
+from spectra.analysis import null
+from spectra.analysis.null import null_counts, p_value
 from spectra.svd import Question
 from spectra.svd.secular import DiagonalPlusLowRank
 from tests import problems, reference

@@ -20,8 +20,8 @@ from spectra.errors import UsageError
 from spectra.page.data import STEPS, depths, distinct, facets, steps_of
 from spectra.page.document import MARK, SCRIPTS, asset
 from spectra.page.library import hash_of, plotly_library
-from spectra.records import Similarity
-from spectra.similarity import similarity_matrices
+from spectra.records.layer import Similarity
+from spectra.tasks.similarity import similarity_matrices
 from tests.conftest import FIXTURES
 from tests.test_render import layer, report
 
@@ -124,8 +124,8 @@ def test_large_weights_are_not_decomposed_for_a_picture(make_base, make_adapter,
     """From 1024 on by Lanczos: the same numbers as a full decomposition gives."""
     import torch
 
-    from spectra import similarity
     from spectra.svd import decompose_gram
+    from spectra.tasks import similarity
 
     torch.manual_seed(0)
     W0 = torch.randn(1100, 1300) / 36
@@ -144,7 +144,7 @@ def test_large_weights_are_not_decomposed_for_a_picture(make_base, make_adapter,
 
 
 def test_a_weight_that_lanczos_cannot_tell_is_left_out(make_base, make_adapter, monkeypatch, audited):
-    from spectra import similarity
+    from spectra.tasks import similarity
 
     monkeypatch.setattr(similarity, "ROOMY", 1)
     monkeypatch.setattr(similarity, "leading_pairs", lambda *_: None)
@@ -216,7 +216,7 @@ def test_a_page_without_matrices_where_the_files_went_away(tmp_path, capsys, mon
     def gone(*_, **__):
         raise UsageError("fixtures/lora-r4: gone")
 
-    monkeypatch.setattr("spectra.similarity.similarity_matrices", gone)
+    monkeypatch.setattr("spectra.tasks.similarity.similarity_matrices", gone)
     page = tmp_path / "page.html"
     assert main(["audit", str(FIXTURES / "lora-r4"), "--include", "*layers.0.*", "--html", str(page)]) == 0
     assert "gone" in capsys.readouterr().err

@@ -15,11 +15,11 @@ import pytest
 import spectra
 from benchmarks.browser import browser, chromium, until
 from benchmarks.page import LIMIT_SECONDS, made_up, made_up_matrices, opened
-from spectra.comparison import Comparison
 from spectra.errors import UsageError
-from spectra.records import Similarity
-from spectra.similarity import similarity_matrices
-from spectra.sweeps import intruders_at, layer_intruders_at
+from spectra.records.comparison import Comparison
+from spectra.records.layer import Similarity
+from spectra.records.sweeps import intruders_at, layer_intruders_at
+from spectra.tasks.similarity import similarity_matrices
 from tests.conftest import FIXTURES
 from tests.test_render import layer, report
 

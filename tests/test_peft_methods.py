@@ -16,9 +16,9 @@ from torch import nn
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.report import json_schema
+from spectra.files.checkpoint import open_checkpoint
+from spectra.records.report import json_schema
 
 peft = pytest.importorskip("peft")
 from safetensors.torch import load_file, save_file  # noqa: E402  (after the oracles are known to be there)

@@ -15,13 +15,13 @@ from torch import nn
 import spectra
 from spectra.adapters import plan_updates
 from spectra.adapters.peft.lora import KNOWN_FIELDS, OWN_FIELDS
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.insertion import carried_beside
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
-from spectra.runs import SingleRun, checked_settings
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
+from spectra.repair.insertion import carried_beside
+from spectra.runs.runs import SingleRun, checked_settings
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -11,9 +11,9 @@ from torch import nn
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import UnsafeFileError, UsageError
-from spectra.pickles import read_pickle
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.pickles import read_pickle
 from tests import hostile
 from tests.conftest import FIXTURES, ROOT
 from tests.hostile import MIB, SECONDS

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
-from spectra.derived import Derived
 from spectra.errors import AmbiguousFilesError, MissingFileError, SpectraError, UnsafeFileError, UsageError
-from spectra.layers import pair_layers
-from spectra.precision import quantised_as
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.derived import Derived
+from spectra.pairing.pairs import pair_layers
+from spectra.pairing.precision import quantised_as
 from tests.test_dialects import check, draw
 
 pytestmark = [

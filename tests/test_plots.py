@@ -17,14 +17,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from spectra import plots
-from spectra.comparison import Comparison
 from spectra.errors import UsageError
 from spectra.plots.counts import OTHER, PARTS
 from spectra.plots.kinds import KINDS
 from spectra.plots.style import INTRUDER, StyledFigure, look, styled, text_width
 from spectra.plots.subjects import depth, fitting
-from spectra.records import LayerSpectra, Vector
-from spectra.report import LayerReport, Report, module_type
+from spectra.records.comparison import Comparison
+from spectra.records.layer import LayerSpectra, Vector
+from spectra.records.report import LayerReport, Report, module_type
 from tests.conftest import ROOT
 
 MAGIC = {"png": b"\x89PNG\r\n\x1a\n", "svg": b"<?xml", "pdf": b"%PDF-"}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import spectra
-from spectra.checkpoint import Checkpoint
 from spectra.cli import main
+from spectra.files.checkpoint import Checkpoint
 
 LAYERS, WIDTH, RANK = 4, 12, 2
 LAST = f"layers.{LAYERS - 1}"

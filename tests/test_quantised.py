@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import spectra
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
-from spectra.derived import Derived, Unreadable
 from spectra.errors import CorruptFileError
-from spectra.headers import BITS, TensorInfo
-from spectra.precision import sounds_quantised
-from spectra.stored.quantised import quantised
-from spectra.stored.quantised_bitsandbytes import CODES
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.derived import Derived, Unreadable
+from spectra.files.headers import BITS, TensorInfo
+from spectra.files.stored.quantised import quantised
+from spectra.files.stored.quantised_bitsandbytes import CODES
+from spectra.pairing.precision import sounds_quantised
 from tests.conftest import FIXTURES, ROOT
 
 SEEDS = range(24)
@@ -267,7 +267,7 @@ def test_eight_bits_of_bitsandbytes(opened, seed):
 
 def test_more_values_than_are_unpacked_at_once(opened, rng, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("spectra.stored.quantised_bitsandbytes.AT_ONCE", 64)
+    monkeypatch.setattr("spectra.files.stored.quantised_bitsandbytes.AT_ONCE", 64)
     weight = draw(rng, 33, 7)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
     stored = {"m.weight": packed} | {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -771,7 +771,7 @@ def test_the_caveat_is_in_the_report_and_in_the_text(opened, make_adapter, rng, 
     text = capsys.readouterr().out
     assert f"note: {caveat}" in text if says else "quantised" not in text
     value = json.loads(report.to_json())
-    jsonschema.validate(value, json.loads((ROOT / "spectra" / "report.schema.json").read_text()))
+    jsonschema.validate(value, json.loads((ROOT / "spectra" / "records" / "report.schema.json").read_text()))
     assert spectra.Report.from_dict(value).base_quantised is quantised
 
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra import measures, ranking, truncation
 from spectra.adapters.peft.replication import copies
+from spectra.analysis import measures, truncation
 from spectra.cli import main
 from spectra.errors import UsageError
-from spectra.ranks import RankReport
+from spectra.records.ranks import RankReport
+from spectra.tasks import ranks as ranking
 from tests.conftest import FIXTURES
 
 peft = pytest.importorskip("peft")

@@ -15,7 +15,7 @@ import pytest
 
 from spectra.adapters.peft.naming import ModuleNames
 from spectra.errors import UsageError
-from spectra.ranks import ROW_COLUMNS, RankReport, layer_rank, suggest
+from spectra.records.ranks import ROW_COLUMNS, RankReport, layer_rank, suggest
 from spectra.render.ranks import about_alpha, render_ranks, to_csv
 
 peft = pytest.importorskip("peft")

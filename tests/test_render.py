@@ -8,9 +8,9 @@ import pytest
 
 import spectra
 from spectra.errors import UsageError
-from spectra.records import Vector
+from spectra.records.layer import Vector
+from spectra.records.report import LayerReport, Report
 from spectra.render.text import render_report, render_summary
-from spectra.report import LayerReport, Report
 from tests.conftest import FIXTURES
 
 

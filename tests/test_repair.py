@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from spectra.analysis import LayerAnalysis
+from spectra.analysis.layer import LayerAnalysis
+from spectra.analysis.scaling import edited_dense, edited_update, outcome_of, scaled
 from spectra.errors import NonFiniteError, UsageError
-from spectra.repair import edited_dense, edited_update, outcome_of, scaled
 from spectra.svd import Base, Question, choose_engine
 from spectra.svd.triplets import leading_triplets
-from spectra.updates import ALL, Dense, DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
+from spectra.updates.algebra import ALL, Dense, DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
 from tests.problems import SHAPES, SPECTRA, matrix, orthonormal, planted, trained_like, with_spectrum
 
 F64 = torch.float64

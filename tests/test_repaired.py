@@ -20,12 +20,12 @@ from spectra.adapters import plan_updates
 from spectra.adapters.peft.lora import LoraUpdate
 from spectra.adapters.peft.naming import ModuleNames
 from spectra.adapters.peft.repaired import alpha_of, stored_ranks, why_not_writable, write_repaired
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import CorruptFileError, UsageError
-from spectra.folders import RECORD, companions, write_record
-from spectra.layers import pair_layers
-from spectra.orientation import as_stored
-from spectra.updates import LowRank, RowScaled
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.folders import RECORD, companions, write_record
+from spectra.files.orientation import as_stored
+from spectra.pairing.pairs import pair_layers
+from spectra.updates.algebra import LowRank, RowScaled
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

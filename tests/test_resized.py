@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
-from spectra.layers import pair_layers
-from spectra.multiplying import Normed
-from spectra.updates import LowRank, RowScaled, Scaled, merged
+from spectra.files.checkpoint import open_checkpoint
+from spectra.pairing.pairs import pair_layers
+from spectra.updates.algebra import LowRank, RowScaled, Scaled, merged
+from spectra.updates.multiplied import Normed
 
 NAME = "model.embed_tokens.weight"
 

@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 import spectra
-from spectra import resolve
-from spectra.checkpoint import open_checkpoint
 from spectra.cli import main
 from spectra.errors import MissingFileError, UsageError, WrongBaseError
+from spectra.files.checkpoint import open_checkpoint
+from spectra.sources import resolve
 from tests.conftest import FIXTURES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 import spectra
-from spectra import journal
-from spectra.audits import audit_many
 from spectra.cli import main
 from spectra.errors import AdapterError, CorruptFileError, UsageError, WrongBaseError
+from spectra.runs import journal
+from spectra.tasks.audit import audit_many
 from tests.conftest import ROOT
 
 TUNED, BASE = ROOT / "fixtures" / "lora-r4", ROOT / "fixtures" / "base"
@@ -99,13 +99,13 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch, short):
     lines = lines_of(file)
     file.write_bytes(b"".join(lines[:-2]))
     done = []
-    of = spectra.pipeline.Analysis.of
+    of = spectra.runs.reports.Analysis.of
 
     def noted(self, job):
         done.append(job.first.name)
         return of(self, job)
 
-    monkeypatch.setattr("spectra.pipeline.Analysis.of", noted)
+    monkeypatch.setattr("spectra.runs.reports.Analysis.of", noted)
     assert canonical(spectra.audit(TUNED, BASE, **LAYERS, resume=file)) == short
     assert len(done) == 2
 
@@ -260,7 +260,7 @@ def test_an_executor_that_breaks_is_an_error(tmp_path):
 
 
 def test_a_weight_that_no_worker_survives_is_a_failed_layer(monkeypatch):
-    from spectra import audits
+    from spectra.tasks import audit as audits
 
     finish = audits.finish
 
@@ -278,7 +278,7 @@ def test_a_weight_that_no_worker_survives_is_a_failed_layer(monkeypatch):
 
 
 def test_a_worker_that_sees_other_files_says_so(tmp_path, monkeypatch):
-    from spectra import audits
+    from spectra.tasks import audit as audits
 
     seen = iter("abcdef")
     monkeypatch.setattr(audits, "_digest", lambda identity: next(seen))

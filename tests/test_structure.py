@@ -13,8 +13,12 @@ import tomllib
 import pytest
 
 import spectra
-from spectra import analysis, comparing, errors, mitigating, ranking
+from spectra import errors
+from spectra.analysis import layer as analysis
 from spectra.render import records
+from spectra.repair import repair as mitigating
+from spectra.tasks import compare as comparing
+from spectra.tasks import ranks as ranking
 from tests.conftest import ROOT
 
 # What each module may import from the package; ARCHITECTURE.md draws the same picture.

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectra.analysis import LayerAnalysis, find_intruders
+from spectra.analysis.layer import LayerAnalysis, find_intruders
 from spectra.errors import ConvergenceError, NonFiniteError, UsageError
 from spectra.svd import (
     ENGINES,
@@ -28,7 +28,7 @@ from spectra.svd import (
 from spectra.svd import base as base_module
 from spectra.svd.decompose import eigh
 from spectra.svd.spectrum import EPS32
-from spectra.updates import Dense, DenseWeight, LowRank, RowScaled
+from spectra.updates.algebra import Dense, DenseWeight, LowRank, RowScaled
 from tests import problems, reference
 
 METHODS = {

@@ -13,10 +13,10 @@ from torch import nn
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -400,7 +400,7 @@ def test_bare_names_match_any_module(tmp_path):
 
 
 def test_inspect_says_what_it_would_read_with_and_without_the_base(tmp_path):
-    from spectra.inspection import inspect
+    from spectra.tasks.inspect import inspect
 
     net, _ = adapted(tmp_path)
     found = inspect(tmp_path / "adapter", tmp_path / "base")

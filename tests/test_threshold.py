@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spectra.analysis.threshold import predicted_threshold
 from spectra.svd import clusters
-from spectra.threshold import predicted_threshold
 from tests import problems
 
 TALL, WIDE, SQUARE = (192, 112), (112, 192), (128, 128)

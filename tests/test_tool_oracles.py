@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from spectra.adapters import plan_updates
-from spectra.checkpoint import open_checkpoint
-from spectra.layers import pair_layers
-from spectra.orientation import as_matrix
-from spectra.resolve import open_base_of
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.orientation import as_matrix
+from spectra.pairing.pairs import pair_layers
+from spectra.sources.resolve import open_base_of
 from tests.test_dialects import draw, write
 
 SEEDS = range(20)

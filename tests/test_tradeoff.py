@@ -14,10 +14,10 @@ from torch import nn
 
 from spectra import plots
 from spectra.errors import UsageError, WrongBaseError
-from spectra.mitigating import mitigate
 from spectra.plots.tradeoff import FACTS, VARIANTS
-from spectra.runs import Job, SingleRun, checked_settings
-from spectra.tradeoff import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sweep, neighbours
+from spectra.repair.repair import mitigate
+from spectra.repair.sweep import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sweep, neighbours
+from spectra.runs.runs import Job, SingleRun, checked_settings
 from tests.conftest import FIXTURES
 from tests.problems import trained_like
 from tests.reference import max_cosines

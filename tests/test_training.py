@@ -21,10 +21,10 @@ from torch import nn
 import spectra
 from spectra import plots
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
-from spectra.pipeline import Analysis
+from spectra.records.history import PREFIX
+from spectra.runs.reports import Analysis
 from spectra.svd import short_spectrum
 from spectra.training import Monitor, SpectraCallback, load_history, monitor
-from spectra.training.records import PREFIX
 from tests.conftest import FIXTURES, ROOT
 from tests.test_fixtures import MINILM, article_batches, published
 

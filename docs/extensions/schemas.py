@@ -22,7 +22,7 @@ class SchemaDirective(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         self.record = self.arguments[0]
-        file = resources.files("spectra").joinpath(f"{self.record}.schema.json")
+        file = resources.files("spectra.records").joinpath(f"{self.record}.schema.json")
         schema: Schema = json.loads(file.read_text(encoding="utf-8"))
         self.definitions: dict[str, Schema] = schema.get("$defs", {})
         made: list[nodes.Node] = [nodes.paragraph("", schema.get("description", "")), self.fields(schema)]

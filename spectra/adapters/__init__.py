@@ -21,7 +21,7 @@ from spectra.adapters.peft.methods import PeftMethods
 from spectra.adapters.peft.parameters import against_parameters
 from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped, formula_of, rescales_base
 from spectra.adapters.unsupported import Unsupported
-from spectra.checkpoint import Checkpoint
+from spectra.files.checkpoint import Checkpoint
 
 # The first that recognises a checkpoint reads it; FullCheckpoint takes what nobody else does.
 DIALECTS: tuple[Dialect, ...] = (

@@ -22,8 +22,8 @@ from spectra.adapters.peft.lora import KNOWN_FIELDS, NEUTRAL_INIT
 from spectra.adapters.peft.pattern import Pattern
 from spectra.adapters.plan import AddedToBias, Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, CorruptFileError, UnsupportedMethodError
+from spectra.files.checkpoint import Checkpoint, TensorInfo
 
 METADATA = "lora_adapter_metadata"
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, WrongBaseError
-from spectra.orientation import Layout, role_of
+from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.orientation import Layout, role_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 # What some model classes put before the names of one and the same network, and others do not.
 WRAPPERS = ("text_model", "model", "transformer")
@@ -122,8 +122,8 @@ class StoredFactors:
     def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Update:
         import torch
 
-        from spectra.multiplying import Normed
-        from spectra.updates import LowRank, RowScaled
+        from spectra.updates.algebra import LowRank, RowScaled
+        from spectra.updates.multiplied import Normed
 
         def factor(info: TensorInfo) -> Tensor:
             # Factors are small and kept in float64: only the weight has the working dtype.

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
-from spectra.checkpoint import Checkpoint
-from spectra.derived import Derived, Unreadable, Weight, sources_of
-from spectra.gguf import BLOCKS, BLOCKS_NOT_READ
-from spectra.orientation import Layout, as_matrix, is_convolution
+from spectra.files.checkpoint import Checkpoint
+from spectra.files.derived import Derived, Unreadable, Weight, sources_of
+from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
+from spectra.files.orientation import Layout, as_matrix, is_convolution
 
 if TYPE_CHECKING:
     import torch
 
-    from spectra.updates import Dense
+    from spectra.updates.algebra import Dense
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class WholeTensor:
         return self.info.size
 
     def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Dense:
-        from spectra.updates import Dense
+        from spectra.updates.algebra import Dense
 
         stored = checkpoint.load(self.info, digest=True)[:rows]
         return Dense(as_matrix(stored.to(device=device, dtype=dtype), layout))

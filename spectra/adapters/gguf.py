@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.adapters.factors import StoredFactors, check_factors, common_facts
 from spectra.adapters.plan import Plan, Skipped
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError, WrongBaseError
-from spectra.gguf import REORDERED, check_heads, in_order, module_of
+from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.gguf import REORDERED, check_heads, in_order, module_of
 
 if TYPE_CHECKING:
     import torch
 
-    from spectra.updates import LowRank
+    from spectra.updates.algebra import LowRank
 
 NO_ALPHA = "the stored alpha is 0 or missing: the scaling is 1, as llama.cpp has it"
 ONE_ALPHA = "one alpha is stored for all modules: rsLoRA and patterns of alphas were lost when this file was written"
@@ -49,7 +49,7 @@ class GgufFactors(StoredFactors):
         return self.up[0].shape[0], self.down[0].shape[0 if self.tokens else 1]
 
     def read(self, checkpoint: Checkpoint, layout: Any, rows: int | None, dtype: torch.dtype, device: str) -> LowRank:
-        from spectra.updates import LowRank
+        from spectra.updates.algebra import LowRank
 
         A, B = (checkpoint.read(info.name, digest=True).to(device=device).double() for info in (*self.down, *self.up))
         A = A.T if self.tokens else A

@@ -18,8 +18,8 @@ from spectra.adapters.lycoris_multiplied import KOHYA_OFT
 from spectra.adapters.lycoris_products import LycorisUpdate
 from spectra.adapters.plan import AddedToBias, Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
+from spectra.files.checkpoint import Checkpoint, TensorInfo
 
 _PLAIN = r"lora_(?:down|up)(?:\.[0-9]{1,3})?\.weight|lora_mid\.weight|alpha"
 _UNDERSCORED = re.compile(

@@ -16,8 +16,8 @@ from spectra.adapters.lycoris_multiplied import glora, ia3, oft
 from spectra.adapters.lycoris_products import KNOWN, LycorisUpdate, difference, locon, loha, lokr
 from spectra.adapters.peft.method import Slot
 from spectra.adapters.unsupported import foreign_method
-from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
+from spectra.files.checkpoint import TensorInfo
 
 DORA = (
     "dora_scale could hold the norms of the rows of W0 + dW (one per output, shape (out, 1, …)) or of its columns (one "

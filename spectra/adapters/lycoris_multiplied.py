@@ -14,13 +14,13 @@ from spectra.adapters.factors import alpha_of, check_factors, scalar
 from spectra.adapters.lycoris_products import LycorisUpdate
 from spectra.adapters.peft.method import Slot, all_of, dimensions
 from spectra.adapters.plan import UpdateKind
-from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
+from spectra.files.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 KOHYA_OFT = "oft_unet"  # the prefix of sd-scripts' own OFT
 OUTPUT = "this turns the output side: where nothing is rescaled, right singular vectors stay as they are"
@@ -59,7 +59,7 @@ class OftUpdate(LycorisUpdate):
     def change(self, values: Mapping[str, Tensor]) -> Update:
         import torch
 
-        from spectra.multiplying import Turned
+        from spectra.updates.multiplied import Turned
 
         parts = [
             values[name]
@@ -160,7 +160,7 @@ class Ia3Update(LycorisUpdate):
         return self._info("weight").size == (stored[1] if self.columns else stored[0])
 
     def change(self, values: Mapping[str, Tensor]) -> Update:
-        from spectra.updates import Scaled
+        from spectra.updates.algebra import Scaled
 
         scale = 1 + values["weight"].flatten()
         return Scaled(columns=scale) if self.columns else Scaled(rows=scale)
@@ -195,7 +195,7 @@ class GloraUpdate(LycorisUpdate):
         return shape == self.shape and same and self._info("a1.weight").shape[0] == stored[1]
 
     def change(self, values: Mapping[str, Tensor]) -> Update:
-        from spectra.multiplying import Mixed
+        from spectra.updates.multiplied import Mixed
 
         assert self.scaling is not None
         a1, a2, b1, b2 = (values[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))

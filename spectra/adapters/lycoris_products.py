@@ -14,15 +14,15 @@ from spectra.adapters.factors import alpha_of, check_factors, scalar
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal
 from spectra.adapters.peft.products import product, whole_or_product
 from spectra.adapters.plan import FORMULAS, UpdateKind
-from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError
-from spectra.orientation import Orientation
+from spectra.files.checkpoint import TensorInfo
+from spectra.files.orientation import Orientation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectra.orientation import Layout
-    from spectra.updates import Update
+    from spectra.files.orientation import Layout
+    from spectra.updates.algebra import Update
 
 KNOWN = frozenset(["alpha", "on_input"])  # read with the headers, and trained by nobody
 WHOLE_LOKR = "both factors are whole, so that the scaling is 1, as lycoris loads it; rsLoRA would not show"
@@ -82,7 +82,7 @@ class LycorisUpdate(MethodUpdate):
         return replace(self, found=names)
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.multiplying import Normed
+        from spectra.updates.multiplied import Normed
 
         change = self.change(values)
         if self.dora is None:
@@ -143,7 +143,7 @@ class LoConUpdate(LycorisUpdate):
     def change(self, values: Mapping[str, Tensor]) -> Update:
         import torch
 
-        from spectra.updates import LowRank
+        from spectra.updates.algebra import LowRank
 
         assert self.scaling is not None
         A = values["lora_down"].flatten(1)
@@ -176,7 +176,7 @@ class LoHaUpdate(LycorisUpdate):
         return shape == self.shape and (core is None or core.shape[2:] == stored[2:])
 
     def change(self, values: Mapping[str, Tensor]) -> Update:
-        from spectra.updates import Hadamard
+        from spectra.updates.algebra import Hadamard
 
         assert self.scaling is not None
         first = product(values, "hada_t1", "hada_w1_a", "hada_w1_b")
@@ -217,7 +217,7 @@ class LoKrUpdate(LycorisUpdate):
         return shape == self.shape and all(kernel in ((), stored[2:]) for kernel in kernels)
 
     def change(self, values: Mapping[str, Tensor]) -> Update:
-        from spectra.updates import Kronecker
+        from spectra.updates.algebra import Kronecker
 
         assert self.scaling is not None
         first, second = (whole_or_product(values, f"lokr_w{number}", f"lokr_t{number}") for number in (1, 2))
@@ -271,7 +271,7 @@ class DifferenceUpdate(LycorisUpdate):
         return stored == self._info("diff").shape
 
     def change(self, values: Mapping[str, Tensor]) -> Update:
-        from spectra.updates import Added
+        from spectra.updates.algebra import Added
 
         return Added(values["diff"].flatten(1), free=True)
 

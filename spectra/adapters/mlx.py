@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from spectra.adapters.factors import StoredFactors, common_facts
 from spectra.adapters.full import whole_tensor
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
-from spectra.orientation import Layout, role_of
-from spectra.stored.experts import MAX_EXPERTS, members
+from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.orientation import Layout, role_of
+from spectra.files.stored.experts import MAX_EXPERTS, members
 
 if TYPE_CHECKING:
     import torch
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<factor>lora_a|lora_b|m)")
 _SWITCH = re.compile(r"(?P<home>.+)\.(?:switch_mlp|experts)\.(?P<part>[^.]+)")
@@ -116,7 +116,7 @@ class ExpertFactors(StoredFactors):
         return self.rank * sum(self.shape)
 
     def read(self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str) -> Update:
-        from spectra.updates import LowRank
+        from spectra.updates.algebra import LowRank
 
         A, B = (checkpoint.read(info.name, digest=True) for info in (*self.down, *self.up))
         A = A.reshape(B.shape[0], self.rank, -1)[self.expert].to(device=device).double()

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from spectra.checkpoint import Checkpoint
-from spectra.orientation import Layout
+from spectra.files.checkpoint import Checkpoint
+from spectra.files.orientation import Layout
 
 if TYPE_CHECKING:
     import torch
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 # low_rank: B·A; row_scaled and column_scaled: DoRA by either side; hadamard: LoHa; kronecker: LoKr; scaled: IA3's rows
 # or columns; rotated: OFT, BOFT; mixed: GLoRA; replaced_rows: trainable tokens; added: dW stored whole; dense: a tensor

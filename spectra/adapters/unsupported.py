@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 
 from spectra.adapters.plan import Plan
-from spectra.checkpoint import Checkpoint
 from spectra.errors import UnsupportedMethodError
+from spectra.files.checkpoint import Checkpoint
 
 # (pattern of a tensor's name, what its presence means); the first that matches decides
 SIGNATURES: tuple[tuple[str, str], ...] = (

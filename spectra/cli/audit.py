@@ -34,15 +34,15 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
+from spectra.cli.output import check_distinct, check_output, emit, progress
 from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
-from spectra.output import check_distinct, check_output, emit, progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from spectra.errors import SpectraError
-    from spectra.report import Report
+    from spectra.records.report import Report
 
 FORMATS = ("table", "json", "jsonl", "csv", "parquet", "sarif")
 WITHOUT_REPORTS = ("jsonl", "sarif")  # formats that can say what could not be read
@@ -103,7 +103,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Audits; returns the exit code."""
-    from spectra.resolve import fine_tunes_of
+    from spectra.sources.resolve import fine_tunes_of
 
     tuned = fine_tunes_of(options.tuned)
     if options.baseline is not None and len(tuned) > 1:
@@ -124,10 +124,10 @@ def run(options: argparse.Namespace) -> int:
         if target is None:
             raise UsageError("parquet is no text: name a file to write with -o FILE.parquet")
 
-    from spectra.report import load_report
+    from spectra.records.report import load_report
 
     baseline = load_report(options.baseline) if options.baseline is not None else None
-    from spectra.audits import audit_many
+    from spectra.tasks.audit import audit_many
 
     return_freed_matrices()
     unreadable = Unreadable()
@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> int:
 def _executor(options: argparse.Namespace) -> AbstractContextManager[Executor | None]:
     if options.dask is None:
         return nullcontext()
-    from spectra.workers import dask_executor
+    from spectra.runs.workers import dask_executor
 
     return dask_executor(options.dask)
 
@@ -227,7 +227,7 @@ def _sarif(
 
 def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, Path]:
     """Module → the file that holds its weights; under None that of any other."""
-    from spectra.resolve import Access, open_tuned
+    from spectra.sources.resolve import Access, open_tuned
 
     tuned = open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True))
     files: dict[str | None, Path] = {None: tuned.files[0]}
@@ -238,8 +238,8 @@ def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, P
 
 def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
-    from spectra.inspection import beside, in_words
-    from spectra.resolve import Access, open_tuned
+    from spectra.sources.resolve import Access, open_tuned
+    from spectra.tasks.inspect import beside, in_words
 
     found = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""

@@ -8,7 +8,7 @@ from collections import Counter
 from functools import partial
 
 from spectra.cli.options import BAD, DTYPES, OK, Commands, add_layers, complain, return_freed_matrices
-from spectra.output import emit, progress
+from spectra.cli.output import emit, progress
 
 
 def add(commands: Commands) -> None:
@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Says how much there is to do and does it; returns the exit code."""
-    from spectra.precompute import cache_base, readable_size
+    from spectra.tasks.cache import cache_base, readable_size
 
     prepare = partial(
         cache_base,

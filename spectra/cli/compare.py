@@ -26,12 +26,12 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
+from spectra.cli.output import check_distinct, check_output, emit, progress
 from spectra.cli.page import add_page, check_page, write_page
 from spectra.errors import UsageError
-from spectra.output import check_distinct, check_output, emit, progress
 
 if TYPE_CHECKING:
-    from spectra.comparison import Comparison
+    from spectra.records.comparison import Comparison
 
 FORMATS = ("table", "json", "jsonl", "csv")
 
@@ -108,7 +108,7 @@ def compared(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
         raise UsageError("nothing to compare: name fine-tunes, or merge some with --merge")
     merge = [[_weighted(part) for part in parts] for parts in options.merge]
 
-    from spectra.comparing import compare
+    from spectra.tasks.compare import compare
 
     return_freed_matrices()
     with progress(options.quiet, options.verbose) as show:

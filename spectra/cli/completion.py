@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from spectra.cli.options import OK, Commands
+from spectra.cli.output import emit
 from spectra.errors import UsageError
-from spectra.output import emit
 
 SHELLS = ("bash", "zsh", "fish")
 # How the values of arguments are called that are files or folders; a test holds every argument to this and to FREE.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from spectra.cli.options import BAD, OK, READING, TUNED, Commands, add_initial, add_layers, add_split, complain
+from spectra.cli.output import emit
 from spectra.errors import SpectraError, UsageError
-from spectra.output import emit
 
 
 def add(commands: Commands) -> None:
@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Inspects every path, also after one that cannot be read; returns the exit code."""
-    from spectra.inspection import inspect, render_inspection, to_json
+    from spectra.tasks.inspect import inspect, render_inspection, to_json
 
     if options.initial_adapter is not None and len(options.paths) > 1:
         raise UsageError("--initial-adapter is the initial adapter of one fine-tune; give one PATH")

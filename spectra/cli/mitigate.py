@@ -21,11 +21,11 @@ from spectra.cli.options import (
     is_unicode,
     return_freed_matrices,
 )
+from spectra.cli.output import emit, progress
 from spectra.errors import UsageError
-from spectra.output import emit, progress
 
 if TYPE_CHECKING:
-    from spectra.mitigation import Mitigation, Verification
+    from spectra.records.repair import Mitigation, Verification
 
 Value = TypeVar("Value")
 
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     scale, which = _checked(options)
     return_freed_matrices()
 
-    from spectra.mitigating import mitigate
+    from spectra.repair.repair import mitigate
 
     with progress(options.quiet, options.verbose) as show:
         mitigation = mitigate(
@@ -167,7 +167,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise UsageError(f"--{option} is for making a repair; --verify OUT takes all that from the record in OUT")
     return_freed_matrices()
 
-    from spectra.checking import verify_mitigation
+    from spectra.repair.verify import verify_mitigation
 
     chosen = {name: getattr(options, name) for name in CHECKING}
     with progress(options.quiet, options.verbose) as show:
@@ -179,7 +179,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _checked(
     options: argparse.Namespace,
 ) -> tuple[float | dict[str, float], Literal["all", "top"] | dict[str, list[int]]]:
-    """(scale, which) as :func:`spectra.mitigating.mitigate` takes them."""
+    """(scale, which) as :func:`spectra.repair.repair.mitigate` takes them."""
     if options.tuned is None:
         raise UsageError("nothing to repair: name an adapter or a checkpoint")
     if not options.scale:
@@ -254,8 +254,8 @@ def _tell(mitigation: Mitigation, options: argparse.Namespace) -> None:
 def _rendered(record: Mitigation | Verification, options: argparse.Namespace) -> str:
     if options.format in ("json", "jsonl"):
         return record.to_json(indent=1 if options.format == "json" else None) + "\n"
-    from spectra.mitigation import Mitigation
-    from spectra.render.mitigation import render_mitigation, render_verification, to_csv
+    from spectra.records.repair import Mitigation
+    from spectra.render.repair import render_mitigation, render_verification, to_csv
 
     if options.format == "csv":
         return to_csv(record)

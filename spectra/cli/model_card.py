@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.cli.options import announce
+from spectra.cli.output import card_in, check_card, emit, replace_card
 from spectra.errors import UsageError
-from spectra.output import card_in, check_card, emit, replace_card
 
 if TYPE_CHECKING:
-    from spectra.report import Report
+    from spectra.records.report import Report
 
 DISTRIBUTION = "intruder-spectra"
 HOMES = ("homepage", "repository", "source")  # the first of these that the package names is its home

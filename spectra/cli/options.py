@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from spectra.errors import SpectraError, UsageError, in_one_line
 
 if TYPE_CHECKING:
-    from spectra.report import Report
+    from spectra.records.report import Report
 
 # What add_subparsers() returns, and what the add() of a command takes.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.cli.options import announce, complain
+from spectra.cli.output import check_output, emit, progress
 from spectra.errors import SpectraError, UsageError
-from spectra.output import check_output, emit, progress
 
 if TYPE_CHECKING:
-    from spectra.comparison import Comparison
-    from spectra.report import Report
+    from spectra.records.comparison import Comparison
+    from spectra.records.report import Report
 
 MATRICES = 12  # of one fine-tune; several share three times as many
 
@@ -58,7 +58,7 @@ def write_page(
     if target is None:
         return
     from spectra.page import reports_of, to_html
-    from spectra.similarity import similarity_matrices
+    from spectra.tasks.similarity import similarity_matrices
 
     reports = reports_of(record)
     number = options.matrices

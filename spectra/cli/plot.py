@@ -22,13 +22,13 @@ from spectra.cli.options import (
     return_freed_matrices,
     settings,
 )
+from spectra.cli.output import check_output, emit, progress
 from spectra.errors import CorruptFileError, SpectraError, UsageError, in_short
-from spectra.output import check_output, emit, progress
 from spectra.plots.kinds import KINDS
 
 if TYPE_CHECKING:
-    from spectra.comparison import Comparison
-    from spectra.records import LayerSpectra
+    from spectra.records.comparison import Comparison
+    from spectra.records.layer import LayerSpectra
 
 FORMATS = ("png", "svg", "pdf")
 # What cannot be changed of a comparison that was made before, and what these options are by themselves.
@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
     target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}", picture=True)
     assert target is not None
 
-    from spectra.comparison import load_comparison
     from spectra.plots import file_format, render  # says so at once where matplotlib is missing
+    from spectra.records.comparison import load_comparison
 
     ending = options.format or file_format(target)
 
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _comparison(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
-    from spectra.resolve import checkpoints_of
+    from spectra.sources.resolve import checkpoints_of
 
     if options.kind == "trajectory" and len(options.tuned) == 1:
         options.tuned = checkpoints_of(options.tuned[0], within=True)
@@ -127,8 +127,8 @@ def _comparison(options: argparse.Namespace, unreadable: Unreadable) -> Comparis
 
 def _layers(options: argparse.Namespace) -> tuple[Sequence[LayerSpectra], bool]:
     """The arrays to draw, and whether some layer could not be analysed."""
-    from spectra.comparing import SIZE, layer_spectra
-    from spectra.resolve import checkpoints_of
+    from spectra.sources.resolve import checkpoints_of
+    from spectra.tasks.compare import SIZE, layer_spectra
 
     if options.merge:
         raise UsageError(f"--merge is for figures of whole fine-tunes, not for {options.kind}")
@@ -146,7 +146,7 @@ def _layers(options: argparse.Namespace) -> tuple[Sequence[LayerSpectra], bool]:
 
 def _worst(tuned: Sequence[str | Path], options: argparse.Namespace) -> tuple[list[str], bool]:
     """The layers with the most intruders: some of a single fine-tune, the one of several; and whether any failed."""
-    from spectra.audits import audit_many
+    from spectra.tasks.audit import audit_many
 
     with progress(options.quiet, options.verbose) as show:
         reports = audit_many(tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)

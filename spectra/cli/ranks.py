@@ -23,12 +23,12 @@ from spectra.cli.options import (
     is_unicode,
     return_freed_matrices,
 )
+from spectra.cli.output import check_output, emit, progress
 from spectra.errors import UsageError
-from spectra.output import check_output, emit, progress
 
 if TYPE_CHECKING:
-    from spectra.ranking import Extraction
-    from spectra.ranks import RankReport
+    from spectra.records.ranks import RankReport
+    from spectra.tasks.ranks import Extraction
 
 FORMATS = ("table", "json", "jsonl", "csv")
 CHOICE = ("energy", "max_rank", "by", "use_rslora", "alpha")
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--extract writes factors for modules as the model has them, not for parts of them")
     return_freed_matrices()
 
-    from spectra.ranking import extract_adapter, suggest_ranks
+    from spectra.tasks.ranks import extract_adapter, suggest_ranks
 
     chosen: dict[str, Any] = {name: getattr(options, name) for name in (*CHOICE, *READING)}
     extraction = None

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectra.comparison import Comparison, report_labels
 from spectra.errors import UsageError
 from spectra.page.data import MATRICES, page_data
 from spectra.page.document import document
-from spectra.report import Report
+from spectra.records.comparison import Comparison, report_labels
+from spectra.records.report import Report
 
 
 def to_html(

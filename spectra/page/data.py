@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from spectra import sweeps
 from spectra.errors import in_one_line
-from spectra.records import LayerSpectra, Similarity, Vector
-from spectra.report import CANNOT_TELL, SEVERITIES, LayerReport, Report
+from spectra.records import sweeps
+from spectra.records.layer import LayerSpectra, Similarity, Vector
+from spectra.records.report import CANNOT_TELL, SEVERITIES, LayerReport, Report
 
 DIGITS = 4  # of singular values, norms and ranks
 STEPS = 10_000  # cosines are whole numbers of these, so that any epsilon with four decimals counts as it would exactly

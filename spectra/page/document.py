@@ -12,10 +12,10 @@ from spectra.errors import in_one_line
 from spectra.page.data import as_script
 from spectra.page.library import hash_of, plotly_library
 from spectra.page.words import ABOUT, GLOSSARY, MEANINGS, MORE_MATRICES
+from spectra.records.report import CANNOT_TELL, SEVERITIES, Report
+from spectra.records.sweeps import mean_update_size, trainable_ratio
 from spectra.render.columns import decimals, failures, method_of, number, plural
 from spectra.render.text import remarks, verdict
-from spectra.report import CANNOT_TELL, SEVERITIES, Report
-from spectra.sweeps import mean_update_size, trainable_ratio
 
 MARK = "<!doctype html>\n<!-- spectra.page/1 -->"  # how a page begins; nothing else is ever replaced by one
 SCRIPTS = ("core.js", "counts.js", "figures.js", "map.js", "charts.js", "table.js", "layer.js", "compare.js", "page.js")

@@ -35,8 +35,8 @@ from spectra.plots.style import (
     whole_numbers,
 )
 from spectra.plots.subjects import FineTunes, as_comparison, definition, depth, total_of
-from spectra.report import LayerReport, Report
-from spectra.sweeps import decided
+from spectra.records.report import LayerReport, Report
+from spectra.records.sweeps import decided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

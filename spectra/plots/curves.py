@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from spectra.comparison import Comparison
 from spectra.errors import UsageError
 from spectra.plots.style import BLACK, GREY, SINGLE, figure_function, frame, from_zero, look, new_figure, whole_numbers
 from spectra.plots.subjects import FineTunes, as_comparison, compared, definition, total_of
-from spectra.sweeps import EPSILONS, by_epsilon, by_top_k, by_weight, decided, free_weight
+from spectra.records.comparison import Comparison
+from spectra.records.sweeps import EPSILONS, by_epsilon, by_top_k, by_weight, decided, free_weight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

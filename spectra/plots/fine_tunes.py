@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra.comparison import Comparison, short_names
 from spectra.errors import UsageError
 from spectra.plots.placing import label_points
 from spectra.plots.style import (
@@ -38,8 +37,9 @@ from spectra.plots.style import (
     whole_numbers,
 )
 from spectra.plots.subjects import FineTunes, as_comparison, definition
-from spectra.report import Report
-from spectra.sweeps import decided
+from spectra.records.comparison import Comparison, short_names
+from spectra.records.report import Report
+from spectra.records.sweeps import decided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

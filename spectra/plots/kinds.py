@@ -17,8 +17,8 @@ class Kind:
     Attributes
     ----------
     module, function : where in ``spectra.plots`` it is drawn.
-    needs : its first argument: "layers", a sequence of :class:`spectra.records.LayerSpectra`, or
-        "comparison", a :class:`spectra.comparison.Comparison`.
+    needs : its first argument: "layers", a sequence of :class:`spectra.records.layer.LayerSpectra`, or
+        "comparison", a :class:`spectra.records.comparison.Comparison`.
     help : one line for people.
     """
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra.comparison import Comparison
 from spectra.errors import UsageError
 from spectra.plots.style import (
     BLACK,
@@ -31,9 +30,10 @@ from spectra.plots.style import (
     whole_numbers,
 )
 from spectra.plots.subjects import FineTunes, as_comparison, panel_names, total_of
-from spectra.records import LayerSpectra, Vector
-from spectra.report import Report
-from spectra.sweeps import decided
+from spectra.records.comparison import Comparison
+from spectra.records.layer import LayerSpectra, Vector
+from spectra.records.report import Report
+from spectra.records.sweeps import decided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

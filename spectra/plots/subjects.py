@@ -7,10 +7,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from spectra.comparison import Comparison
 from spectra.errors import UsageError
-from spectra.records import LayerSpectra
-from spectra.report import LayerReport, Report
+from spectra.records.comparison import Comparison
+from spectra.records.layer import LayerSpectra
+from spectra.records.report import LayerReport, Report
 
 SEPARATORS = "/.-_ "
 _LISTED = re.compile(r"(layer|block)s?$|^h$")

@@ -22,7 +22,7 @@ from spectra.plots.style import (
     new_figure,
     whole_numbers,
 )
-from spectra.training.records import PREFIX, Record, load_history
+from spectra.records.history import PREFIX, Record, load_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def training_history(history: Sequence[Record] | str | Path, *, title: str = "")
     """Intruders over the steps of a training, how far it is from the first one, and the size of its update.
 
     Above: the number of intruders, of all layers and of the three module types with most of them; and ‖dW‖/‖W0‖, the
-    largest of the layers and their mean.  Below, the margins that :func:`spectra.training.records.metrics_of`
+    largest of the layers and their mean.  Below, the margins that :func:`spectra.records.history.metrics_of`
     defines, each with a dashed line where the first intruder is: the lowest max |cos| less epsilon, and the factor by
     which the update may grow until one is predicted, both outside noise-like bases.
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from spectra.errors import UsageError, in_one_line
+from spectra.records.report import Report
+from spectra.records.sweeps import mean_update_size
 from spectra.render.columns import decimals, failures, grouped_notes, method_of, plural
 from spectra.render.naming import invocation, named_model, public_names, without_paths
 from spectra.render.text import verdict
-from spectra.report import Report
-from spectra.sweeps import mean_update_size
 
 TYPES = 12  # so many module types are listed
 BEGIN, END = "<!-- spectra:begin -->", "<!-- spectra:end -->"

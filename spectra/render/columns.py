@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import in_one_line
 
 if TYPE_CHECKING:
-    from spectra.report import LayerReport
+    from spectra.records.report import LayerReport
 
 NAMED, NOTES = 3, 4  # so many layers are named in a note, and so many notes shown
 # How the notes of layers begin that matter to who reads totals alone.

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
-from spectra import sweeps
-from spectra.comparison import Comparison
 from spectra.errors import UsageError
+from spectra.records import sweeps
+from spectra.records.comparison import Comparison
+from spectra.records.report import Report
 from spectra.render.columns import decimals, failures, in_ascii, number, plural, table
 from spectra.render.table import as_csv
-from spectra.report import Report
 
 EPSILONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DEPTHS = (1, 2, 3, 5, 10, 20, 50, 100)

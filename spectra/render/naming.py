@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from spectra.errors import in_one_line
-from spectra.report import Report
+from spectra.records.report import Report
 
 # How the hub's cache is laid out: models--ORG--NAME/snapshots/COMMIT/FILE.
 _HUB = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)(?:[/\\](.+))?")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
 from typing import TypeVar
 
-from spectra.ranks import ROW_COLUMNS, LayerRank, RankReport, Suggestion
+from spectra.records.ranks import ROW_COLUMNS, LayerRank, RankReport, Suggestion
 from spectra.render.columns import in_ascii, method_of, plural, table
 from spectra.render.table import as_csv
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from spectra.comparison import Comparison
-from spectra.mitigation import Mitigation, Verification
-from spectra.ranks import RankReport
+from spectra.records.comparison import Comparison
+from spectra.records.ranks import RankReport
+from spectra.records.repair import Mitigation, Verification
+from spectra.records.report import Report
 from spectra.render.comparison import render_comparison
-from spectra.render.mitigation import render_mitigation, render_verification
 from spectra.render.ranks import render_ranks
+from spectra.render.repair import render_mitigation, render_verification
 from spectra.render.text import render_report, render_summary
-from spectra.report import Report
 
 Record: TypeAlias = Report | Comparison | RankReport | Mitigation | Verification
 

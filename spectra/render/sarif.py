@@ -19,10 +19,10 @@ from typing import Any
 from urllib.parse import quote
 
 from spectra.errors import in_one_line
+from spectra.records.report import FAILED_STATUSES, LayerReport, Report
 from spectra.render.columns import decimals, number, plural
 from spectra.render.naming import hub_name, invocation, public_names, without_paths
 from spectra.render.text import lowest_cosine, ranges
-from spectra.report import FAILED_STATUSES, LayerReport, Report
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 INTRUDERS, BORDERLINE, FAILED, UNREADABLE = (

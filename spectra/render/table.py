@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spectra.report import ROW_COLUMNS, Report
+from spectra.records.report import ROW_COLUMNS, Report
 
 
 def to_csv(reports: Sequence[Report]) -> str:

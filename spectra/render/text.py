@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from spectra.errors import in_one_line
+from spectra.records.report import LayerReport, Report
+from spectra.records.sweeps import mean_update_size
 from spectra.render.columns import decimals, failures, grouped_notes, in_ascii, method_of, number, plural, table
-from spectra.report import LayerReport, Report
-from spectra.sweeps import mean_update_size
 
 PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
 PICTURE_COLUMNS = 60

@@ -24,7 +24,7 @@ from spectra.svd.krylov import KrylovEngine
 from spectra.svd.lanczos import spectral_norm
 from spectra.svd.matching import BORDERLINE, cosines_between, match_vectors
 from spectra.svd.spectrum import Side, Spectrum, clusters, numerical_rank
-from spectra.updates import TunedWeight
+from spectra.updates.algebra import TunedWeight
 
 # Measured with benchmarks/engines.py.
 CACHED_PAYS = 256  # from here on, for one low-rank update, rather than two decompositions

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectra.svd.decompose import decompose, decompose_gram, other_side, product64
 from spectra.svd.spectrum import Side, Spectrum
-from spectra.updates import SLAB, DenseWeight
+from spectra.updates.algebra import SLAB, DenseWeight
 
 ROOMY = 1024  # below, a spectrum in float64 takes no memory to speak of
 PROBES = 16

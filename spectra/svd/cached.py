@@ -32,7 +32,7 @@ from spectra.svd.lanczos import Turned, leading_pairs, padded
 from spectra.svd.matching import BORDERLINE, match_vectors, straddles
 from spectra.svd.secular import DiagonalPlusLowRank
 from spectra.svd.spectrum import EPS32, Spectrum
-from spectra.updates import TunedWeight
+from spectra.updates.algebra import TunedWeight
 
 SMALL = 1024  # below, float64 products cost next to nothing
 LARGEST_SHARE = 4  # of p that 2r may be; beyond, the small problem is no longer small

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectra.errors import ConvergenceError, NonFiniteError
 from spectra.svd.spectrum import CLUSTER_WIDTH, Side, Spectrum
-from spectra.updates import ALL, TunedWeight, slabs
+from spectra.updates.algebra import ALL, TunedWeight, slabs
 
 EPS64 = float(np.finfo(np.float64).eps)
 TINY = float(np.finfo(np.float64).tiny)

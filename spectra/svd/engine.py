@@ -9,7 +9,7 @@ import numpy as np
 
 from spectra.svd.base import Base
 from spectra.svd.spectrum import Side
-from spectra.updates import TunedWeight
+from spectra.updates.algebra import TunedWeight
 
 DecidedBy = Literal["svd", "certificate", "bound"]
 

@@ -14,7 +14,7 @@ from spectra.svd.base import Base
 from spectra.svd.decompose import decompose, decompose_gram
 from spectra.svd.engine import Answer, Question
 from spectra.svd.matching import cosines_between, match_vectors, verdict_is_open
-from spectra.updates import TunedWeight
+from spectra.updates.algebra import TunedWeight
 
 
 class ExactEngine:

@@ -33,7 +33,7 @@ from spectra.svd.lanczos import (
     schedule,
 )
 from spectra.svd.matching import BORDERLINE
-from spectra.updates import TunedWeight
+from spectra.updates.algebra import TunedWeight
 
 FIRST_STEPS = 8  # fewer have decided nothing; trained-like weights of 1024 to 4096 took 8 to 12
 LIKE_THE_FIRST = 0.75  # of the steps that the leading vectors took, before the first look

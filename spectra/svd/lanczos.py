@@ -12,7 +12,7 @@ from torch import Tensor
 from spectra.svd.base import Base
 from spectra.svd.decompose import eigh, singular_values
 from spectra.svd.spectrum import CLUSTER_WIDTH, EPS32
-from spectra.updates import ALL, TunedWeight, slabs
+from spectra.updates.algebra import ALL, TunedWeight, slabs
 
 PROBES = 16
 GUARDS = 6  # vectors beyond the top k that keep the last of them from converging slowly

@@ -13,7 +13,7 @@ from spectra.svd.decompose import decompose_gram, product64
 from spectra.svd.lanczos import Turned, leading_pairs
 from spectra.svd.matching import mixture
 from spectra.svd.spectrum import clusters
-from spectra.updates import TunedWeight
+from spectra.updates.algebra import TunedWeight
 
 ACCURACY = 1e-6  # asked of the directions from Lanczos; its float32 products reach about eps32·σ₁/gap
 DIRECTION = 3e-5  # bound on them above which what Lanczos found is not good enough

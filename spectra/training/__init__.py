@@ -8,11 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectra.records.history import Record, load_history
     from spectra.training.callback import SpectraCallback
     from spectra.training.monitor import Monitor
-    from spectra.training.records import Record, load_history
 
-_HOMES = {"Monitor": "monitor", "Record": "records", "SpectraCallback": "callback", "load_history": "records"}
+_HOMES = {
+    "Monitor": "spectra.training.monitor",
+    "Record": "spectra.records.history",
+    "SpectraCallback": "spectra.training.callback",
+    "load_history": "spectra.records.history",
+}
 
 __all__ = ["Monitor", "Record", "SpectraCallback", "load_history"]
 
@@ -22,7 +27,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(f"spectra.training.{_HOMES[name]}"), name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'spectra.training' has no attribute {name!r}")
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import distributed
 
 from spectra.errors import SpectraError, UsageError, in_one_line
-from spectra.live import Source
+from spectra.records.history import Record
+from spectra.sources.live import Source
 from spectra.training.monitor import Monitor, checked
-from spectra.training.records import Record
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,7 +25,7 @@ logger = logging.getLogger("spectra.training")
 class SpectraCallback(TrainerCallback):
     """Audits the model in training, and logs what it finds as the trainer logs its loss.
 
-    The numbers of :func:`spectra.training.records.metrics_of` go through ``trainer.log``, so into its history and to
+    The numbers of :func:`spectra.records.history.metrics_of` go through ``trainer.log``, so into its history and to
     TensorBoard, W&B or whatever else it reports to.  Only the main process audits; others wait for it where they next
     meet, and with ``stop_above`` hear after each step whether to stop.  An audit that fails is a warning
     in the log, and the training goes on.  An audit must take less than the other processes' patience (``ddp_timeout``),

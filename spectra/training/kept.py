@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spectra.orientation import as_matrix
+from spectra.analysis.threshold import predicted_threshold
+from spectra.files.orientation import as_matrix
 from spectra.svd import KRYLOV_PAYS, Base, Question, short_spectrum
-from spectra.threshold import predicted_threshold
 
 if TYPE_CHECKING:
-    from spectra.cache import SpectrumCache
-    from spectra.checkpoint import Checkpoint
-    from spectra.orientation import Layout
+    from spectra.files.checkpoint import Checkpoint
+    from spectra.files.orientation import Layout
+    from spectra.runs.cache import SpectrumCache
     from spectra.svd import Spectrum
 
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class KeptSpectra:
     """Decomposes a base weight when its spectrum is first asked for, and has it ready from then on.
 
-    Takes the place of a :class:`spectra.cache.SpectrumCache` in an audit.  What the limit leaves no room for, and what
-    is ``below`` no longer, has none, and is audited without.
+    Takes the place of a :class:`spectra.runs.cache.SpectrumCache` in an audit.  What the limit leaves no room for, and
+    what is ``below`` no longer, has none, and is audited without.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class KeptSpectra:
     bytes : taken so far.
     seconds : that decompositions have taken so far.
     thresholds : by name and layout of a base weight, the size of a random update that is predicted to bring its first
-        intruder (:func:`spectra.threshold.predicted_threshold`).
+        intruder (:func:`spectra.analysis.threshold.predicted_threshold`).
     """
 
     question: Question

@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-from spectra.cache import SpectrumCache
+from spectra.analysis.study import Study
 from spectra.errors import SpectraError, UsageError, in_one_line, in_short
-from spectra.headers import TensorInfo
-from spectra.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, checkpoint_of
-from spectra.live.memory import LiveTensor
-from spectra.pipeline import Analysis
-from spectra.report import SCOPES, Report
-from spectra.resolve import Bases
-from spectra.runs import Settings, SingleRun, checked_settings
-from spectra.study import Study
+from spectra.files.headers import TensorInfo
+from spectra.records.history import PREFIX, Record, append_line, begin_history, metrics_of
+from spectra.records.report import SCOPES, Report
+from spectra.runs.cache import SpectrumCache
+from spectra.runs.reports import Analysis
+from spectra.runs.runs import Settings, SingleRun, checked_settings
+from spectra.sources.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, checkpoint_of
+from spectra.sources.live.memory import LiveTensor
+from spectra.sources.resolve import Bases
 from spectra.svd import KRYLOV_PAYS
 from spectra.training.kept import KeptSpectra
-from spectra.training.records import PREFIX, Record, append_line, begin_history, metrics_of
 
 logger = logging.getLogger("spectra.training")
 

@@ -9,12 +9,12 @@ from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal, named
 from spectra.adapters.plan import UpdateKind
 from spectra.errors import AdapterError
-from spectra.orientation import Layout
+from spectra.files.orientation import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BoftUpdate(MethodUpdate):
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
         import torch
 
-        from spectra.updates import Butterfly
+        from spectra.updates.algebra import Butterfly
 
         skew = (values["boft_R"] - values["boft_R"].transpose(-1, -2)) / 2
         one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)

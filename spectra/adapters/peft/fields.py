@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spectra.adapters.peft.pattern import Pattern
-from spectra.checkpoint import Checkpoint
 from spectra.errors import AdapterError
+from spectra.files.checkpoint import Checkpoint
 
 # Config fields of any method that do not change what the stored tensors mean, or are read for all.
 COMMON_FIELDS = frozenset(

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from spectra.adapters.peft.lora import NEUTRAL_INIT, LoraUpdate, PeftAdapter
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
-from spectra.checkpoint import Checkpoint
-from spectra.derived import Derived, Weight
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError
-from spectra.orientation import TIED, Layout
+from spectra.files.checkpoint import Checkpoint
+from spectra.files.derived import Derived, Weight
+from spectra.files.orientation import TIED, Layout
 
 if TYPE_CHECKING:
     import torch
 
-    from spectra.initialisation import Reinitialised, Taken
-    from spectra.updates import LowRank, RowScaled
+    from spectra.updates.algebra import LowRank, RowScaled
+    from spectra.updates.initialisation import Reinitialised, Taken
 
 FROM_BASE = ("pissa", "olora")
 WITH_INITIAL = ("pissa_niter_", "corda", "lora_ga")
@@ -82,7 +82,7 @@ class InitialisedUpdate(LoraUpdate):
     ) -> LowRank | RowScaled | Reinitialised:
         import torch
 
-        from spectra.initialisation import Reinitialised
+        from spectra.updates.initialisation import Reinitialised
 
         update = super().read(checkpoint, layout, rows, dtype, device)
         return Reinitialised(
@@ -98,7 +98,7 @@ class InitialisedUpdate(LoraUpdate):
     def _taken(
         self, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
     ) -> Callable[[torch.Tensor], Taken]:
-        from spectra.initialisation import Taken, as_saved, surer
+        from spectra.updates.initialisation import Taken, as_saved, surer
 
         if self.initial is None:
             return self._computed()
@@ -113,7 +113,7 @@ class InitialisedUpdate(LoraUpdate):
         return lambda W: surer(compute(W), saved)
 
     def _computed(self) -> Callable[[torch.Tensor], Taken]:
-        from spectra.initialisation import leading, of_first_columns
+        from spectra.updates.initialisation import leading, of_first_columns
 
         if self.how == "pissa":
             return lambda W: leading(W, self.rank)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from spectra.adapters.full import whole_tensor
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError
+from spectra.files.checkpoint import Checkpoint, TensorInfo
 
 PREFIX = "base_model.model."
 TOKENS = "trainable_tokens_delta"

@@ -20,15 +20,15 @@ from spectra.adapters.peft.replication import replicated, replication
 from spectra.adapters.peft.tokens import replaced_tokens
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.adapters.unsupported import foreign_method
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
-from spectra.orientation import Layout
+from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.orientation import Layout
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectra.updates import LowRank, RowScaled
+    from spectra.updates.algebra import LowRank, RowScaled
 
 # Config fields of LoRA that are read here, or that do not change what the stored tensors mean.
 KNOWN_FIELDS = COMMON_FIELDS | frozenset(
@@ -104,7 +104,7 @@ class LoraUpdate:
     def read(
         self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
     ) -> LowRank | RowScaled:
-        from spectra.updates import LowRank, RowScaled
+        from spectra.updates.algebra import LowRank, RowScaled
 
         def factor(info: TensorInfo) -> Tensor:
             # Factors are small and kept in float64: only the weight has the working dtype.

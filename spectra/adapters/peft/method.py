@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.adapters.plan import UpdateKind
-from spectra.checkpoint import Checkpoint, TensorInfo
 from spectra.errors import AdapterError
-from spectra.orientation import Layout, Orientation, matrix_shape
+from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.orientation import Layout, Orientation, matrix_shape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 Slot = Mapping[str, TensorInfo]  # the factors of one module, by name
 

@@ -15,8 +15,8 @@ from spectra.adapters.peft.tokens import replaced_tokens
 from spectra.adapters.peft.vera import vera
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
 from spectra.adapters.unsupported import foreign_method
-from spectra.checkpoint import Checkpoint
 from spectra.errors import AdapterError, UnsupportedMethodError
+from spectra.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, named
 from spectra.adapters.plan import UpdateKind
 from spectra.errors import AdapterError, UnsupportedMethodError
-from spectra.orientation import Layout
+from spectra.files.orientation import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Ia3Update(MethodUpdate):
         return info.size == (shape[1] if self.columns else shape[0])
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.updates import Scaled
+        from spectra.updates.algebra import Scaled
 
         scale = values["ia3_l"].flatten()
         return Scaled(columns=scale) if self.columns else Scaled(rows=scale)
@@ -113,7 +113,7 @@ class OftUpdate(MethodUpdate):
         return side == self.size * self.factors[0][1].shape[0]
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.updates import Rotated
+        from spectra.updates.algebra import Rotated
 
         (triangles,) = values.values()
         return Rotated(cayley(triangles, self.size, self.terms, self.radius), output=self.embedding)

@@ -23,16 +23,16 @@ from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.peft.keys import unwrapped
 from spectra.adapters.peft.method import MethodUpdate, Slot
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
-from spectra.checkpoint import Checkpoint, TensorInfo
-from spectra.derived import Unreadable
 from spectra.errors import AdapterError, UnsupportedMethodError, WrongBaseError
-from spectra.orientation import Layout, Orientation
+from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.derived import Unreadable
+from spectra.files.orientation import Layout, Orientation
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectra.updates import LowRank
+    from spectra.updates.algebra import LowRank
 
 KEPT = 4  # tensors that stay in memory while one expert after the other is read from them
 DEEPEST = 16  # parts of a name that are compared; a crafted file could have any number
@@ -150,7 +150,7 @@ class ParameterUpdate(MethodUpdate):
     def read(
         self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
     ) -> LowRank:
-        from spectra.updates import LowRank
+        from spectra.updates.algebra import LowRank
 
         assert self.rank is not None
         assert self.scaling is not None

@@ -11,14 +11,14 @@ from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.peft.lora import NEUTRAL_INIT
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal, named
 from spectra.adapters.plan import UpdateKind
-from spectra.checkpoint import TensorInfo
 from spectra.errors import AdapterError, UnsupportedMethodError
-from spectra.orientation import Layout
+from spectra.files.checkpoint import TensorInfo
+from spectra.files.orientation import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AdaLoraUpdate(MethodUpdate):
         return self._info("lora_B").shape[0], self._info("lora_A").shape[1]
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.updates import LowRank
+        from spectra.updates.algebra import LowRank
 
         assert self.scaling is not None
         return LowRank(values["lora_B"], values["lora_A"] * values["lora_E"], self.scaling)
@@ -121,7 +121,7 @@ class LoHaUpdate(MethodUpdate):
         return shape == self.shape and (core is None or _kernel_fits(core, stored))
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.updates import Hadamard
+        from spectra.updates.algebra import Hadamard
 
         assert self.scaling is not None
         first = product(values, "hada_t1", "hada_w1_a", "hada_w1_b")
@@ -188,7 +188,7 @@ class LoKrUpdate(MethodUpdate):
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
         import torch
 
-        from spectra.updates import Added, Kronecker
+        from spectra.updates.algebra import Added, Kronecker
 
         assert self.scaling is not None
         first = whole_or_product(values, "lokr_w1", "")

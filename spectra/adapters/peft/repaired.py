@@ -21,19 +21,19 @@ from spectra.adapters.peft.parameters import StackUpdate
 from spectra.adapters.peft.tokens import TokensUpdate
 from spectra.adapters.peft.writing import CONFIG, WEIGHTS
 from spectra.adapters.plan import Plan, PlannedUpdate
-from spectra.checkpoint import Checkpoint
 from spectra.errors import UsageError
-from spectra.folders import CARD, RECORD, companions, copy_file, recorded_files, write_card
-from spectra.headers import ForeignTensor
-from spectra.orientation import role_of
-from spectra.updates import LowRank, RowScaled
+from spectra.files.checkpoint import Checkpoint
+from spectra.files.folders import CARD, RECORD, companions, copy_file, recorded_files, write_card
+from spectra.files.headers import ForeignTensor
+from spectra.files.orientation import role_of
+from spectra.updates.algebra import LowRank, RowScaled
 
 
 def replaceable(folder: Path) -> str | None:
     """Why a folder may not be replaced by a repaired one; None where nothing but what we wrote would be lost.
 
     That is a folder with our record that holds only the files which the record lists under ``output.files``.  For
-    :func:`spectra.folders.whole_folder` and ``check_folder``.
+    :func:`spectra.files.folders.whole_folder` and ``check_folder``.
     """
     written = recorded_files(folder)
     if written is None:
@@ -112,7 +112,7 @@ def write_repaired(
 
     Parameters
     ----------
-    home : an empty folder, as :func:`spectra.folders.whole_folder` gives it.
+    home : an empty folder, as :func:`spectra.files.folders.whole_folder` gives it.
     source : the adapter, and ``plan`` what :func:`spectra.adapters.plan_updates` makes of it.
     changed : module (as the planned update calls it) → new factors B (m, r'), A (r', n), for DoRA the magnitude (m,),
         oriented as analysed and in the dtype that they are to be stored in; ``scaling`` is the planned update's.

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.plan import PlannedUpdate
-from spectra.checkpoint import Checkpoint
 from spectra.errors import AdapterError
+from spectra.files.checkpoint import Checkpoint
 
 MAX_LAYERS = 100_000  # of all ranges together; a crafted config could name any number
 _LAYER = re.compile(r"(?P<before>(?:.*?\.)?(?:layers|layer|h)\.)(?P<index>\d{1,9})(?P<after>\..+)")

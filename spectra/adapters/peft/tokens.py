@@ -11,12 +11,12 @@ from spectra.adapters.peft.keys import TOKENS, unwrapped
 from spectra.adapters.peft.method import MethodUpdate, Slot, dimensions
 from spectra.adapters.plan import UpdateKind
 from spectra.errors import AdapterError
-from spectra.orientation import Layout, Orientation, role_of
+from spectra.files.orientation import Layout, Orientation, role_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TokensUpdate(MethodUpdate):
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
         import torch
 
-        from spectra.updates import ReplacedRows
+        from spectra.updates.algebra import ReplacedRows
 
         rows = values[TOKENS]
         return ReplacedRows(torch.tensor(self.indices, device=rows.device), rows, columns=layout == "embedding")

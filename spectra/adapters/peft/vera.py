@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from spectra.adapters.peft.fields import ConfigFields
 from spectra.adapters.peft.method import MethodUpdate, Slot, all_of, dimensions, equal, named
 from spectra.adapters.plan import Plan, PlannedUpdate, UpdateKind
-from spectra.derived import Weight
 from spectra.errors import AdapterError
-from spectra.orientation import Layout, Orientation
+from spectra.files.derived import Weight
+from spectra.files.orientation import Layout, Orientation
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectra.updates import Update
+    from spectra.updates.algebra import Update
 
 LARGEST_SIDE = 1 << 24  # of a projection that is made anew
 
@@ -78,7 +78,7 @@ class VeraUpdate(MethodUpdate):
         return shape[0] == self._info("vera_lambda_b").size and (A is None or shape[1] <= A.shape[1])
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
-        from spectra.updates import SharedLowRank
+        from spectra.updates.algebra import SharedLowRank
 
         b, d = values["vera_lambda_b"], values["vera_lambda_d"]
         A, B = (values["vera_A"], values["vera_B"]) if self.made is None else self.made.make(d.numel(), d.device)

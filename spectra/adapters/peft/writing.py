@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectra import __version__, folders
+from spectra import __version__
 from spectra.adapters.peft.keys import PREFIX
 from spectra.errors import UsageError
-from spectra.folders import CARD, whole_folder
-from spectra.orientation import TIED
+from spectra.files import folders
+from spectra.files.folders import CARD, whole_folder
+from spectra.files.orientation import TIED
 
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how classes with an lm_head are called
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

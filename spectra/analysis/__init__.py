@@ -1,0 +1,1 @@
+"""One layer, from arrays to findings.  No paths."""

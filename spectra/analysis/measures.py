@@ -1,0 +1,159 @@
+"""Measures of one layer's update beyond the count of intruders.
+
+Plain functions of singular values (float64, descending), so that each can be checked by hand.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.records.layer import Vector
+from spectra.svd import Answer, product_singular_values, singular_values, spectral_norm
+from spectra.updates.algebra import TunedWeight
+
+
+def effective_rank(s: np.ndarray) -> float:
+    """exp of the Shannon entropy of p_i = σ_i / Σσ (Roy & Vetterli 2007); 0 for a zero matrix."""
+    total = float(s.sum())
+    if total <= 0:
+        return 0.0
+    p = s[s > 0] / total
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def stable_rank(norm_fro: float, norm_spectral: float) -> float:
+    """‖W‖_F² / ‖W‖₂²; 0 for a zero matrix."""
+    return (norm_fro / norm_spectral) ** 2 if norm_spectral > 0 else 0.0
+
+
+def norm_fro(s: np.ndarray) -> float:
+    """The Frobenius norm from the singular values; scaled, so that tiny ones do not underflow."""
+    return float(s[0] * np.sqrt(((s / s[0]) ** 2).sum())) if s.size and s[0] > 0 else 0.0
+
+
+def rank_of_energy(s: np.ndarray, share: float) -> int:
+    """The smallest r whose r largest values hold ``share`` of Σσ²; 0 for a zero matrix."""
+    if not s.size or not s[0] > 0:
+        return 0
+    energy = np.cumsum((s / s[0]) ** 2)
+    # Rounding of the sum may not ask for one more.
+    return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-14)) + 1)
+
+
+def truncation_error(s: np.ndarray, rank: int) -> float:
+    """‖W − W_r‖_F / ‖W‖_F of the best approximation of rank r (Eckart & Young 1936)."""
+    whole = norm_fro(s)
+    return norm_fro(s[rank:]) / whole if whole > 0 else 0.0
+
+
+@lru_cache(maxsize=256)
+def _median_of_noise(beta: float) -> float:
+    """The median μ_β of the Marchenko–Pastur law of an m × n matrix of unit variance over √n, m/n = β ≤ 1."""
+    low, high = (1 - np.sqrt(beta)) ** 2, (1 + np.sqrt(beta)) ** 2
+    # With t = centre − half·cos φ the density loses its square-root ends; the midpoint rule then is exact to 1e-9.
+    edges = np.linspace(0, np.pi, 20_001)
+    middle = (edges[1:] + edges[:-1]) / 2
+    mass = np.cumsum(np.sin(middle) ** 2 / ((low + high) / 2 - (high - low) / 2 * np.cos(middle)))
+    half = np.interp(mass[-1] / 2, np.concatenate([[0.0], mass]), edges)
+    return float((low + high) / 2 - (high - low) / 2 * np.cos(half))
+
+
+def noise_edge(s: np.ndarray, shape: tuple[int, int]) -> float | None:
+    """The largest singular value that white noise as large as the bulk of this spectrum would have.
+
+    The Marchenko–Pastur edge σ̂(√m + √n), with σ̂ from the median singular value (Gavish & Donoho 2014,
+    arXiv 1305.5870, section III.E).  None where the median is zero, as for a low-rank matrix: it has no bulk.
+    """
+    m, n = shape
+    if s.size < min(m, n) or s.size == 0:
+        return None
+    median = float(np.median(s))
+    if not median > max(m, n) * float(np.finfo(np.float32).eps) * s[0]:
+        return None
+    deviation = median / np.sqrt(max(m, n) * _median_of_noise(min(m, n) / max(m, n)))
+    return float(deviation * (np.sqrt(m) + np.sqrt(n)))
+
+
+def spectrum_shift(base: np.ndarray, tuned: np.ndarray) -> float:
+    """‖σ(W1) − σ(W0)‖ / ‖σ(W0)‖ (arXiv 2511.08567); both descending and of the same length."""
+    size = norm_fro(base)
+    return float(np.linalg.norm(tuned - base)) / size if size > 0 else 0.0
+
+
+def subspace_overlap(X: Tensor, Y: Tensor) -> float:
+    """‖XᵀY‖_F² / min(i, j) of orthonormal X (d, i) and Y (d, j) (Hu et al. 2021, section 7.2); 1 where one span holds
+    the other, max(i, j)/d on average for random ones."""
+    smaller = min(X.shape[1], Y.shape[1])
+    return min(float(torch.linalg.matrix_norm(X.T @ Y)) ** 2 / smaller, 1.0) if smaller else 0.0
+
+
+def lora_parameters(shape: tuple[int, int], rank: int) -> int:
+    """r·(m + n)."""
+    return rank * (shape[0] + shape[1])
+
+
+def break_even_rank(shape: tuple[int, int]) -> int:
+    """The largest rank at which a low-rank update stores fewer values than the weight: r·(m + n) < m·n."""
+    m, n = shape
+    return (m * n - 1) // (m + n)
+
+
+def update_singular_values(tuned: TunedWeight) -> np.ndarray:
+    """Singular values of dW = W1 − W0, float64, descending.
+
+    From the factors where there are any (two QR and an r × r SVD in float64), else from dW itself
+    in the working dtype.
+    """
+    factors = tuned.low_rank()
+    if factors is None:
+        return singular_values(tuned.delta())
+    return product_singular_values(*factors)
+
+
+def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:
+    """Σ σ² over intruders / Σ σ² over all compared vectors: unlike a count, it does not saturate."""
+    top = max((vector.sigma for vector in vectors), default=0.0)
+    if top <= 0:
+        return 0.0
+    energy = {True: 0.0, False: 0.0}
+    for vector in vectors:
+        energy[vector.intruder] += (vector.sigma / top) ** 2
+    return energy[True] / (energy[True] + energy[False])
+
+
+def layer_measures(
+    tuned: TunedWeight, answer: Answer, vectors: tuple[Vector, ...], update: np.ndarray | None = None
+) -> dict[str, float | None]:
+    """The measures of an audited layer, by the names the report uses; ratios are of W0's norms.
+
+    ``update`` are dW's singular values where they are known already.  What would need a decomposition that the
+    engine did without is None.
+    """
+    m, n = tuned.shape
+    base_size = float(torch.linalg.vector_norm(tuned.W0, dtype=torch.float64))
+    base_top = answer.base_norm_spectral
+    if update is None and (answer.engine != "krylov" or tuned.low_rank() is not None):
+        update = update_singular_values(tuned)
+    if update is None:  # a dense update's spectrum would cost more than the verdicts did
+        size, top = tuned.delta_norm(), spectral_norm(tuned.delta())
+    else:
+        size, top = norm_fro(update), float(update[0])
+    return {
+        "base_norm_fro": base_size,
+        "base_norm_spectral": base_top,
+        # How far σ₁ stands out of plain noise of W0's size; up to 1.05 the base counts as noise-like.
+        "base_over_noise": base_top / (base_size / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))) if base_size else None,
+        "update_norm_fro": size,
+        "update_norm_spectral": top,
+        "update_norm_relative": size / base_size if base_size else None,
+        "update_norm_spectral_relative": top / base_top if base_top else None,
+        "effective_rank": None if update is None else effective_rank(update),
+        "stable_rank": stable_rank(size, top),
+        "rank_90": None if update is None else rank_of_energy(update, 0.9),
+        "rank_99": None if update is None else rank_of_energy(update, 0.99),
+        "intruder_energy_share": intruder_energy_share(vectors),
+    }

@@ -1,0 +1,440 @@
+"""The report: everything an audit found, versioned (``spectra.report/1``) and serialisable.
+
+Renderers and gates read this record alone.  ``report.schema.json`` beside this file describes its
+JSON form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from spectra.errors import CorruptFileError, MissingFileError, UsageError
+from spectra.records.layer import Vector
+
+if TYPE_CHECKING:
+    import pandas
+
+Record = TypeVar("Record")
+
+MAX_RECORD_BYTES = 256_000_000  # of a report or a comparison; one of a hundred fine-tunes has some 50 MB
+SCHEMA = "spectra.report/1"
+FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
+DECIDED_STATUSES = frozenset({"analysed", "proved_small"})
+# Which layers a total counts; the paper looks at no embeddings and no heads.
+SCOPES = ("all", "paper", "non-noise", "new")
+
+# The severity scale: the largest share of compared vectors, outside noise-like bases, that may be
+# intruders at each level.  A convention of this project, to put a number into words; it says how
+# much of the top of the spectrum is new, not how much was forgotten.
+SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong"))
+CANNOT_TELL = "cannot tell"  # of a fine-tune of which no vector could be judged
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings.
+
+    ``principal_cosines``, ``weights`` and ``null`` come with comparisons; see :class:`spectra.analysis.study.Study`.
+    """
+
+    name: str
+    module_type: str
+    role: str
+    shape: tuple[int, int]
+    stored_shape: tuple[int, ...]
+    status: str
+    update: Mapping[str, Any]
+    vectors: tuple[Vector, ...] = ()
+    intruders: int = 0
+    intruder_indices: tuple[int, ...] = ()
+    measures: Mapping[str, float | None] = field(default_factory=dict)
+    random_floor: float | None = None
+    noise_like_base: bool | None = None
+    flags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    principal_cosines: tuple[float, ...] = ()
+    weights: Mapping[str, Any] | None = None
+    null: Mapping[str, Any] | None = None
+    error: str | None = None
+    engine: str | None = None
+    methods: tuple[str, ...] = ()
+    residual: float | None = None
+    orthogonality: float | None = None
+    seconds: float | None = None
+
+    @property
+    def in_paper_scope(self) -> bool:
+        return self.role not in ("embedding", "head")
+
+    @property
+    def borderline(self) -> int:
+        return sum("borderline" in vector.flags for vector in self.vectors)
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What one fine-tune did to the spectrum of its base."""
+
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Mapping[str, str], ...]
+    spectra_version: str
+    seconds: float | None = None
+    baseline: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        vectors = sum(len(layer.vectors) for layer in self.layers)
+        return f"<Report on {self.tuned.get('path')}: {self.severity}, {self.total('all')} of {vectors} vectors>"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Totals over layers; see ``report.schema.json`` for each field."""
+        analysed = [layer for layer in self.layers if layer.status in DECIDED_STATUSES]
+        vectors = sum(len(layer.vectors) for layer in analysed)
+        by_status: dict[str, int] = defaultdict(int)
+        for layer in self.layers:
+            by_status[layer.status] += 1
+        return {
+            "layers_analysed": by_status["analysed"],
+            "layers_unchanged": by_status["unchanged"],
+            "layers_proved_small": by_status["proved_small"],
+            "layers_failed": sum(by_status[status] for status in FAILED_STATUSES),
+            "layers_skipped": len(self.skipped),
+            "layers_with_intruders": sum(layer.intruders > 0 for layer in analysed),
+            "layers_noise_like_base": sum(bool(layer.noise_like_base) for layer in analysed),
+            "vectors_compared": vectors,
+            "intruders": self.total("all"),
+            "intruders_as_in_paper": self.total("paper"),
+            "intruders_outside_noise_like_base": self.total("non-noise"),
+            "intruders_new": self.total("new") if self.baseline is not None else None,
+            "borderline": sum(layer.borderline for layer in analysed),
+            "severity": self.severity,
+            "trainable_parameters": sum(
+                int(layer.update["parameters"]) for layer in self.layers if layer.status != "unchanged"
+            ),
+            "by_module_type": self._by_module_type(analysed),
+            "by_index": self._by_index(analysed),
+        }
+
+    def total(self, scope: str) -> int:
+        """Intruders over "all" layers, as the "paper" counts (no embeddings, no heads), outside
+        noise-like bases ("non-noise"), or "new" since the baseline."""
+        if scope == "new":
+            if self.baseline is None:
+                raise UsageError("new intruders are counted against a baseline, and there is none")
+            return int(self.baseline["intruders_new"])
+        if scope not in SCOPES:
+            raise UsageError(f"scope = {scope!r}; expected one of {', '.join(SCOPES)}")
+        layers = self.layers
+        if scope == "paper":
+            layers = tuple(layer for layer in layers if layer.in_paper_scope)
+        elif scope == "non-noise":
+            layers = tuple(layer for layer in layers if not layer.noise_like_base)
+        return sum(layer.intruders for layer in layers)
+
+    @property
+    def base_quantised(self) -> bool:
+        """Whether the base is stored with fewer bits; intruders are then relative to its dequantised weights."""
+        return self.base.get("quantised") is not None
+
+    @property
+    def severity(self) -> str:
+        """ "none", "slight" (up to 1 % of the vectors compared), "moderate" (10 %) or "strong",
+        outside noise-like bases; "cannot tell" where layers changed and none of them could be judged."""
+        if not self.judged and any(layer.status != "unchanged" for layer in self.layers):
+            return CANNOT_TELL
+        return next(word for limit, word in SEVERITIES if self.share <= limit)
+
+    @property
+    def share(self) -> float:
+        """Of the vectors that the severity is about, how many are intruders: 0 to 1."""
+        vectors = sum(len(layer.vectors) for layer in self.judged)
+        return self.total("non-noise") / vectors if vectors else 0.0
+
+    @property
+    def judged(self) -> tuple[LayerReport, ...]:
+        """The layers that the severity is about: those compared whose base is not noise-like."""
+        return tuple(layer for layer in self.layers if layer.vectors and not layer.noise_like_base)
+
+    @property
+    def failed(self) -> tuple[LayerReport, ...]:
+        """Layers that could not be analysed."""
+        return tuple(layer for layer in self.layers if layer.status in FAILED_STATUSES)
+
+    @staticmethod
+    def _by_module_type(analysed: Sequence[LayerReport]) -> dict[str, dict[str, int]]:
+        table: dict[str, dict[str, int]] = {}
+        for layer in analysed:
+            row = table.setdefault(layer.module_type, {"layers": 0, "vectors": 0, "intruders": 0})
+            row["layers"] += 1
+            row["vectors"] += len(layer.vectors)
+            row["intruders"] += layer.intruders
+        return dict(sorted(table.items()))
+
+    @staticmethod
+    def _by_index(analysed: Sequence[LayerReport]) -> list[dict[str, Any]]:
+        rows: dict[int, dict[str, Any]] = {}
+        for layer in analysed:
+            for vector in layer.vectors:
+                row = rows.setdefault(
+                    vector.index, {"index": vector.index, "layers": 0, "intruders": 0, "by_module_type": {}}
+                )
+                row["layers"] += 1
+                if vector.intruder:
+                    row["intruders"] += 1
+                    kinds = row["by_module_type"]
+                    kinds[layer.module_type] = kinds.get(layer.module_type, 0) + 1
+        for row in rows.values():
+            row["by_module_type"] = dict(sorted(row["by_module_type"].items()))
+        return [rows[index] for index in sorted(rows)]
+
+    def against(self, baseline: Report) -> Report:
+        """This report with the intruders that are new since ``baseline`` counted.
+
+        Singular vectors have no identity across runs, so what counts is each layer's number: new
+        are those above the baseline's for the same layer.
+
+        Raises
+        ------
+        UsageError : the two were made with different settings or bases.
+        """
+        for key in ("top_k", "epsilon", "side"):
+            mine, theirs = self.settings[key], baseline.settings[key]
+            if mine != theirs:
+                raise UsageError(
+                    f"the baseline was made with {key} = {theirs}, this run with {mine}; they cannot be compared"
+                )
+        # Contents are compared where both runs saw them; headers always.
+        keys = ["fingerprint_headers"]
+        if self.base["fingerprint_covers"] == baseline.base["fingerprint_covers"] == "contents":
+            keys.append("fingerprint")
+        if any(self.base[key] != baseline.base[key] for key in keys):
+            raise UsageError("the baseline was made with another base model; they cannot be compared")
+        known = {layer.name: layer.intruders for layer in baseline.layers}
+        now = {layer.name: layer.intruders for layer in self.layers}
+        new = {name: count - known.get(name, 0) for name, count in now.items() if count > known.get(name, 0)}
+        return replace(
+            self,
+            baseline={
+                "tuned": dict(baseline.tuned),
+                "intruders": baseline.total("all"),
+                "intruders_new": sum(new.values()),
+                "intruders_gone": sum(max(count - now.get(name, 0), 0) for name, count in known.items()),
+                "new_by_layer": new,
+            },
+        )
+
+    def to_dict(self, *, canonical: bool = False) -> dict[str, Any]:
+        """The report as JSON-ready objects (schema ``spectra.report/1``).
+
+        ``canonical`` leaves out what differs between runs of the same work: seconds, the number of
+        workers, and the paths and caches of this machine (errors name them, so they go too).
+        """
+        value: dict[str, Any] = {
+            "schema": SCHEMA,
+            "spectra_version": self.spectra_version,
+            "base_quantised": self.base_quantised,
+            "base": dict(self.base),
+            "tuned": dict(self.tuned),
+            "settings": dict(self.settings),
+            "summary": self.summary,
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [dict(item) for item in self.skipped],
+            "seconds": self.seconds,
+        }
+        if self.baseline is not None:
+            value["baseline"] = dict(self.baseline)
+        if canonical:
+            del value["seconds"], value["base"]["path"], value["tuned"]["path"]
+            value["base"].pop("changed_since_cached", None)
+            value["settings"].pop("workers", None)
+            for layer in value["layers"]:
+                del layer["seconds"], layer["error"]
+            if self.baseline is not None:
+                value["baseline"]["tuned"] = {k: v for k, v in self.baseline["tuned"].items() if k != "path"}
+        return value
+
+    def to_json(self, *, canonical: bool = False, indent: int | None = 1) -> str:
+        """The report as JSON text; infinities and NaN cannot occur in it."""
+        return json.dumps(self.to_dict(canonical=canonical), indent=indent, allow_nan=False, default=list)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Report:
+        """The report that :meth:`to_dict` made (canonical or not).
+
+        Raises
+        ------
+        UsageError : another schema.
+        """
+        if value.get("schema") != SCHEMA:
+            raise UsageError(f"not a Spectra report of schema {SCHEMA} (its schema is {value.get('schema')!r})")
+        layers = [layer_from_dict(layer) for layer in value["layers"]]
+        return cls(
+            base=value["base"],
+            tuned=value["tuned"],
+            settings=value["settings"],
+            layers=tuple(layers),
+            skipped=tuple(value["skipped"]),
+            spectra_version=value["spectra_version"],
+            seconds=value.get("seconds"),
+            baseline=value.get("baseline"),
+        )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per compared vector, with its layer's columns; needs pandas.
+
+        Layers without vectors (unchanged, failed) have one row with empty vector columns.
+        """
+        return as_dataframe(self.rows(), ROW_COLUMNS)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table behind the CSV and the DataFrame: ``ROW_COLUMNS``, one row per vector."""
+        rows = []
+        for layer in self.layers:
+            common = {
+                "tuned": self.tuned.get("path"),
+                "layer": layer.name,
+                "module_type": layer.module_type,
+                "role": layer.role,
+                "rows": layer.shape[0],
+                "columns": layer.shape[1],
+                "status": layer.status,
+                "update_kind": layer.update["kind"],
+                "update_rank": layer.update["rank"],
+                "update_scaling": layer.update["scaling"],
+                "update_norm_relative": layer.measures.get("update_norm_relative"),
+                "effective_rank": layer.measures.get("effective_rank"),
+                "noise_like_base": layer.noise_like_base,
+                "layer_intruders": layer.intruders,
+            }
+            for vector in layer.vectors or (None,):
+                own = (
+                    {}
+                    if vector is None
+                    else {
+                        "index": vector.index,
+                        "sigma": vector.sigma,
+                        "max_cosine": vector.max_cosine,
+                        "max_cosine_lower": vector.max_cosine_bounds[0],
+                        "max_cosine_upper": vector.max_cosine_bounds[1],
+                        "base_index": vector.base_index,
+                        "base_sigma": vector.base_sigma,
+                        "base_capture": vector.base_capture,
+                        "intruder": vector.intruder,
+                        "flags": " ".join(vector.flags),
+                    }
+                )
+                rows.append({column: {**common, **own}.get(column) for column in ROW_COLUMNS})
+        return rows
+
+
+ROW_COLUMNS = (
+    "tuned", "layer", "module_type", "role", "rows", "columns", "status", "update_kind", "update_rank",
+    "update_scaling", "update_norm_relative", "effective_rank", "noise_like_base",
+    "layer_intruders", "index", "sigma", "max_cosine", "max_cosine_lower", "max_cosine_upper",
+    "base_index", "base_sigma", "base_capture", "intruder", "flags",
+)  # fmt: skip
+
+
+def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pandas.DataFrame:
+    """Rows as a DataFrame; raises UsageError without pandas."""
+    try:
+        import pandas
+    except ImportError:
+        raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
+    return pandas.DataFrame(rows, columns=list(columns))
+
+
+def worst_layers(report: Report, number: int) -> list[LayerReport]:
+    """The layers with intruders, most of them first and those on plain noise last; at most ``number``."""
+    flagged = [layer for layer in report.layers if layer.intruders]
+    return sorted(flagged, key=lambda layer: (bool(layer.noise_like_base), -layer.intruders))[: max(number, 0)]
+
+
+def layer_from_dict(value: Mapping[str, Any]) -> LayerReport:
+    """The layer that ``asdict`` and JSON made of one."""
+    vectors = tuple(Vector(**known_fields(Vector, vector)) for vector in value["vectors"])
+    return LayerReport(**{**known_fields(LayerReport, value), "vectors": vectors})
+
+
+def load_report(path: str | Path) -> Report:
+    """Reads a report that was written as JSON.
+
+    Raises
+    ------
+    MissingFileError, CorruptFileError
+    """
+
+    def made(value: Any) -> Report:
+        report = Report.from_dict(value)
+        # What a comparison needs must be there and make sense.
+        _ = report.summary, report.base["fingerprint_headers"], report.base["fingerprint_covers"], dict(report.tuned)
+        _ = [report.settings[key] for key in ("top_k", "epsilon", "side")]
+        return report
+
+    hint = "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
+    return load_record(path, made, hint)
+
+
+def load_record(path: str | Path, made: Callable[[Any], Record], hint: str) -> Record:
+    """What ``made`` makes of a JSON file; ``hint`` says what the file should have been.
+
+    Raises
+    ------
+    MissingFileError, CorruptFileError
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise MissingFileError(path, "could not be read: no regular file")
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise CorruptFileError(path, f"over {MAX_RECORD_BYTES:,} bytes; {hint}")
+        return made(json.loads(path.read_text(encoding="utf-8")))
+    except (MissingFileError, CorruptFileError):
+        raise
+    except OSError as error:
+        raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
+    except UsageError as error:
+        raise CorruptFileError(path, str(error)) from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise CorruptFileError(path, hint) from None
+
+
+def known_fields(record: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record's class out of a JSON object, lists as tuples; fields may have been added since."""
+    names = {item.name for item in fields(record)}
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key in names}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of :meth:`Report.to_dict`."""
+    return read_schema("report.schema.json")
+
+
+def read_schema(name: str) -> dict[str, Any]:
+    """A JSON Schema that comes with the package."""
+    schema: dict[str, Any] = json.loads(resources.files("spectra.records").joinpath(name).read_text(encoding="utf-8"))
+    return schema
+
+
+def module_type(name: str) -> str:
+    """The part of a module's name after its last number: one word for what recurs by layer.
+
+    ``encoder.layer.3.attention.self.query`` → ``attention.self.query``.  A number at the end stays (``to_out.0``), and
+    the number of an expert alone is left out: ``layers.3.mlp.experts.5.down_proj`` → ``mlp.experts.down_proj``.
+    """
+    parts = name.split("#")[0].split(".")
+    parts = [part for i, part in enumerate(parts) if not (part.isdigit() and i and parts[i - 1] == "experts")]
+    end = len(parts)
+    while end and parts[end - 1].isdigit():
+        end -= 1
+    numbers = [i for i, part in enumerate(parts[:end]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

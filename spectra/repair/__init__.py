@@ -1,0 +1,1 @@
+"""A fine-tune changed, written again, and checked."""

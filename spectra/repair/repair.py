@@ -1,0 +1,178 @@
+"""Repairs from paths: intruder dimensions scaled down, the adapter or checkpoint written, and the result checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from spectra import __version__
+from spectra.adapters.peft.repaired import replaceable
+from spectra.adapters.peft.writing import STORED
+from spectra.analysis.layer import LayerAnalysis
+from spectra.errors import UsageError
+from spectra.files.folders import check_apart, check_folder, whole_folder, write_record
+from spectra.pairing.pairs import LayerPair
+from spectra.records.repair import LayerRepair, Mitigation
+from spectra.records.report import LayerReport
+from spectra.repair.choice import Choice, Scale, Which, edit
+from spectra.repair.forms import AdapterForm, CheckpointForm, Form
+from spectra.runs.reports import Analysis, Result, layer_report, open_cache
+from spectra.runs.runs import Progress, SingleRun, checked_settings, fingerprint
+from spectra.sources.live import Source
+from spectra.updates.algebra import TunedWeight
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # of what is written
+
+
+def mitigate(
+    tuned: Source,
+    output: str | Path | None,
+    base: Source | None = None,
+    *,
+    scale: Scale,
+    which: Which = "all",
+    keep_rank: bool = False,
+    merged: bool = False,
+    dtype: str | None = None,
+    force: bool = False,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    engine: str = "auto",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+    cache: str | Path | Literal[False] | None = None,
+    progress: Progress | None = None,
+) -> Mitigation:
+    """Scales a fine-tune's intruder dimensions and writes the result, as an adapter or a checkpoint of its own.
+
+    In each weight W1 = W0 + dW the chosen singular values σ become scale·σ; all others, and all singular vectors, stay
+    (Shuttleworth et al., arXiv 2410.21228v3, section 5).  The inputs stay as they are.
+
+    Parameters
+    ----------
+    tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
+    output : the folder to write; it appears whole or not at all.  None writes nothing.  Of models in memory adapters
+        are written, not whole checkpoints.
+    scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last that matches
+        counts.
+    which : "all" intruders among the top ``top_k`` vectors, the "top" one of each weight (as in the paper), or
+        {pattern: indices} for vectors by name, intruders or not.
+    keep_rank : keep the adapter's rank r, by the best approximation of that rank; else a changed layer with q chosen
+        vectors has rank r + q, and is exact.
+    merged : write an adapter's result into a copy of the base, laid out and stored as the base is.
+    dtype : of the factors of changed layers: "float32" (default; "float64" where the adapter is stored so),
+        "bfloat16", "float16".  Checkpoints keep theirs.
+    force : replace an adapter folder, or an earlier result, that is there already.
+    include, exclude : layers left out are carried over as they are.
+    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, local_files_only, cache,
+    progress :
+        as for :func:`spectra.audit_many`.
+
+    Returns
+    -------
+    Mitigation : what was scaled, what that changed and how exactly, and the audit of the result.
+
+    Raises
+    ------
+    UsageError : bad options, a folder that is there already, an output that cannot hold the result.
+    SpectraError : as for :func:`spectra.audit_many`; also where a layer could not be analysed.
+
+    Examples
+    --------
+    >>> import spectra
+    >>> planned = spectra.mitigate("fixtures/lora-r4", None, "fixtures/base", scale=0.5)
+    >>> planned.intruders_before, len(planned.scaled)
+    (35, 35)
+    """
+    started = time.perf_counter()
+    if output is not None:
+        check_folder(output, force=force, ours=replaceable)
+    choice = Choice(scale, which)
+    settings = checked_settings(
+        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
+        workers=workers, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
+    )  # fmt: skip
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")
+    run = SingleRun(tuned, base, settings)
+    choice.check(run.pairs)
+    with ExitStack() as stack:
+        home = None
+        if output is not None:
+            check_apart(output, run.tuned, run.base)
+            home = stack.enter_context(whole_folder(output, force=force, ours=replaceable))
+        form: Form
+        if run.plan.format == "full" or merged:
+            if keep_rank or dtype is not None:
+                given = "keep-rank" if keep_rank else "dtype"
+                raise UsageError(f"{given} is for adapters: a checkpoint has no rank, and each weight keeps its dtype")
+            form = CheckpointForm(run, home, merged=run.plan.format != "full")
+        else:
+            form = AdapterForm(run, home, None if dtype is None else STORED[DTYPES[dtype]], keep_rank)
+        work = _Work(run, choice, form, keep_rank)
+        analysis = Analysis(settings, open_cache(cache), visit=work.visit)
+        before = analysis.reports([run], started, progress)[0]
+        if before.failed:
+            problems = "; ".join(str(layer.error) for layer in before.failed)
+            raise UsageError(f"{problems}{form.advice(before.failed)}")
+        repairs = form.records([work.repairs[layer.name] for layer in before.layers if layer.name in work.repairs])
+        mitigation = Mitigation(
+            base=before.base,
+            source={**before.tuned, **fingerprint(run.tuned, verify=run.plan.format != "full")},
+            output=None,
+            settings={
+                **choice.record(), "keep_rank": keep_rank, "merged": form.merged, **settings.record(), "dtype": dtype,
+            },
+            layers=tuple(repairs),
+            audit=None,
+            intruders_before=before.total("all"),
+            left_behind=form.left_behind,
+            spectra_version=__version__,
+        )  # fmt: skip
+        if home is not None:
+            assert output is not None
+            mitigation = form.finished(mitigation, before, work.audited, Path(output))
+        mitigation = replace(mitigation, seconds=round(time.perf_counter() - started, 3))
+        if home is not None:
+            write_record(home, mitigation.to_json())
+    return mitigation
+
+
+class _Work:
+    """The layers of one fine-tune gone through: what is chosen is edited and handed to the form it is written in."""
+
+    def __init__(self, run: SingleRun, choice: Choice, form: Form, keep_rank: bool):
+        self.run, self.choice, self.form, self.keep_rank = run, choice, form, keep_rank
+        self.repairs: dict[str, LayerRepair] = {}
+        self.audited: dict[str, LayerReport] = {}
+
+    def visit(self, pair: LayerPair, tuned: TunedWeight, analysis: LayerAnalysis, result: Result) -> None:
+        findings = result.findings
+        assert findings is not None
+        started = time.perf_counter()
+        chosen = self.choice.of(pair.name, findings)
+        differs = "base_copy_differs" in result.report.flags
+        if not chosen:
+            stored = self.form.take(pair, tuned, None)
+            if stored is not None:  # rounded to what the base is stored in
+                findings = analysis.of(stored)
+                self.audited[pair.name] = layer_report(self.run, pair, findings, differs, time.perf_counter() - started)
+            return
+        self.form.check(pair)
+        edited = edit(
+            pair, tuned, analysis, findings, chosen, dtype=self.form.dtype_of(pair),
+            in_factors=self.form.in_factors(pair), keep_rank=self.keep_rank,
+        )  # fmt: skip
+        self.form.take(pair, tuned, edited)
+        self.repairs[pair.name] = edited.record
+        self.audited[pair.name] = layer_report(self.run, pair, edited.findings, differs, time.perf_counter() - started)

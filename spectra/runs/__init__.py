@@ -1,0 +1,1 @@
+"""One base weight at a time with all its fine-tunes: here, in workers, or resumed."""

@@ -1,0 +1,308 @@
+"""From what a person or an adapter's config calls a model to a checkpoint: a path, a name on the hub, an address.
+
+A model in memory is given itself (:mod:`spectra.sources.live`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spectra.errors import (
+    MissingFileError,
+    SpectraError,
+    UnsafeFileError,
+    UnsupportedMethodError,
+    UsageError,
+    WrongBaseError,
+    in_short,
+)
+from spectra.files.checkpoint import Checkpoint, open_checkpoint
+from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
+from spectra.files.headers import check_regular
+from spectra.sources.hub import URL, fetch_url, find_on_hub, is_offline, without_secrets
+from spectra.sources.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
+
+
+@dataclass(frozen=True)
+class Access:
+    """What may be done to read what is named: unpack pickles (nothing in them is run), download."""
+
+    allow_pickle: bool = False
+    local_files_only: bool = False
+
+
+ANYWHERE, LOCAL = Access(), Access(local_files_only=True)
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
+STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
+
+
+def find(
+    name: str | Path,
+    access: Access = ANYWHERE,
+    *,
+    revision: str | None = None,
+    beside: Path | None = None,
+    as_base: bool = False,
+) -> Path | None:
+    """The local path that ``name`` stands for, or None.
+
+    A path comes first (from ``beside``, where given, before the working directory), then a model on the Hugging Face
+    hub, fetched into its cache if need be (see :mod:`spectra.sources.hub`); ``org/name@revision`` names a branch, a tag
+    or a commit of it.  Of a repository that holds an adapter and a model, ``as_base`` means the model.
+
+    Raises
+    ------
+    UsageError : the name is empty, or its revision is none.
+    MissingFileError : the hub has it, but does not give it.
+    """
+    text = str(name)
+    if not text:
+        raise UsageError("an empty path names no model")
+    for folder in [beside, Path()] if beside else [Path()]:
+        candidate = folder / text
+        with contextlib.suppress(OSError):  # a name too long, a folder that may not be entered
+            if candidate.exists():
+                plain = Path(os.path.normpath(candidate))  # no "adapter/../base", unless a link is in the way
+                return plain if plain.exists() and plain.samefile(candidate) else candidate
+    text, _, wanted = text.partition("@")
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or not text:
+        return None
+    if wanted and not is_revision(wanted):
+        raise UsageError(f"{name}: {wanted!r} is no name of a revision")
+    if WEIGHTS.search(text) or "\\" in text:
+        return None  # a path that is not there
+    return find_on_hub(
+        text,
+        wanted or revision,
+        as_base=as_base,
+        allow_pickle=access.allow_pickle,
+        local_files_only=access.local_files_only,
+    )
+
+
+def is_revision(text: str) -> bool:
+    """Whether this may be a branch, a tag or a commit: nothing that leads out of the hub's cache."""
+    return ".." not in text and not re.search(r"^[/~]|[\\:\x00-\x1f]", text)
+
+
+def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path]:
+    """A training run's ``checkpoint-N`` folders by their step, where ``name`` is a folder of these alone; else itself.
+
+    ``within`` looks for them beside a model that lies in the same folder, too.
+    """
+    folder = Path(name)
+    try:
+        if not folder.is_dir() or (not within and any(folder.glob("*.safetensors"))):
+            return [name]
+        steps = ((STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+        found = sorted((int(match[1]), path) for match, path in steps if match)
+    except OSError:  # a name too long, a folder that may not be read: opening it will say so
+        return [name]
+    return [path for _, path in found] or [name]
+
+
+def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
+    """What is named, with ``@FILE`` replaced by that file's lines and a folder of fine-tunes by these.
+
+    A folder of several adapters, or of several checkpoints, that holds no weights itself stands for them, by name (a
+    training run's by their step).  Empty lines and those that begin with # are left out.
+
+    Raises
+    ------
+    MissingFileError, UsageError : the list cannot be read, or there is nothing in it.
+    """
+    found: list[str | Path] = []
+    for name in names:
+        if not str(name).startswith("@"):
+            found += _within(name)
+            continue
+        file = Path(str(name)[1:])
+        try:
+            check_regular(file)
+            with file.open(encoding="utf-8") as lines:
+                listed = [line.strip() for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            raise MissingFileError(file, f"this list could not be read: {in_short(error)}") from None
+        listed = [line for line in listed if line and not line.startswith("#")]
+        if not listed:
+            raise UsageError(f"{file}: this list names nothing")
+        found += [item for line in listed for item in _within(line)]
+    return found
+
+
+def _within(name: str | Path) -> list[str | Path]:
+    folder = Path(name)
+    try:
+        if not folder.is_dir() or (folder / "adapter_config.json").exists() or (folder / "model_index.json").exists():
+            return [name]
+        children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+        if any(WEIGHTS.search(child.name) and not child.is_dir() for child in children):
+            return [name]
+        run = checkpoints_of(name)
+        if len(run) > 1:
+            return run
+        folders = [child for child in children if child.is_dir()]
+        adapters: list[str | Path] = [child for child in folders if (child / "adapter_config.json").exists()]
+        models: list[str | Path] = [child for child in folders if any(child.glob("*.safetensors"))]
+    except OSError:  # a name too long, a folder that may not be read: opening it will say so
+        return [name]
+    return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
+
+
+def open_tuned(name: Source, access: Access = ANYWHERE) -> Checkpoint:
+    """Opens what was fine-tuned: a path, an address that fsspec reaches, a model on the hub, or one in memory."""
+    if not isinstance(name, str | Path):
+        return checkpoint_of(name)
+    return open_checkpoint(located(name, access), allow_pickle=access.allow_pickle)
+
+
+def located(name: str | Path, access: Access, *, as_base: bool = False) -> Path:
+    """The local path that a person means by ``name``; raises MissingFileError where there is none."""
+    if isinstance(name, str) and URL.match(name):
+        if access.local_files_only:
+            raise UsageError(f"{without_secrets(name)}: not fetched, since local files alone are wanted")
+        return fetch_url(name, as_base=as_base, allow_pickle=access.allow_pickle)
+    found = find(name, access, as_base=as_base)
+    if found is None:
+        raise MissingFileError(name, f"no such file or folder, nor a model {_where(access)}")
+    return found
+
+
+def _where(access: Access) -> str:
+    if is_offline() or access.local_files_only:
+        return "in this machine's hub cache; nothing is downloaded"
+    return "on the hub that can be had without a login (`hf auth login`, or HF_TOKEN)"
+
+
+def open_base(name: Source, access: Access = ANYWHERE) -> Checkpoint:
+    """Opens the base that is named.
+
+    Raises
+    ------
+    MissingFileError : it is not there.
+    WrongBaseError : it is itself an adapter.
+    UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
+    """
+    if not isinstance(name, str | Path):
+        return _checked_base(as_loaded(base_checkpoint_of(name), access))
+    return open_base_at(located(name, access, as_base=True), access)
+
+
+def open_base_of(tuned: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
+    """Opens the model that an adapter sits in, or that its config names; raises as :func:`open_base` does.
+
+    Raises
+    ------
+    UsageError : ``tuned`` names no base.
+    """
+    if isinstance(tuned, LiveCheckpoint) and tuned.around is not None:
+        return as_loaded(tuned.around(), access)
+    return open_base_at(base_of(tuned, access), access)
+
+
+def open_base_at(found: Path, access: Access) -> Checkpoint:
+    """Opens the base at a local path; raises as :func:`open_base` does."""
+    return _checked_base(open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle))
+
+
+def _checked_base(base: Checkpoint) -> Checkpoint:
+    if base.layout in ("peft folder", "mlx folder", "gguf adapter", ADAPTER_IN_MEMORY):
+        raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
+    matrices = [info for info in base.tensors.values() if len(info.shape) > 1]
+    types = sorted({info.dtype for info in matrices} & BLOCKS)
+    if base.layout == "gguf" and types and not any(info.is_float for info in matrices):
+        raise UnsupportedMethodError(base.path, f"its matrices are stored as {', '.join(types)}: {BLOCKS_NOT_READ}")
+    return base
+
+
+def as_loaded(base: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
+    """A base in memory without what it was not loaded with: a new head, which holds random values until it is trained.
+
+    That is told by the names of the checkpoint that the model says it was loaded from, where this machine has it.
+    """
+    if not isinstance(base, LiveCheckpoint) or base.origin is None:
+        return base
+    try:
+        found = find(base.origin, replace(access, local_files_only=True), as_base=True)
+        there = None if found is None else open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle)
+    except (SpectraError, OSError):
+        return base
+    if there is None or there.adapter_config is not None:
+        return base
+    names = {".".join(parts[at:]) for name in there.tensors for parts in [name.split(".")] for at in range(len(parts))}
+    modules = {part for name in there.tensors for part in name.split(".")[:-1]}
+
+    def is_new(name: str) -> bool:
+        parts = name.split(".")
+        return parts[0] not in modules and not any(".".join(parts[at:]) in names for at in range(len(parts) - 1))
+
+    kept = {name: info for name, info in base.tensors.items() if not is_new(name)}
+    return replace(base, tensors=kept) if kept and len(kept) < len(base.tensors) else base
+
+
+def base_of(tuned: Checkpoint, access: Access) -> Path:
+    """The local path of the base that an adapter's config names; raises as :func:`open_base_of` does."""
+    if tuned.adapter_config is None:
+        raise UsageError(f"{tuned.path}: this format does not record its base; name it with --base")
+    wanted = tuned.adapter_config.get("base_model_name_or_path")
+    if not wanted and "peft_type" not in tuned.adapter_config:  # MLX's own config
+        wanted = tuned.adapter_config.get("model")
+    if not wanted or not isinstance(wanted, str):
+        if tuned.in_memory:
+            why = "its initialisation took a part out of the base weights in memory, and its config names no base"
+            raise UsageError(f"{tuned.path}: {why}; name it (base=…)")
+        raise UsageError(f"{tuned.path}: adapter_config.json names no base model; name it with --base")
+    revision = tuned.adapter_config.get("revision")
+    config = tuned.adapter_config_file
+    home = config.parent
+    # Whoever made the adapter chose these: no other host is asked, no revision leads out of the hub's cache.
+    if wanted.replace("\\", "/").startswith("//") or URL.match(wanted):
+        raise UnsafeFileError(config, f"its base model {wanted!r} is on another host")
+    if isinstance(revision, str) and not is_revision(revision):
+        raise UnsafeFileError(config, f"its revision {revision!r} is no name of one")
+    beside, revision = None if tuned.in_memory else home, revision if isinstance(revision, str) else None
+    found = find(wanted, access, revision=revision, beside=beside, as_base=True)
+    if found is None:
+        raise MissingFileError(
+            config,
+            f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor a model "
+            f"{_where(access)}; name it with --base",
+        )
+    return found
+
+
+def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
+    """Whether ``base`` is the one that the adapter sits in or its config names; None where that cannot be told."""
+    if isinstance(tuned, LiveCheckpoint) and isinstance(base, LiveCheckpoint):
+        return True if tuned.source is base.source else None
+    try:
+        return base_of(tuned, LOCAL).samefile(base.path)
+    except (SpectraError, OSError):
+        return None
+
+
+class Bases:
+    """The bases of a run's fine-tunes, each opened once."""
+
+    def __init__(self, access: Access):
+        self._access, self._found, self._opened = access, dict[str, Path](), dict[Hashable, Checkpoint]()
+
+    def of(self, tuned: Checkpoint, named: Source | None) -> Checkpoint:
+        """The base that was named, or that the fine-tune sits in or names; raises as :func:`open_base` does."""
+        sits = named is None and isinstance(tuned, LiveCheckpoint) and tuned.around is not None
+        if sits or not isinstance(named, str | Path | None):  # in memory: opening it costs nothing
+            opened = open_base_of(tuned, self._access) if named is None else open_base(named, self._access)
+            return self._opened.setdefault(opened.place, opened)
+        if named is None:
+            place = base_of(tuned, self._access)
+        else:
+            place = self._found.get(str(named)) or located(named, self._access, as_base=True)
+            self._found[str(named)] = place
+        if place not in self._opened:
+            self._opened[place] = open_base_at(place, self._access)
+        return self._opened[place]

@@ -1,0 +1,315 @@
+"""Audits: paths in, reports out; here or on other machines, in one go or in several.
+
+Everything is matched and checked from headers before the first weight is read.  Then the run goes
+base weight by base weight: each is read, upcast and decomposed once, however many fine-tunes it
+has, and let go before the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from spectra import __version__
+from spectra.analysis.layer import using_threads
+from spectra.errors import SpectraError, UsageError, WrongBaseError
+from spectra.files.checkpoint import Checkpoint
+from spectra.records.report import LayerReport, Report
+from spectra.runs.journal import Finished, Journal, open_journal
+from spectra.runs.reports import Analysis, failure, open_cache
+from spectra.runs.runs import (
+    Job,
+    Progress,
+    Settings,
+    SingleRun,
+    checked_settings,
+    in_order,
+    jobs_of,
+    opened,
+)
+from spectra.runs.workers import spread
+from spectra.sources.live import Source
+from spectra.sources.resolve import Bases
+
+CacheFolder = str | Path | Literal[False] | None
+
+
+def audit(
+    tuned: Source,
+    base: Source | None = None,
+    *,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    engine: str = "auto",
+    dtype: str = "float32",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
+    cache: str | Path | Literal[False] | None = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+    executor: Executor | None = None,
+) -> Report:
+    """Flags the intruder dimensions of one fine-tune, layer by layer.
+
+    ``tuned`` is an adapter folder, a checkpoint folder, a file, or a model in memory; everything else is as for
+    :func:`audit_many`.
+    """
+    return audit_many(
+        [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
+        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused, cache=cache,
+        progress=progress, resume=resume, executor=executor,
+    )[0]  # fmt: skip
+
+
+def audit_many(
+    tuned: Sequence[Source],
+    base: Source | None = None,
+    *,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    engine: str = "auto",
+    dtype: str = "float32",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
+    cache: str | Path | Literal[False] | None = None,
+    progress: Progress | None = None,
+    on_unreadable: Callable[[SpectraError], None] | None = None,
+    resume: str | Path | None = None,
+    executor: Executor | None = None,
+) -> list[Report]:
+    """Flags the intruder dimensions of fine-tunes, layer by layer.
+
+    Parameters
+    ----------
+    tuned : adapter folders, checkpoints or files, or models in memory: whatever is a :data:`spectra.Source`.
+    base : the base of all of them, likewise; None takes each adapter's from its config, or the model that it is in.
+    top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
+    include, exclude : shell patterns over module names.
+    engine : "auto", "exact", "krylov" or "cached"; the verdicts are the same.  Krylov decides large weights
+        without decomposing the base, and gives bounds where the others give cosines; cached decomposes
+        the base once for all fine-tunes, or takes what :func:`spectra.cache_base` kept.
+    dtype : "float32" or "float64", the precision of the decompositions; weights that are stored in
+        float64 are decomposed in float64 either way, since rounding them could hide the update.
+    device : "cpu" or "cuda", with an index if need be.
+    workers : how many base weights are worked on at a time (memory grows with it).
+    threads : threads for one weight; part of the settings, since it may change last digits.
+        By default torch's own number (which heeds OMP_NUM_THREADS), shared out among the workers.
+    verify : hash every byte of all files into the fingerprints.
+    split_fused : split matrices that hold several projections (qkv_proj, gate_up_proj, c_attn and others) into these,
+        as config.json says; on both sides, since a split weight is never compared with a fused one.
+    allow_pickle : also read weights that are pickled, where a folder has no others; nothing that a pickle would run
+        is run, and one that is more than a dictionary of tensors is refused.
+    local_files_only : download nothing: names of the hub's models stand for what its cache on this machine holds.
+    initial_adapter : the adapter as it was saved before training, for one whose initialisation changed the base in a
+        way that cannot be computed from it (``pissa_niter_*``, ``corda``, ``lora_ga``).
+    cache : the folder where :func:`spectra.cache_base` kept the bases' spectra; None for the usual one,
+        False to use none.
+    progress : called after each layer.
+    on_unreadable : called with the error of a fine-tune that cannot be read or matched, and the
+        others are audited; without it the error is raised.
+    resume : a file to which each base weight's results are appended as soon as they are there, and from which a run
+        that was ended goes on.  The report is the one of an uninterrupted run.
+    executor : works on the base weights instead of this process: anything with the interface of
+        ``concurrent.futures``, such as a Dask client's.  Its workers read the files themselves, by the same paths.
+
+    Returns
+    -------
+    list of Report : in the order of ``tuned``, without those that could not be read.
+
+    Raises
+    ------
+    SpectraError : bad options, unreadable or mismatched files.  What goes wrong with one layer's
+        values is no exception but that layer's status.
+    """
+    settings = checked_settings(
+        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
+        device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
+    )  # fmt: skip
+    started = time.perf_counter()
+    bases = Bases(settings.access)
+    runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
+    analysis = Analysis(settings, open_cache(cache))
+    for option, given in (("resume", resume), ("executor", executor)):
+        if given is not None:
+            _check_on_disk(runs, option)
+    with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
+        return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
+
+
+def _check_on_disk(runs: Sequence[SingleRun], option: str) -> None:
+    """Raises UsageError where a run that goes on elsewhere or another time reads models of this process's memory."""
+    read = [checkpoint for run in runs for checkpoint in (run.tuned, run.base)]
+    found = next((checkpoint for checkpoint in read if checkpoint.in_memory), None)
+    if found is not None:
+        raise UsageError(f"{found.path}: {option} is for models on a disk, not for one in memory; save it first")
+
+
+def identity_of(runs: Sequence[SingleRun], settings: Settings) -> dict[str, Any]:
+    """What a journal or a worker must agree on with a run: version, settings, inputs as the system sees them."""
+    record = {key: item for key, item in settings.record().items() if key != "workers"}
+    bases = {id(run.base): run.base for run in runs}
+    return {
+        "spectra": __version__,
+        "settings": record,
+        "bases": [_identity(base) for base in bases.values()],
+        "tuned": [_identity(run.tuned) for run in runs],
+    }
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    files = sorted(checkpoint.files)
+    stats = [file.stat() for file in files]
+    configs = json.dumps([checkpoint.config, checkpoint.adapter_config], sort_keys=True, default=str)
+    return {
+        "path": str(checkpoint.path.absolute()),
+        "fingerprint_headers": checkpoint.fingerprint().headers,
+        "configs": hashlib.sha256(configs.encode()).hexdigest(),
+        "files": [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
+    }
+
+
+def key_of(job: Job, runs: Sequence[SingleRun]) -> str:
+    """The name of a base weight within a run: which fine-tune has it first, and which weight it is."""
+    run, pair = job.parts[0]
+    name, layout, rows = pair.base_key
+    return json.dumps([next(i for i, one in enumerate(runs) if one is run), name, layout, rows])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is told: paths and settings, no weights.
+
+    ``identity`` is a digest of :func:`identity_of`, so that a worker that sees other files says so.
+    """
+
+    tuned: tuple[str, ...]
+    bases: tuple[str, ...]
+    settings: Settings
+    cache: str | Literal[False] | None
+    identity: str
+
+    @classmethod
+    def of(cls, runs: Sequence[SingleRun], settings: Settings, cache: CacheFolder) -> Work:
+        """What the workers of an executor are told of a run."""
+        return cls(
+            tuple(str(run.tuned.path.absolute()) for run in runs),
+            tuple(str(run.base.path.absolute()) for run in runs),
+            settings,
+            str(Path(cache).absolute()) if cache else False if cache is False else None,
+            _digest(identity_of(runs, settings)),
+        )
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _there(work: Work) -> tuple[Analysis, list[SingleRun], dict[str, Job]]:
+    """What a worker opens for the first of a run's weights and has for the others."""
+    bases = Bases(work.settings.access)
+    runs = [SingleRun(path, base, work.settings, bases) for path, base in zip(work.tuned, work.bases, strict=True)]
+    if _digest(identity_of(runs, work.settings)) != work.identity:
+        raise WrongBaseError(
+            work.tuned[0], "this worker does not see the files that the run was begun with: is the storage shared?"
+        )
+    return Analysis(work.settings, open_cache(work.cache)), runs, {key_of(job, runs): job for job in jobs_of(runs)}
+
+
+def finish(work: Work, key: str) -> Finished:
+    """One base weight with all its fine-tunes, in a worker."""
+    analysis, runs, jobs = _there(work)
+    with using_threads(jobs[key].threads):
+        return _finished(analysis, runs, jobs[key])
+
+
+def _finished(analysis: Analysis, runs: Sequence[SingleRun], job: Job) -> Finished:
+    number = {id(run): position for position, run in enumerate(runs)}
+    layers = tuple((number[id(result.run)], result.report) for result in analysis.of(job))
+    digests = []
+    for run, pair in job.parts:
+        names = (*pair.update.tensors, *filter(None, [pair.update.base_copy]))
+        assert isinstance(run, SingleRun)
+        digests += [(number[id(run)], name, digest) for name, digest in run.tuned.digests(names).items()]
+    return Finished(layers, tuple(digests))
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """The base weights of a run: finished before, here, or by an executor's workers."""
+
+    analysis: Analysis
+    runs: Sequence[SingleRun]
+    cache: CacheFolder
+    journal: Journal | None
+    executor: Executor | None
+
+    def results(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Finished]]:
+        """(key, what was found) of each, those of earlier runs first."""
+        before = {} if self.journal is None else {k: v for k, v in self.journal.finished.items() if k in jobs}
+        yield from before.items()
+        for key, finished in self._anew({key: job for key, job in jobs.items() if key not in before}):
+            if self.journal is not None:
+                self.journal.add(key, finished)
+            yield key, finished
+
+    def _anew(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Finished]]:
+        if self.executor is not None:
+            work = Work.of(self.runs, self.analysis.settings, self.cache)
+            yield from spread(self.executor, partial(finish, work), list(jobs), partial(self._lost, jobs))
+            return
+        keys = {id(job): key for key, job in jobs.items()}
+
+        def here(job: Job) -> tuple[str, Finished]:
+            return keys[id(job)], _finished(self.analysis, self.runs, job)
+
+        yield from in_order(list(jobs.values()), self.analysis.settings, here)
+
+    def _lost(self, jobs: Mapping[str, Job], key: str, why: str) -> Finished:
+        """What a report says of a weight that no worker survived."""
+        number = {id(run): position for position, run in enumerate(self.runs)}
+        return Finished(tuple((number[id(run)], failure(run, pair, "failed", why)) for run, pair in jobs[key].parts))
+
+
+def _reports(steps: _Steps, started: float, progress: Progress | None) -> list[Report]:
+    jobs = {key_of(job, steps.runs): job for job in jobs_of(steps.runs)}
+    layers: list[dict[str, LayerReport]] = [{} for _ in steps.runs]
+    whole, done = sum(job.work for job in jobs.values()), 0.0
+    for key, finished in steps.results(jobs):
+        for number, layer in finished.layers:
+            layers[number][layer.name] = layer
+        for number, name, digest in finished.digests:
+            steps.runs[number].tuned.remember(name, digest)
+        done += jobs[key].work
+        if progress is not None:
+            progress(done, whole, jobs[key].first.name)
+    seconds = time.perf_counter() - started
+    return [steps.analysis.report(run, found, seconds) for run, found in zip(steps.runs, layers, strict=True)]

@@ -1,0 +1,245 @@
+"""Fine-tunes of one base side by side: paths in, a Comparison or a layer's arrays out.
+
+Layers outside, fine-tunes inside, so that each base weight is read and decomposed once for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from spectra import __version__
+from spectra.analysis.layer import ieee_arithmetic
+from spectra.analysis.measures import subspace_overlap
+from spectra.analysis.study import Study, layer_spectra_of
+from spectra.errors import LAYER_ERRORS, SpectraError, UsageError
+from spectra.records.comparison import Comparison, short_names
+from spectra.records.layer import LayerSpectra
+from spectra.records.report import Report, module_type
+from spectra.runs.reports import Analysis, Result, open_cache
+from spectra.runs.runs import (
+    Job,
+    MergedRun,
+    Progress,
+    Run,
+    Settings,
+    SingleRun,
+    check_one_base,
+    checked_settings,
+    in_order,
+    jobs_of,
+    opened,
+)
+from spectra.sources.live import Source
+from spectra.sources.resolve import checkpoints_of
+from spectra.svd import Base, check_finite
+
+Merge = Sequence[tuple[float, Source]]
+SIZE = 256  # singular vectors of a similarity matrix, where no number is given
+
+
+def compare(
+    tuned: Sequence[Source],
+    base: Source | None = None,
+    *,
+    merge: Sequence[Merge] = (),
+    draws: int = 20,
+    quick: bool = False,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    engine: str = "cached",
+    dtype: str = "float32",
+    device: str = "cpu",
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool = False,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
+    cache: str | Path | Literal[False] | None = None,
+    progress: Progress | None = None,
+    on_unreadable: Callable[[SpectraError], None] | None = None,
+) -> Comparison:
+    """Compares fine-tunes of one base, each weight of which is decomposed once for all of them.
+
+    Parameters
+    ----------
+    tuned : adapter folders, checkpoints, files, or models in memory (:data:`spectra.Source`).  A folder that holds
+        nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.
+    base : the base of all of them; None takes the one that the adapters' configs name.
+    merge : further columns, each a list of (weight, path): W0 + Σ weight·dW.
+    draws : random updates with dW's singular values, per layer, against which the count of
+        intruders is held; the smallest p-value is 1/(1 + draws).
+    quick : leave out what takes many more decompositions: random updates, the count as a function of
+        the adapter's weight, and the shift of the spectrum.
+    engine : "cached", or "exact"; "krylov" and "auto" leave cosines out, and what needs them.
+
+    The rest is as for :func:`spectra.audit_many`, and so are the errors; fine-tunes of different bases
+    are a UsageError.
+
+    Examples
+    --------
+    >>> import spectra
+    >>> found = spectra.compare(["fixtures/lora-r4", "fixtures/full"], "fixtures/base", quick=True)
+    >>> [(row["label"], row["intruders"]) for row in found.rows()]
+    [('lora-r4', 35), ('full', 5)]
+    """
+    if draws < 0:
+        raise UsageError(f"draws = {draws}; expected a whole number, at least 0")
+    settings = checked_settings(
+        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
+        device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
+    )  # fmt: skip
+    started = time.perf_counter()
+    runs = _open_all(tuned, base, merge, settings, on_unreadable)
+    study = Study(draws=0 if quick else draws, weights=not quick, shift=not quick)
+    overlaps: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+
+    def overlapping(results: list[Result]) -> None:
+        for pair, overlap in _overlaps(runs, results):
+            overlaps[pair].append(overlap)
+
+    reports = Analysis(settings, open_cache(cache), study).reports(runs, started, progress, overlapping)
+    return Comparison(
+        reports=tuple(reports),
+        overlaps=tuple(_mean_overlap(*pair, reports[pair[0]], overlaps[pair]) for pair in sorted(overlaps)),
+        spectra_version=__version__,
+        seconds=reports[0].seconds,
+    )
+
+
+def layer_spectra(
+    tuned: Sequence[Source],
+    base: Source | None = None,
+    *,
+    size: int = SIZE,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    side: str = "left",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    split_fused: bool = False,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+    initial_adapter: Source | None = None,
+    progress: Progress | None = None,
+) -> list[LayerSpectra]:
+    """All singular values of W0, W1 and dW of each chosen layer, and how W1's singular vectors relate to W0's.
+
+    Both weights are decomposed in float64.
+
+    Parameters
+    ----------
+    tuned, base, include, exclude : as for :func:`compare`.
+    size : how many leading vectors of W0 and of W1 the similarity matrices have.
+
+    Returns
+    -------
+    list of LayerSpectra : layer by layer, each for every fine-tune that changes it.
+
+    Raises
+    ------
+    SpectraError : unreadable or mismatched files, values that are not finite.
+    """
+    if size < 1:
+        raise UsageError(f"size = {size}; expected a whole number, at least 1")
+    settings = checked_settings(
+        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, dtype=dtype, device=device,
+        threads=threads, allow_pickle=allow_pickle,
+        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
+    )  # fmt: skip
+    runs = _open_all(tuned, base, (), settings, None)
+    labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))
+
+    def arrays(job: Job) -> list[LayerSpectra]:
+        found = []
+        try:
+            W0 = job.read_base()
+            check_finite(W0)
+        except LAYER_ERRORS as error:
+            raise UsageError(job.explain(error)[1]) from None
+        known = Base(W0, settings.question.side, fine_tunes=len(job.parts))
+        for run, pair in job.parts:
+            try:
+                weight, _ = run.weight(pair, W0)
+                with ieee_arithmetic():
+                    found.append(
+                        layer_spectra_of(
+                            known, weight, settings.question, size,
+                            name=pair.name, module_type=module_type(pair.name), label=labels[id(run)],
+                            kind=run.update(pair)["kind"],
+                        )
+                    )  # fmt: skip
+            except LAYER_ERRORS as error:
+                raise UsageError(run.explain(pair, error)[1]) from None
+        return found
+
+    return [item for found in in_order(jobs_of(runs), settings, arrays, progress) for item in found]
+
+
+def _open_all(
+    tuned: Sequence[Source],
+    base: Source | None,
+    merge: Sequence[Merge],
+    settings: Settings,
+    on_unreadable: Callable[[SpectraError], None] | None,
+) -> list[Run]:
+    named = tuned if isinstance(tuned, Sequence) and not isinstance(tuned, str) else [tuned]
+    paths: list[Source] = []
+    for item in named:
+        paths += checkpoints_of(item) if isinstance(item, str | Path) else [item]
+    singles = [partial(SingleRun, path, base, settings) for path in paths]
+    merges = [partial(_merge, parts, base, settings) for parts in merge]
+    openings: list[Callable[[], Run]] = [*singles, *merges]
+    runs = opened(openings, on_unreadable if len(openings) > 1 else None)  # the error of a single one says it all
+    if not runs:
+        raise UsageError("nothing to compare: none of the fine-tunes could be read")
+    check_one_base(runs)
+    return runs
+
+
+def _merge(parts: Merge, base: Source | None, settings: Settings) -> MergedRun:
+    return MergedRun([(float(weight), SingleRun(path, base, settings)) for weight, path in parts])
+
+
+def _overlaps(runs: Sequence[Run], results: Sequence[Result]) -> Iterable[tuple[tuple[int, int], dict[str, Any]]]:
+    """The overlap of the leading directions of each two updates of one base weight."""
+    known = [
+        (runs.index(result.run), result.report, result.findings.extras.directions)
+        for result in results
+        if result.findings is not None
+    ]
+    for (a, report, X), (b, _, Y) in combinations(known, 2):
+        if a == b:  # copies of a layer in one fine-tune (layer_replication)
+            continue
+        if X is None or Y is None or not X.shape[1] or not Y.shape[1]:
+            continue
+        yield (
+            (a, b),
+            {
+                "name": report.name,
+                "overlap": subspace_overlap(X, Y),
+                "random": max(X.shape[1], Y.shape[1]) / X.shape[0],
+                "directions": [X.shape[1], Y.shape[1]],
+            },
+        )
+
+
+def _mean_overlap(a: int, b: int, report: Report, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    order = {layer.name: place for place, layer in enumerate(report.layers)}
+    layers = sorted(layers, key=lambda layer: order[layer["name"]])
+    means = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("overlap", "random")}
+    return {"a": a, "b": b, **means, "layers": layers}

@@ -1,0 +1,146 @@
+"""Similarity matrices of the layers that a report flags: the leading vectors of W0 and of W1, and no more of them.
+
+A report keeps no arrays, so the few layers that are to be looked at are read once more.  Small weights are
+decomposed by their float64 Gram matrix, large ones by block Lanczos; a full decomposition of a large weight, which
+may take longer than its audit, is never made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from spectra.analysis.layer import ieee_arithmetic
+from spectra.errors import LAYER_ERRORS
+from spectra.records.comparison import report_labels
+from spectra.records.layer import Similarity
+from spectra.records.report import Report, worst_layers
+from spectra.runs.runs import Job, Progress, SingleRun, checked_settings, in_order, jobs_of
+from spectra.svd import Base, check_finite
+from spectra.svd.base import ROOMY
+from spectra.svd.decompose import decompose_gram
+from spectra.svd.lanczos import Turned, leading_pairs
+from spectra.updates.algebra import DenseWeight, TunedWeight
+
+NUMBER = 12  # matrices of a report where no number is given
+SIZE = 64  # leading vectors of each side
+LARGE = 32  # the same of weights from ROOMY on, where 64 took three times as long (2048 and 4096 wide)
+ACCURACY = 1e-3  # of a direction from Lanczos: a cosine is then off by less than a shade of the picture
+
+
+def similarity_matrices(
+    reports: Report | Sequence[Report],
+    *,
+    number: int = NUMBER,
+    size: int = SIZE,
+    allow_pickle: bool = False,
+    initial_adapter: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Similarity]:
+    """How the leading singular vectors of the worst layers of each report relate to the base's.
+
+    Parameters
+    ----------
+    reports : of fine-tunes whose files still lie where they were; merges and models in memory have none, and are
+        left out.  Nothing is downloaded: what the audit took from a hub is in its cache.
+    number : how many layers of each report, those with the most intruders first.
+    size : how many leading vectors of W0 and of W1; of weights from 1024 on at most 32.
+    allow_pickle, initial_adapter, device, threads : as for :func:`spectra.audit`.
+
+    Returns
+    -------
+    list of Similarity : of those layers for which ``size`` vectors, or else the ``top_k`` compared ones, could be had
+        cheaply; a weight whose leading values lie too close together for Lanczos is left out.
+
+    Raises
+    ------
+    SpectraError : the fine-tunes cannot be read any more, or no longer have those layers.
+    """
+    reports = [reports] if isinstance(reports, Report) else list(reports)
+    runs, wanted = [], {}
+    for label, report in zip(report_labels(reports), reports, strict=True):
+        names = {layer.name for layer in worst_layers(report, number)}
+        if not names or report.tuned["format"] == "merged" or _in_memory(report):
+            continue
+        chosen = report.settings
+        settings = checked_settings(
+            top_k=chosen["top_k"], epsilon=chosen["epsilon"], side=chosen["side"], device=device, threads=threads,
+            split_fused=bool(chosen.get("split_fused")), allow_pickle=allow_pickle, initial_adapter=initial_adapter,
+            local_files_only=True,
+        )  # fmt: skip
+        run = SingleRun(report.tuned["path"], report.base["path"], settings)
+        run.pairs = tuple(pair for pair in run.pairs if pair.name in names)
+        runs.append(run)
+        wanted[id(run)] = label
+    if not runs:
+        return []
+    found = in_order(jobs_of(runs), runs[0].settings, partial(_of_job, labels=wanted, size=size), progress)
+    order = {
+        (label, layer.name): place
+        for label, report in zip(report_labels(reports), reports, strict=True)
+        for place, layer in enumerate(worst_layers(report, number))
+    }
+    labels = list(report_labels(reports))
+    matrices = [matrix for matrices in found for matrix in matrices]
+    return sorted(matrices, key=lambda one: (labels.index(one.tuned), order[one.tuned, one.name]))
+
+
+def _in_memory(report: Report) -> bool:
+    """Whether the fine-tune or its base was a model in memory, or is not known any more (a canonical report)."""
+    parts = (report.tuned, report.base)
+    return any(part.get("in_memory") or part.get("path") is None for part in parts)
+
+
+def _of_job(job: Job, *, labels: Mapping[int, str], size: int) -> list[Similarity]:
+    """The matrices of one base weight; what cannot be had is left out."""
+    found = []
+    with contextlib.suppress(*LAYER_ERRORS):
+        W0 = job.read_base()
+        check_finite(W0)
+        base = Base(W0, job.parts[0][0].settings.question.side)
+        known: dict[int, Tensor | None] = {}
+        for run, pair in job.parts:
+            with contextlib.suppress(*LAYER_ERRORS), ieee_arithmetic():
+                tuned, _ = run.weight(pair, W0)
+                cosines = _cosines(base, tuned, size, run.settings.question.top_k, known)
+                if cosines is not None:
+                    found.append(Similarity(pair.name, labels[id(run)], base.side, cosines))
+    return found
+
+
+def _cosines(
+    base: Base, tuned: TunedWeight, size: int, top_k: int, known: dict[int, Tensor | None]
+) -> np.ndarray | None:
+    """(≤ k, ≤ k) |cos| for k = ``size``, or else ``top_k``; ``known`` keeps W0's vectors for further fine-tunes."""
+    p = min(base.W0.shape)
+    size = min(size, p if p < ROOMY else LARGE)
+    for k in dict.fromkeys((size, min(top_k, size))):
+        if k not in known:
+            known[k] = _leading(base, DenseWeight(base.W0, base.W0), k)
+        before = known[k]
+        after = None if before is None else _leading(base, tuned, k)
+        if before is not None and after is not None:
+            cosines: np.ndarray = (before.T @ after).abs().clamp_max(1.0).cpu().numpy()
+            return cosines
+    return None
+
+
+def _leading(base: Base, weight: TunedWeight, k: int) -> Tensor | None:
+    """The ≤ k leading singular vectors on the side in question, float64; None where only a full decomposition tells."""
+    if base.W.shape[0] < ROOMY:
+        found = decompose_gram(weight, base.side, keep=k)
+        return found.vectors[:, : min(k, found.rank)]
+    pairs = leading_pairs(base, weight, k, ACCURACY)
+    if pairs is None:
+        return None
+    Y = pairs.Y.double()
+    if not base.is_aligned:
+        Y = Turned(weight, base.short == "left").rmatmul64(Y)
+    unit: Tensor = Y / Y.norm(dim=0)
+    return unit
