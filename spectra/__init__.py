@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from spectra.tasks.audit import audit, audit_many
     from spectra.tasks.cache import CachedBase, cache_base
     from spectra.tasks.compare import compare, layer_spectra
-    from spectra.tasks.ranks import Extraction, extract_adapter, suggest_ranks
+    from spectra.tasks.extract import Extraction, extract_adapter
+    from spectra.tasks.ranks import suggest_ranks
     from spectra.tasks.similarity import similarity_matrices
 
 _HOMES = {
     "CachedBase": "spectra.tasks.cache",
     "Comparison": "spectra.records.comparison",
-    "Extraction": "spectra.tasks.ranks",
+    "Extraction": "spectra.tasks.extract",
     "Findings": "spectra.analysis.layer",
     "LayerSpectra": "spectra.records.layer",
     "Mitigation": "spectra.records.repair",
@@ -43,7 +44,7 @@ _HOMES = {
     "cache_base": "spectra.tasks.cache",
     "checkpoint_of": "spectra.sources.live",
     "compare": "spectra.tasks.compare",
-    "extract_adapter": "spectra.tasks.ranks",
+    "extract_adapter": "spectra.tasks.extract",
     "find_intruders": "spectra.analysis.layer",
     "layer_spectra": "spectra.tasks.compare",
     "mitigate": "spectra.repair.repair",

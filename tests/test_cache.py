@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import spectra
 from spectra.cli import main
 from spectra.files.checkpoint import open_checkpoint
-from spectra.runs.cache import ABANDONED, SpectrumCache, default_root
+from spectra.files.places import default_root
+from spectra.runs.cache import ABANDONED, SpectrumCache
 from spectra.svd import Spectrum, short_spectrum
 from spectra.tasks.cache import plan_cache, readable_size
 from tests.conftest import FIXTURES, MEMBERS, ROOT

@@ -14,7 +14,8 @@ from spectra.errors import AdapterError, UsageError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.pairing.pairs import pair_layers
 from spectra.repair.insertion import carried_beside
-from spectra.runs.runs import SingleRun, checked_settings
+from spectra.runs.run import open_run
+from spectra.runs.settings import checked_settings
 from tests.test_dialects import draw, write
 
 SHAPE = (12, 10)
@@ -73,7 +74,7 @@ def test_biases_are_changed_under_the_names_of_the_base(tmp_path, writer, prefix
     base, before = image_model(rng, tmp_path / "base", prefix)
     tensors, biases, options = WRITERS[writer](rng)
     tuned = write(tmp_path / "lora", tensors, **options)
-    run = SingleRun(tuned, base, checked_settings())
+    run = open_run(tuned, base, checked_settings())
     found = carried_beside(run, pair_layers(run.base, run.tuned, run.plan))
     expected = {f"{prefix}blocks.0.{part}.bias": value for part, value in biases.items()}
     assert {item.name for item in found} == {item.base for item in found} == set(expected)

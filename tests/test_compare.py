@@ -22,8 +22,9 @@ from spectra.analysis.detect import random_floor
 from spectra.analysis.study import WEIGHTS, weight_curve
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.records import comparison, sweeps
-from spectra.records.comparison import Comparison, load_comparison, short_names
+from spectra.records.comparison import Comparison, short_names
 from spectra.records.report import json_schema
+from spectra.sources.saved import load_comparison
 from spectra.svd import base as base_module
 from spectra.tasks.compare import SIZE
 from spectra.updates.algebra import Dense, LowRank, RowScaled, Update, merged

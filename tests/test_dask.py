@@ -63,7 +63,7 @@ def test_the_command(cluster, expected, tmp_path, capsys):
     out = tmp_path / "report.json"
     arguments = ["audit", str(TUNED), "--base", str(BASE), "--threads", "1", "--dask", cluster.scheduler_address]
     assert main([*arguments, "-o", str(out), "--quiet"]) == 0
-    from spectra.records.report import load_report
+    from spectra.sources.saved import load_report
 
     assert load_report(out).to_json(canonical=True) == expected
 

@@ -18,8 +18,10 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.derived import Derived, Unreadable
 from spectra.pairing.pairs import pair_layers
 from spectra.runs.cache import SpectrumCache
+from spectra.runs.jobs import jobs_of
 from spectra.runs.reports import Analysis
-from spectra.runs.runs import MergedRun, SingleRun, checked_settings, jobs_of
+from spectra.runs.run import MergedRun, open_run
+from spectra.runs.settings import checked_settings
 
 SEEDS = range(20)
 NEW = "new module: the base has no such weight"
@@ -584,14 +586,14 @@ def test_fine_tunes_in_different_forms_are_merged_or_refused(make_base, rng):
     """One expert's matrix under two names is one weight; one that is whole here and in halves there is not merged."""
     base, stacked, files = two_forms(make_base, rng)
     options = checked_settings(include=["w2", "down_proj"])
-    merged = MergedRun([(1.0, SingleRun(stacked, base, options)), (1.0, SingleRun(files, base, options))])
+    merged = MergedRun([(1.0, open_run(stacked, base, options)), (1.0, open_run(files, base, options))])
     assert len(merged.pairs) == 2
     for pair in merged.pairs:
         W0 = pair.read_base(merged.base, torch.float64, "cpu")
         assert np.allclose((merged.weight(pair, W0)[0].dense() - W0).numpy(), 0.2)
     options = checked_settings()
     with pytest.raises(UsageError, match="in different forms, so they cannot be merged") as error:
-        MergedRun([(1.0, SingleRun(stacked, base, options)), (1.0, SingleRun(files, base, options))])
+        MergedRun([(1.0, open_run(stacked, base, options)), (1.0, open_run(files, base, options))])
     assert "experts.0.gate_up_proj" in str(error.value)
     assert "experts.0.w1" in str(error.value)
 
@@ -617,7 +619,7 @@ def test_a_kept_spectrum_serves_every_name_of_its_weight(make_base, rng, tmp_pat
     base, _, files = two_forms(make_base, rng)
     assert len(spectra.cache_base(base).written) == 4
     settings = checked_settings(include=["w2"])
-    jobs = jobs_of([SingleRun(files, base, settings)])
+    jobs = jobs_of([open_run(files, base, settings)])
     assert [job.first.base.name.rpartition("experts.")[2] for job in jobs] == ["0.w2.weight", "1.w2.weight"]
     for job in jobs:
         assert Analysis(settings, SpectrumCache())._stored(job, job.read_base()) is not None
@@ -629,7 +631,7 @@ def test_one_expert_fetches_no_more_than_itself(make_base, rng, monkeypatch):
     asked = []
     monkeypatch.setattr("os.posix_fadvise", lambda fd, begin, length, advice: asked.append(length), raising=False)
     for tuned, sizes in ((stacked, {16 * 12 * 4, 12 * 8 * 4}), (files, {8 * 12 * 4, 12 * 8 * 4})):
-        run = SingleRun(tuned, base, checked_settings())
+        run = open_run(tuned, base, checked_settings())
         asked.clear()
         for pair in run.pairs:
             run.prefetch(pair)

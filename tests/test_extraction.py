@@ -22,12 +22,12 @@ from spectra.adapters.peft.writing import (
 )
 from spectra.analysis import truncation
 from spectra.analysis.measures import update_singular_values
+from spectra.analysis.ranks import layer_rank, suggest
 from spectra.analysis.truncation import low_rank_factors
 from spectra.errors import ConvergenceError, NonFiniteError, UsageError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
-from spectra.records.ranks import layer_rank, suggest
 from spectra.svd import decompose
 from spectra.updates.algebra import Dense, LowRank, RowScaled
 from tests.conftest import FIXTURES

@@ -28,7 +28,7 @@ from spectra.files.folders import (
     write_card,
     write_record,
 )
-from spectra.repair.merged import EditedCheckpoint
+from spectra.repair.merged import copy_checkpoint
 from spectra.updates.algebra import LowRank
 
 
@@ -266,7 +266,7 @@ def repaired(source, out, *, force=False, value=0.0):
             new = LowRank(torch.full((6, 3), value), torch.zeros(3, 5), 2.0)
             write_repaired(home, source, plan_updates(source), {"q": new}, remarks=["## New"])
         else:
-            edited = EditedCheckpoint(home, source)
+            edited = copy_checkpoint(home, source)
             edited.put("q.weight", torch.full((6, 5), value))
             edited.finish(remarks=["## New"])
         write_record(home, json.dumps({"output": {"files": files_in(home)}}))
@@ -467,7 +467,7 @@ def test_links_into_the_hub_caches_blobs_are_followed(tmp_path):
     (snapshot / "config.json").symlink_to("../../blobs/2")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/2")
     with whole_folder(tmp_path / "out", ours=anything) as home:
-        EditedCheckpoint(home, open_checkpoint(snapshot)).put("q.weight", torch.zeros(2, 2))
+        copy_checkpoint(home, open_checkpoint(snapshot)).put("q.weight", torch.zeros(2, 2))
     assert names(tmp_path / "out") == ["config.json", "model.safetensors", "tokenizer.json"]
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert not open_checkpoint(tmp_path / "out").read("q.weight").any()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectra.tasks.inspect import inspect, render_inspection
+from spectra.render.inspection import render_inspection
+from spectra.tasks.inspect import inspect
 
 peft = pytest.importorskip("peft")
 lycoris = pytest.importorskip("lycoris")

@@ -12,7 +12,8 @@ from torch import nn
 
 import spectra
 from spectra.errors import MissingFileError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
-from spectra.tasks.inspect import inspect, render_inspection
+from spectra.render.inspection import render_inspection
+from spectra.tasks.inspect import inspect
 from tests.conftest import FIXTURES
 
 peft = pytest.importorskip("peft")

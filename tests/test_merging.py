@@ -16,7 +16,7 @@ from spectra.files.folders import RECORD, write_record
 from spectra.files.orientation import as_stored
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import pair_layers
-from spectra.repair.merged import EditedCheckpoint, beside, carried_tensors
+from spectra.repair.merged import beside, carried_tensors, copy_checkpoint
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -29,7 +29,7 @@ def merge(home, out="out"):
     base, tuned, plan, pairing = opened(home)
     carried = carried_tensors(base, tuned, plan, pairing)
     (home / out).mkdir()
-    edited = EditedCheckpoint(home / out, base, adapter=tuned)
+    edited = copy_checkpoint(home / out, base, adapter=tuned)
     for pair in pairing.pairs:
         W0 = pair.read_base(base, torch.float64, "cpu")
         W1 = pair.read_update(tuned, torch.float64, "cpu").tuned(W0).dense()
@@ -233,7 +233,7 @@ def test_only_the_bytes_of_a_tensor_change(tmp_path):
     before = {file.name: file.read_bytes() for file in source.path.iterdir()}
     home = tmp_path / "out"
     home.mkdir()
-    edited = EditedCheckpoint(home, source)
+    edited = copy_checkpoint(home, source)
     assert beside(source).left_behind.keys() == {"pytorch_model.bin"}
     copied = {file.name: file.read_bytes() for file in home.iterdir()}
     assert copied == {name: content for name, content in before.items() if name != "pytorch_model.bin"}
@@ -265,7 +265,7 @@ def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch):
     monkeypatch.setattr("spectra.repair.merged.SLAB_ELEMENTS", 10)
     source = sharded(tmp_path / "source")
     (tmp_path / "out").mkdir()
-    edited = EditedCheckpoint(tmp_path / "out", source)
+    edited = copy_checkpoint(tmp_path / "out", source)
     for name in ("a", "n", "b"):
         value = torch.randn(source.tensors[name].shape)
         edited.put(name, value)
@@ -275,7 +275,7 @@ def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch):
 def test_values_that_do_not_fit_are_refused(tmp_path):
     source = sharded(tmp_path / "source")
     (tmp_path / "out").mkdir()
-    edited = EditedCheckpoint(tmp_path / "out", source)
+    edited = copy_checkpoint(tmp_path / "out", source)
     for value, rows in [(torch.ones(4, 5), None), (torch.ones(5, 4), 4), (torch.ones(6, 4), 6), (torch.ones(5), None)]:
         with pytest.raises(UsageError, match=r"source: tensor 'a': values of \["):
             edited.put("a", value, rows=rows)
@@ -290,14 +290,14 @@ def test_a_source_that_changes_is_an_error(tmp_path):
     save_file({"b": torch.randn(6, 5).half(), "s": torch.ones(())}, source.files[1])
     (tmp_path / "out").mkdir()
     with pytest.raises(CorruptFileError, match="changed while it was being read"):
-        EditedCheckpoint(tmp_path / "out", source)
+        copy_checkpoint(tmp_path / "out", source)
 
 
 def test_cards_and_records(tmp_path):
     source = sharded(tmp_path / "source")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        edited = EditedCheckpoint(tmp_path / name, source)
+        edited = copy_checkpoint(tmp_path / name, source)
         edited.finish(remarks=["## Repaired"] if name == "one" else ())
         assert not (tmp_path / name / RECORD).exists()
         write_record(tmp_path / name, "{}")
@@ -344,7 +344,7 @@ def test_an_adapter_in_the_models_folder_stays_behind(make_base, make_adapter, t
     make_adapter({"layer.0.q": (torch.randn(6, 2), torch.randn(2, 5))}, folder="both")
     source = open_checkpoint(base, as_base=True)
     (tmp_path / "out").mkdir()
-    EditedCheckpoint(tmp_path / "out", source)
+    copy_checkpoint(tmp_path / "out", source)
     assert beside(source).left_behind.keys() == {"adapter_config.json", "adapter_model.safetensors"}
     assert open_checkpoint(tmp_path / "out").adapter_config is None
 

@@ -16,9 +16,10 @@ from spectra.cli.output import REPORT_MARKS
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.records import repair as mitigation
 from spectra.records import report
-from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, ScaledVector, Verification, load_mitigation
+from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, ScaledVector, Verification
 from spectra.records.report import LayerReport, Report
 from spectra.render.repair import render_mitigation, render_verification, to_csv
+from spectra.sources.saved import load_mitigation
 
 SHA = "sha256:" + "0" * 64
 FACTS = {"fingerprint": SHA, "fingerprint_covers": "headers", "fingerprint_headers": SHA}

@@ -317,7 +317,7 @@ def test_the_report_goes_to_its_file_and_the_section_to_standard_output(tmp_path
     _, out, err = run(capsys, "audit", lora, "--model-card", "-o", str(target))
     assert out.startswith(BEGIN)
     assert err == f"spectra: wrote {target} (json)\n"
-    assert spectra.records.report.load_report(target).total("all") == 35
+    assert spectra.sources.saved.load_report(target).total("all") == 35
     card = tmp_path / "README.md"
     code, out, _ = run(capsys, "audit", lora, "--model-card", str(card), "--format", "json", "--fail-above", "3")
     assert code == 1

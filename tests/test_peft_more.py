@@ -21,7 +21,8 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 from spectra.repair.insertion import carried_beside
-from spectra.runs.runs import SingleRun, checked_settings
+from spectra.runs.run import open_run
+from spectra.runs.settings import checked_settings
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -511,7 +512,7 @@ def test_replicated_layers_are_repaired_and_compared_each_by_itself(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_all_that_is_put_into_a_model_is_the_merge(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
-    run = SingleRun(tmp_path / "adapter", tmp_path / "base", checked_settings())
+    run = open_run(tmp_path / "adapter", tmp_path / "base", checked_settings())
     pairing = pair_layers(run.base, run.tuned, run.plan)
     carried = {item.base: item.read(run.base, run.tuned) for item in carried_beside(run, pairing)}
     expected = model.double().merge_and_unload().state_dict()

@@ -21,7 +21,7 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.derived import Derived, Unreadable
 from spectra.files.headers import BITS, TensorInfo
 from spectra.files.stored.quantised import quantised
-from spectra.files.stored.quantised_bitsandbytes import CODES
+from spectra.files.stored.quantised.bitsandbytes import CODES
 from spectra.pairing.precision import sounds_quantised
 from tests.conftest import FIXTURES, ROOT
 
@@ -267,7 +267,7 @@ def test_eight_bits_of_bitsandbytes(opened, seed):
 
 def test_more_values_than_are_unpacked_at_once(opened, rng, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("spectra.files.stored.quantised_bitsandbytes.AT_ONCE", 64)
+    monkeypatch.setattr("spectra.files.stored.quantised.bitsandbytes.AT_ONCE", 64)
     weight = draw(rng, 33, 7)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
     stored = {"m.weight": packed} | {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}

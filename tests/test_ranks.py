@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from spectra.adapters.peft.naming import ModuleNames
+from spectra.analysis.ranks import layer_rank, suggest
 from spectra.errors import UsageError
-from spectra.records.ranks import ROW_COLUMNS, RankReport, layer_rank, suggest
+from spectra.records.ranks import ROW_COLUMNS, RankReport
 from spectra.render.ranks import about_alpha, render_ranks, to_csv
 
 peft = pytest.importorskip("peft")

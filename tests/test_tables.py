@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.cli import main
-from spectra.records.report import ROW_COLUMNS, json_schema, read_schema
+from spectra.records.report import ROW_COLUMNS, json_schema
+from spectra.records.schemas import read_schema
 from spectra.render.frames import to_parquet
 from tests.conftest import FIXTURES
 from tests.test_render import layer, report

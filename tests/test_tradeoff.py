@@ -17,7 +17,9 @@ from spectra.errors import UsageError, WrongBaseError
 from spectra.plots.tradeoff import FACTS, VARIANTS
 from spectra.repair.repair import mitigate
 from spectra.repair.sweep import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sweep, neighbours
-from spectra.runs.runs import Job, SingleRun, checked_settings
+from spectra.runs.jobs import Job
+from spectra.runs.run import open_run
+from spectra.runs.settings import checked_settings
 from tests.conftest import FIXTURES
 from tests.problems import trained_like
 from tests.reference import max_cosines
@@ -298,7 +300,7 @@ def test_the_sweep_evaluates_what_a_repair_writes(lora, tmp_path):
     seen = Seen()
     mitigation_sweep(adapter, base, evaluate=seen, scales=[0.5], controls=[], top_k=K)
     mitigate(adapter, tmp_path / "out", base, scale=0.5, top_k=K)
-    run = SingleRun(tmp_path / "out", base, checked_settings())
+    run = open_run(tmp_path / "out", base, checked_settings())
     for pair in run.pairs:
         W0 = Job(((run, pair),)).read_base()
         written = run.weight(pair, W0)[0].dense().numpy()

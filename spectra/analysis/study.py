@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from spectra.analysis.detect import detect, random_floor
-from spectra.analysis.measures import noise_edge, norm_fro, spectrum_shift
+from spectra.analysis.measures import noise_edge, spectrum_shift
 from spectra.analysis.null import null_counts, p_value
 from spectra.analysis.threshold import predicted_threshold
+from spectra.records.energy import norm_fro
 from spectra.records.layer import LayerSpectra, Vector
 from spectra.svd import (
     Answer,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.analysis.measures import norm_fro, truncation_error
 from spectra.errors import ConvergenceError, UsageError
+from spectra.records.energy import norm_fro, truncation_error
 from spectra.svd import Side, check_finite, decompose, decompose_gram, product_svd
 from spectra.updates.algebra import ALL, DenseWeight, TunedWeight, slabs
 

@@ -45,4 +45,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
+    parser.set_defaults(parser=parser)  # for the command that completes all others
     return parser

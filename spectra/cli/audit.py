@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
         if target is None:
             raise UsageError("parquet is no text: name a file to write with -o FILE.parquet")
 
-    from spectra.records.report import load_report
+    from spectra.sources.saved import load_report
 
     baseline = load_report(options.baseline) if options.baseline is not None else None
     from spectra.tasks.audit import audit_many
@@ -238,8 +238,9 @@ def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, P
 
 def _beside(report: Report, options: argparse.Namespace) -> str:
     """A line on what lies beside the fine-tune and is not read, where something does."""
+    from spectra.render.inspection import in_words
     from spectra.sources.resolve import Access, open_tuned
-    from spectra.tasks.inspect import beside, in_words
+    from spectra.tasks.inspect import beside
 
     found = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
     return f"\nalso here, not read: {in_words(found)}\n" if found else ""

@@ -42,9 +42,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the script; returns the exit code."""
-    from spectra.cli import _parser
-
-    emit(script(_parser(), options.shell), None)
+    emit(script(options.parser, options.shell), None)
     return OK
 
 

@@ -31,7 +31,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Inspects every path, also after one that cannot be read; returns the exit code."""
-    from spectra.tasks.inspect import inspect, render_inspection, to_json
+    from spectra.render.inspection import render_inspection, to_json
+    from spectra.tasks.inspect import inspect
 
     if options.initial_adapter is not None and len(options.paths) > 1:
         raise UsageError("--initial-adapter is the initial adapter of one fine-tune; give one PATH")

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     assert target is not None
 
     from spectra.plots import file_format, render  # says so at once where matplotlib is missing
-    from spectra.records.comparison import load_comparison
+    from spectra.sources.saved import load_comparison
 
     ending = options.format or file_format(target)
 

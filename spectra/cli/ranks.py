@@ -28,7 +28,7 @@ from spectra.errors import UsageError
 
 if TYPE_CHECKING:
     from spectra.records.ranks import RankReport
-    from spectra.tasks.ranks import Extraction
+    from spectra.tasks.extract import Extraction
 
 FORMATS = ("table", "json", "jsonl", "csv")
 CHOICE = ("energy", "max_rank", "by", "use_rslora", "alpha")
@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--extract writes factors for modules as the model has them, not for parts of them")
     return_freed_matrices()
 
-    from spectra.tasks.ranks import extract_adapter, suggest_ranks
+    from spectra.tasks.extract import extract_adapter
+    from spectra.tasks.ranks import suggest_ranks
 
     chosen: dict[str, Any] = {name: getattr(options, name) for name in (*CHOICE, *READING)}
     extraction = None

@@ -8,7 +8,7 @@ from spectra.adapters import Plan
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived, Unreadable
 from spectra.files.gguf import BLOCKS
-from spectra.files.stored.quantised import settings_of
+from spectra.files.stored.quantised.weights import settings_of
 from spectra.sources.resolve import named_base
 
 # What the names of models say that were stored with fewer bits: "…-bnb-4bit", "…-GPTQ-Int4", "….w4a16".

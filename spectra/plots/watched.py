@@ -22,7 +22,8 @@ from spectra.plots.style import (
     new_figure,
     whole_numbers,
 )
-from spectra.records.history import PREFIX, Record, load_history
+from spectra.records.history import PREFIX, Record
+from spectra.sources.saved import load_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UsageError
 from spectra.records import sweeps
-from spectra.records.report import Report, as_dataframe, load_record, read_schema
+from spectra.records.report import Report
+from spectra.records.schemas import as_dataframe, read_schema
 
 if TYPE_CHECKING:
     import pandas
@@ -148,25 +149,6 @@ class Comparison:
         """:meth:`rows` as a DataFrame; needs pandas.  For one row a vector, join the reports' own."""
         rows = self.rows()
         return as_dataframe(rows, list(rows[0]))
-
-
-def load_comparison(path: str | Path) -> Comparison:
-    """Reads a comparison that was written as JSON.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-
-    def made(value: Any) -> Comparison:
-        found = Comparison.from_dict(value)
-        # What tables and figures need must be there and make sense.
-        _ = found.rows(), [report.settings[key] for report in found.reports for key in ("top_k", "epsilon", "side")]
-        for item in found.overlaps:
-            _ = found.reports[item["a"]], found.reports[item["b"]], item["overlap"] + item["random"]
-        return found
-
-    return load_record(path, made, "not a comparison in JSON; make one with: spectra compare -o FILE")
 
 
 def json_schema() -> dict[str, Any]:

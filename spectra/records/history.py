@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.records.report import Report
 from spectra.records.sweeps import decided, free_weight, mean_measure, mean_update_size
 
 PREFIX = "spectra/"
 IN_TYPE = f"{PREFIX}intruders_in/"
-BEGINS = b'{"step": '  # a history
 
 
 @dataclass(frozen=True)
@@ -114,72 +110,3 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
     for name, row in summary["by_module_type"].items():
         types[name] = row["intruders"]
     return named | {f"{IN_TYPE}{name}": float(count) for name, count in types.items()}
-
-
-def begin_history(path: Path) -> None:
-    """Makes ready a file that is to be appended to: a last line without its end, as a kill leaves it, is cut off.
-
-    Raises
-    ------
-    UsageError : it is no history of a monitor, or could not be written.
-    """
-    try:
-        if not path.exists():
-            return
-        with path.open("r+b") as file:
-            start = file.read(len(BEGINS))
-            if not BEGINS.startswith(start):
-                raise UsageError(f"{path}: exists and is no history of a training, so nothing is appended to it")
-            whole = file.seek(0)
-            for line in file:
-                whole += len(line) if line.endswith(b"\n") else 0
-            file.truncate(whole)
-    except OSError as error:
-        raise UsageError(f"{path}: could not be written: {error.strerror or error}") from None
-
-
-def append_line(path: Path, record: Record) -> None:
-    """Appends a record to a file of JSON lines, in a folder that is made if need be; raises UsageError."""
-    line = json.dumps(record.to_dict(), allow_nan=False, default=list) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError as error:
-        raise UsageError(f"{path}: could not be written: {error.strerror or error}") from None
-
-
-def load_history(path: str | Path) -> list[Record]:
-    """The records that a monitor wrote.
-
-    Where a training went on from an earlier step than it had come to, what it had found beyond that is left out.
-    A last line without its end, as a training that was killed leaves it, is left out.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
-    except ValueError:
-        raise CorruptFileError(path, "no text; expected the history of a monitor") from None
-    found: list[Record] = []
-    for record in _records(path, (line for line in lines if line.endswith("\n"))):
-        while found and found[-1].step >= record.step:
-            found.pop()
-        found.append(record)
-    return found
-
-
-def _records(path: Path, lines: Iterable[str]) -> Iterable[Record]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-            report = None if value["report"] is None else Report.from_dict(value["report"])
-            metrics = {str(name): float(number) for name, number in value["metrics"].items()}
-            yield Record(int(value["step"]), metrics, report, value["limit"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise CorruptFileError(path, f"line {number} is no record of a monitor") from None

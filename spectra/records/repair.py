@@ -10,12 +10,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UsageError
-from spectra.files.folders import RECORD
-from spectra.records.report import DECIDED_STATUSES, Report, as_dataframe, known_fields, load_record, read_schema
+from spectra.records.report import DECIDED_STATUSES, Report
+from spectra.records.schemas import as_dataframe, known_fields, read_schema
 
 if TYPE_CHECKING:
     import pandas
@@ -315,42 +314,12 @@ class Verification:
         return [{"folder": self.folder, "layer": item.pop("name"), **item} for item in map(asdict, self.layers)]
 
 
-def load_mitigation(path: str | Path) -> Mitigation:
-    """Reads a record that was written as JSON; ``path`` may be the folder of the repair that holds it.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-
-    def made(value: Any) -> Mitigation:
-        found = Mitigation.from_dict(value)
-        # What tables and a check need must be there and make sense.
-        _ = found.summary, found.rows(), dict(found.base), dict(found.source), dict(found.left_behind)
-        _ = [found.settings[key] for key in ("scale", "which", "keep_rank", "merged", "top_k", "epsilon", "side")]
-        for layer in found.layers:
-            if not isinstance(layer.name, str) or not layer.vectors or not all(map(_makes_sense, layer.vectors)):
-                raise ValueError(layer.name)
-        return found
-
-    path = Path(path)
-    hint = "not the record of a repair, as spectra mitigate writes it into its folder"
-    return load_record(path / RECORD if path.is_dir() else path, made, hint)
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of :meth:`Mitigation.to_dict`; it refers to the reports' own.
 
     That of :meth:`Verification.to_dict` is its ``$defs.verification``.
     """
     return read_schema("mitigation.schema.json")
-
-
-def _makes_sense(vector: ScaledVector) -> bool:
-    numbers = (vector.sigma, vector.scale, vector.scale_achieved)
-    return (
-        isinstance(vector.index, int) and vector.index >= 0 and all(map(math.isfinite, numbers)) and vector.scale >= 0
-    )
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from spectra.errors import CorruptFileError, MissingFileError, UsageError
+from spectra.errors import UsageError
 from spectra.records.layer import Vector
+from spectra.records.schemas import as_dataframe, known_fields, read_schema
 
 if TYPE_CHECKING:
     import pandas
 
-Record = TypeVar("Record")
 
-MAX_RECORD_BYTES = 256_000_000  # of a report or a comparison; one of a hundred fine-tunes has some 50 MB
 SCHEMA = "spectra.report/1"
 FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
 DECIDED_STATUSES = frozenset({"analysed", "proved_small"})
@@ -344,15 +341,6 @@ ROW_COLUMNS = (
 )  # fmt: skip
 
 
-def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pandas.DataFrame:
-    """Rows as a DataFrame; raises UsageError without pandas."""
-    try:
-        import pandas
-    except ImportError:
-        raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
-    return pandas.DataFrame(rows, columns=list(columns))
-
-
 def worst_layers(report: Report, number: int) -> list[LayerReport]:
     """The layers with intruders, most of them first and those on plain noise last; at most ``number``."""
     flagged = [layer for layer in report.layers if layer.intruders]
@@ -365,64 +353,9 @@ def layer_from_dict(value: Mapping[str, Any]) -> LayerReport:
     return LayerReport(**{**known_fields(LayerReport, value), "vectors": vectors})
 
 
-def load_report(path: str | Path) -> Report:
-    """Reads a report that was written as JSON.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-
-    def made(value: Any) -> Report:
-        report = Report.from_dict(value)
-        # What a comparison needs must be there and make sense.
-        _ = report.summary, report.base["fingerprint_headers"], report.base["fingerprint_covers"], dict(report.tuned)
-        _ = [report.settings[key] for key in ("top_k", "epsilon", "side")]
-        return report
-
-    hint = "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
-    return load_record(path, made, hint)
-
-
-def load_record(path: str | Path, made: Callable[[Any], Record], hint: str) -> Record:
-    """What ``made`` makes of a JSON file; ``hint`` says what the file should have been.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise MissingFileError(path, "could not be read: no regular file")
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise CorruptFileError(path, f"over {MAX_RECORD_BYTES:,} bytes; {hint}")
-        return made(json.loads(path.read_text(encoding="utf-8")))
-    except (MissingFileError, CorruptFileError):
-        raise
-    except OSError as error:
-        raise MissingFileError(path, f"could not be read: {error.strerror or error}") from None
-    except UsageError as error:
-        raise CorruptFileError(path, str(error)) from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise CorruptFileError(path, hint) from None
-
-
-def known_fields(record: type, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record's class out of a JSON object, lists as tuples; fields may have been added since."""
-    names = {item.name for item in fields(record)}
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key in names}
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of :meth:`Report.to_dict`."""
     return read_schema("report.schema.json")
-
-
-def read_schema(name: str) -> dict[str, Any]:
-    """A JSON Schema that comes with the package."""
-    schema: dict[str, Any] = json.loads(resources.files("spectra.records").joinpath(name).read_text(encoding="utf-8"))
-    return schema
 
 
 def module_type(name: str) -> str:

@@ -6,7 +6,8 @@ import io
 from collections.abc import Sequence
 
 from spectra.errors import UsageError
-from spectra.records.report import ROW_COLUMNS, Report, as_dataframe
+from spectra.records.report import ROW_COLUMNS, Report
+from spectra.records.schemas import as_dataframe
 
 # What a column holds where that is no text; each may be missing.
 _TYPES = {

@@ -25,9 +25,10 @@ from spectra.pairing.pairs import LEFT_OUT, LayerPair, pair_layers
 from spectra.records.repair import LayerRepair, Mitigation
 from spectra.records.report import LayerReport, Report
 from spectra.repair.choice import Edited, parameters_of, whole_weight
-from spectra.repair.merged import EditedCheckpoint, beside, carried_tensors
+from spectra.repair.merged import EditedCheckpoint, beside, carried_tensors, copy_checkpoint
+from spectra.runs.jobs import read_weight
 from spectra.runs.reports import layer_report
-from spectra.runs.runs import Job, SingleRun
+from spectra.runs.run import SingleRun, open_run
 from spectra.updates.algebra import DenseWeight, LowRank, RowScaled, TunedWeight
 
 
@@ -113,15 +114,15 @@ class AdapterForm:
         new = {module: update.A.shape[0] for module, update in self.changed.items()}
         stored = stored_ranks(self.run.tuned, self.run.plan, new)
         updates = {pair.name: pair.update for pair in self.run.pairs}
-        found = []
+        records = []
         for repair in repairs:
             update = updates[repair.name]
             rank = stored.get(update.module, repair.rank_after)
             if rank is not None and rank != repair.rank_after:
                 parameters = parameters_of(update, repair.shape[0], rank)
                 repair = replace(repair, rank_after=rank, parameters_after=parameters)
-            found.append(repair)
-        return found
+            records.append(repair)
+        return records
 
     def finished(
         self, record: Mitigation, before: Report, audited: Mapping[str, LayerReport], output: Path
@@ -130,12 +131,25 @@ class AdapterForm:
         remarks = card_section(record) if record.changed else ()
         write_repaired(self.home, self.run.tuned, self.run.plan, self.changed, whole=self.whole, remarks=remarks)
         # Adapters are small, so that every byte can enter the fingerprint.
-        written = SingleRun(self.home, self.run.base, replace(self.run.settings, verify=True))
+        written = open_run(self.home, self.run.base, replace(self.run.settings, verify=True))
         return _audited_by_name(record, self.run, written, before, audited, self.home, output)
 
 
+def begin_checkpoint(run: SingleRun, home: Path | None, *, merged: bool) -> CheckpointForm:
+    """The form of a checkpoint; where there is a home, the copy that is edited is made there."""
+    form = CheckpointForm(run, home, merged=merged)
+    if home is not None:
+        form.copy = copy_checkpoint(home, form.source, adapter=run.tuned if merged else None)
+    return form
+
+
 class CheckpointForm:
-    """A whole checkpoint: an edited copy of the fine-tune, or of the base with an adapter merged in."""
+    """A whole checkpoint: an edited copy of the fine-tune, or of the base with an adapter merged in.
+
+    :func:`begin_checkpoint` makes the ``copy``; without a home there is none.
+    """
+
+    copy: EditedCheckpoint
 
     def __init__(self, run: SingleRun, home: Path | None, *, merged: bool):
         self.run, self.home, self.merged = run, home, merged
@@ -160,8 +174,6 @@ class CheckpointForm:
             )
         adapter = run.tuned if merged else None
         self.left_behind = beside(self.source, adapter).left_behind
-        if home is not None:
-            self.copy = EditedCheckpoint(home, self.source, adapter=adapter)
 
     def in_factors(self, pair: LayerPair) -> bool:
         return False
@@ -196,16 +208,15 @@ class CheckpointForm:
         assert self.home is not None
         if self.pairing is None:
             self.copy.finish(remarks=card_section(record) if record.changed else ())
-            written = SingleRun(self.home, self.run.base, self.run.settings)
+            written = open_run(self.home, self.run.base, self.run.settings)
             return _audited_by_name(record, self.run, written, before, audited, self.home, output)
         analysed = {pair.name for pair in self.run.pairs}
         left_out = [pair for pair in self.pairing.pairs if pair.name not in analysed]
         for pair in left_out:
-            W0 = Job(((self.run, pair),)).read_base()
-            self.take(pair, self.run.weight(pair, W0)[0], None)
+            self.take(pair, read_weight(self.run, pair), None)
         self.copy.carry(self.run.tuned, self.carried)
         self.copy.finish(remarks=card_section(record))
-        written = SingleRun(self.home, self.run.base, self.run.settings)
+        written = open_run(self.home, self.run.base, self.run.settings)
         found = {pair.base.name: audited[pair.name] for pair in self.run.pairs}
         layers, skipped = [], list(written.skipped)
         for pair in written.pairs:

@@ -16,7 +16,7 @@ from spectra.files.derived import Derived
 from spectra.pairing.carried import Carried, carried_by
 from spectra.pairing.names import WRAPPERS
 from spectra.pairing.pairs import LayerPair, Pairing
-from spectra.runs.runs import SingleRun
+from spectra.runs.run import SingleRun
 
 # Name → shape, and whether it holds floats.
 Forms: TypeAlias = Mapping[str, tuple[tuple[int, ...], bool]]
@@ -100,18 +100,26 @@ class ByName:
         self._values[name] = value.contiguous()
 
 
-class InModel:
-    """A model in memory, into whose own tensors the changed weights are put."""
+def borrow_model(model: torch.nn.Module, wanted: Forms, run: SingleRun) -> InModel:
+    """The model as a place for weights; its own values of them are copied, so that they can be put back.
 
-    def __init__(self, model: torch.nn.Module, wanted: Forms, run: SingleRun):
-        if not isinstance(model, torch.nn.Module):
-            raise UsageError(f"model is of {type(model).__name__}; expected a torch.nn.Module")
-        self.subject = model
-        held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        there = {name: value.detach() for name, value in held}
-        places = _places(wanted, there, run)
-        self._tensors = {name: there[place] for name, place in places.items()}
-        self._own = {name: tensor.clone() for name, tensor in self._tensors.items()}
+    Raises
+    ------
+    UsageError : it is no model, or has no place of its own for one of the weights.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model is of {type(model).__name__}; expected a torch.nn.Module")
+    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    there = {name: value.detach() for name, value in held}
+    tensors = {name: there[place] for name, place in _places(wanted, there, run).items()}
+    return InModel(model, tensors, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+class InModel:
+    """A model in memory, into whose own tensors the changed weights are put (:func:`borrow_model`)."""
+
+    def __init__(self, subject: torch.nn.Module, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]):
+        self.subject, self._tensors, self._own = subject, tensors, own
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         return self._tensors[name].dtype

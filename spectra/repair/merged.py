@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,39 +48,55 @@ def beside(source: Checkpoint, adapter: Checkpoint | None = None) -> Companions:
     return Companions(tuple(along.values()), left_behind)
 
 
-class EditedCheckpoint:
-    """A copy of a checkpoint in which single tensors get new values; layout, dtypes and all other bytes stay.
+def copy_checkpoint(home: Path, source: Checkpoint, *, adapter: Checkpoint | None = None) -> EditedCheckpoint:
+    """Copies a checkpoint, its shards and what goes along (:func:`beside`), so that its tensors can be edited.
 
     Parameters
     ----------
-    home : an empty folder, as :func:`spectra.files.folders.whole_folder` gives it; the copy is made at once.
-    source : the checkpoint: its shards, and what goes along (:func:`beside`).
+    home : an empty folder, as :func:`spectra.files.folders.whole_folder` gives it.
     adapter : the one that is merged in.
+
+    Raises
+    ------
+    UsageError : no room on the disk.
+    CorruptFileError : the source changed meanwhile.
+    """
+    files = (*source.files, *beside(source, adapter).files)
+    check_room(home, files)
+    for file in files:
+        copy_file(file, home / file.name)
+    return EditedCheckpoint(home, source, _opened(home, source), adapter)
+
+
+def _opened(home: Path, source: Checkpoint) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    for file in source.files:
+        tensors |= read_header(home / file.name)
+    for name, info in source.tensors.items():
+        if name not in tensors or replace(tensors[name], file=info.file) != info:
+            raise CorruptFileError(info.file, "the file changed while it was being read", name)
+    path = home if source.path.is_dir() else home / source.path.name
+    # Without the time of their files' last change: it is the editing that changes them.
+    ordered = {name: replace(tensors[name], stamp=None) for name in source.tensors}
+    return Checkpoint(path, source.layout, ordered, source.config)
+
+
+@dataclass(frozen=True, eq=False)
+class EditedCheckpoint:
+    """A copy of a checkpoint in which single tensors get new values; layout, dtypes and all other bytes stay.
 
     Attributes
     ----------
+    home : the folder of the copy.
+    source : the checkpoint that it is a copy of.
     checkpoint : the copy, opened.  It is read as it is at that moment.
+    adapter : the one that is merged in.
     """
 
-    def __init__(self, home: Path, source: Checkpoint, *, adapter: Checkpoint | None = None):
-        self.home, self.source, self._adapter = home, source, adapter
-        files = (*source.files, *beside(source, adapter).files)
-        check_room(home, files)
-        for file in files:
-            copy_file(file, home / file.name)
-        self.checkpoint = self._opened()
-
-    def _opened(self) -> Checkpoint:
-        tensors: dict[str, TensorInfo] = {}
-        for file in self.source.files:
-            tensors |= read_header(self.home / file.name)
-        for name, info in self.source.tensors.items():
-            if name not in tensors or replace(tensors[name], file=info.file) != info:
-                raise CorruptFileError(info.file, "the file changed while it was being read", name)
-        path = self.home if self.source.path.is_dir() else self.home / self.source.path.name
-        # Without the time of their files' last change: it is this that changes them.
-        ordered = {name: replace(tensors[name], stamp=None) for name in self.source.tensors}
-        return Checkpoint(path, self.source.layout, ordered, self.source.config)
+    home: Path
+    source: Checkpoint
+    checkpoint: Checkpoint
+    adapter: Checkpoint | None = None
 
     def put(self, name: str, value: Tensor, *, rows: int | None = None) -> None:
         """Writes a tensor's new values, in the stored orientation, rounded once to the stored dtype.
@@ -124,7 +140,7 @@ class EditedCheckpoint:
 
     def finish(self, *, remarks: Sequence[str] = ()) -> None:
         """Adds ``remarks``, paragraphs, to the model card."""
-        base = (self._adapter.adapter_config or {}).get("base_model_name_or_path") if self._adapter else None
+        base = (self.adapter.adapter_config or {}).get("base_model_name_or_path") if self.adapter else None
         named = [f"base_model: {json.dumps(base, ensure_ascii=False)}"] if isinstance(base, str) and base else []
         write_card(self.home, self.home / CARD, remarks, [*named, "tags:", "- spectra"])
 

@@ -19,9 +19,11 @@ from spectra.pairing.pairs import LayerPair
 from spectra.records.repair import LayerRepair, Mitigation
 from spectra.records.report import LayerReport
 from spectra.repair.choice import Choice, Scale, Which, edit
-from spectra.repair.forms import AdapterForm, CheckpointForm, Form
+from spectra.repair.forms import AdapterForm, Form, begin_checkpoint
+from spectra.runs.jobs import Progress
 from spectra.runs.reports import Analysis, Result, layer_report, open_cache
-from spectra.runs.runs import Progress, SingleRun, checked_settings, fingerprint
+from spectra.runs.run import SingleRun, fingerprint, open_run
+from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
 from spectra.updates.algebra import TunedWeight
 
@@ -104,7 +106,7 @@ def mitigate(
     )  # fmt: skip
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")
-    run = SingleRun(tuned, base, settings)
+    run = open_run(tuned, base, settings)
     choice.check(run.pairs)
     with ExitStack() as stack:
         home = None
@@ -116,10 +118,10 @@ def mitigate(
             if keep_rank or dtype is not None:
                 given = "keep-rank" if keep_rank else "dtype"
                 raise UsageError(f"{given} is for adapters: a checkpoint has no rank, and each weight keeps its dtype")
-            form = CheckpointForm(run, home, merged=run.plan.format != "full")
+            form = begin_checkpoint(run, home, merged=run.plan.format != "full")
         else:
             form = AdapterForm(run, home, None if dtype is None else STORED[DTYPES[dtype]], keep_rank)
-        work = _Work(run, choice, form, keep_rank)
+        work = _Repairs(run, choice, form, keep_rank)
         analysis = Analysis(settings, open_cache(cache), visit=work.visit)
         before = analysis.reports([run], started, progress)[0]
         if before.failed:
@@ -148,7 +150,7 @@ def mitigate(
     return mitigation
 
 
-class _Work:
+class _Repairs:
     """The layers of one fine-tune gone through: what is chosen is edited and handed to the form it is written in."""
 
     def __init__(self, run: SingleRun, choice: Choice, form: Form, keep_rank: bool):

@@ -25,11 +25,21 @@ from spectra.errors import UsageError
 from spectra.files.orientation import as_stored
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import LayerPair, Pairing, pair_layers
-from spectra.records.report import as_dataframe
+from spectra.records.schemas import as_dataframe
 from spectra.repair.choice import Choice, Which, triplets_of
-from spectra.repair.insertion import ByName, InModel, Target, carried_beside, forms_of, name_in_model, working
+from spectra.repair.insertion import (
+    ByName,
+    Target,
+    borrow_model,
+    carried_beside,
+    forms_of,
+    name_in_model,
+    working,
+)
+from spectra.runs.jobs import Job, Progress, read_weight
 from spectra.runs.reports import Analysis, Result, open_cache
-from spectra.runs.runs import Job, Progress, SingleRun, checked_settings
+from spectra.runs.run import SingleRun, open_run
+from spectra.runs.settings import checked_settings
 from spectra.sources.live import LiveCheckpoint, Source
 from spectra.svd.triplets import Triplets
 from spectra.updates.algebra import ALL, TunedWeight, slabs
@@ -120,7 +130,7 @@ def mitigation_sweep(
         top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
         threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
     )  # fmt: skip
-    run = SingleRun(tuned, base, settings)
+    run = open_run(tuned, base, settings)
     choice.check(run.pairs)
     pairing = pair_layers(run.base, run.tuned, run.plan)
     carried = carried_beside(run, pairing)
@@ -128,16 +138,16 @@ def mitigation_sweep(
         target: Target = ByName()
         if model is not None:
             _check_apart(model, run)
-            target = InModel(model, forms_of(run, pairing, carried), run)
+            target = borrow_model(model, forms_of(run, pairing, carried), run)
             stack.callback(target.restore)
-        work = _Work(run, pairing, carried, choice, target, controls, seeds)
-        work.put_beside()
-        report = Analysis(settings, open_cache(cache), visit=work.visit).reports([run], time.perf_counter(), progress)
+        trial = _Trial(run, pairing, carried, choice, target, controls, seeds)
+        trial.put_beside()
+        report = Analysis(settings, open_cache(cache), visit=trial.visit).reports([run], time.perf_counter(), progress)
         for layer in report[0].failed:
             raise UsageError(f"{layer.error}; exclude {layer.name!r} to keep this layer as it is")
-        if not work.layers:
+        if not trial.layers:
             raise UsageError(f"{run.tuned.path}: no intruder dimensions, so there is nothing to scale")
-        return _evaluated(work, evaluate, scales, include_base, progress)
+        return _evaluated(trial, evaluate, scales, include_base, progress)
 
 
 def _check_apart(model: object, run: SingleRun) -> None:
@@ -161,16 +171,16 @@ def _checked(scales: Sequence[float], controls: Sequence[str], seeds: int) -> tu
 
 
 def _evaluated(
-    work: _Work, evaluate: Evaluate, scales: Sequence[float], include_base: bool, progress: Progress | None
+    trial: _Trial, evaluate: Evaluate, scales: Sequence[float], include_base: bool, progress: Progress | None
 ) -> pandas.DataFrame:
-    variants = [(variant, seed) for variant in (REPAIR, *work.controls) for seed in work.seeds_of(variant)]
+    variants = [(variant, seed) for variant in (REPAIR, *trial.controls) for seed in trial.seeds_of(variant)]
     whole = len(variants) * sum(scale != 1 for scale in scales) + (1 in scales) + include_base
     metrics: list[str] = []
     done = 0
 
     def measure(what: str) -> dict[str, float]:
         nonlocal done
-        found = _numbers(evaluate(work.target.subject))
+        found = _numbers(evaluate(trial.target.subject))
         if metrics and set(metrics) != set(found):
             raise UsageError(f"evaluate returned {', '.join(found)}, and before that {', '.join(metrics)}")
         metrics[:] = metrics or found
@@ -182,19 +192,19 @@ def _evaluated(
     rows: list[dict[str, Any]] = []
     as_tuned = None
     if 1 in scales:
-        work.put(REPAIR, 0, 1.0)
+        trial.put(REPAIR, 0, 1.0)
         as_tuned = measure("the fine-tune")
     for variant, seed in variants:
         for scale in scales:
             values = as_tuned if scale == 1 else None
             if values is None:
-                work.put(variant, seed, scale)
+                trial.put(variant, seed, scale)
                 values = measure(f"{variant}, scale {scale:g}")
-            rows.append({**work.facts(variant, seed, scale), **values})
+            rows.append({**trial.facts(variant, seed, scale), **values})
     if include_base:
-        work.put_base()
-        rows.append({**work.base_facts(), **measure("the base")})
-    order = {variant: place for place, variant in enumerate((REPAIR, *work.controls, BASE))}
+        trial.put_base()
+        rows.append({**trial.base_facts(), **measure("the base")})
+    order = {variant: place for place, variant in enumerate((REPAIR, *trial.controls, BASE))}
     rows.sort(key=lambda row: (order[row["variant"]], -row["scale"], row["seed"]))
     return as_dataframe(rows, (*COLUMNS, *metrics))
 
@@ -260,7 +270,7 @@ class _Layer:
         return edited_dense(self.tuned, line.at(scale) if line.vectors else None, dtype)
 
 
-class _Work:
+class _Trial:
     """A fine-tune's weights put where they are evaluated, and the layers that have chosen vectors."""
 
     def __init__(
@@ -283,8 +293,8 @@ class _Work:
             if pair.rows is not None:  # the rows that only the fine-tune has
                 self._put_as_it_is(name_in_model(pair), self.run.tuned.read(pair.update.tensors[0]))
             if pair.name not in analysed:
-                W0 = Job(((self.run, pair),)).read_base()
-                self._put_matrix(pair, edited_dense(self.run.weight(pair, W0)[0], None, self._dtype(pair, W0)))
+                weight = read_weight(self.run, pair)
+                self._put_matrix(pair, edited_dense(weight, None, self._dtype(pair, weight.W0)))
 
     def visit(self, pair: LayerPair, tuned: TunedWeight, analysis: LayerAnalysis, result: Result) -> None:
         findings = result.findings

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from spectra.adapters.peft.writing import CONFIG, STORED
-from spectra.analysis.layer import checked_question, ieee_arithmetic
+from spectra.analysis.layer import checked_question
 from spectra.analysis.scaling import edited_dense, edited_update, scaled, uncertainty
-from spectra.errors import LAYER_ERRORS, MissingFileError, UsageError, in_short
+from spectra.errors import MissingFileError, UsageError
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.folders import CARD, RECORD, companions
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import LayerPair, pair_layers
-from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, Verification, load_mitigation
+from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, Verification
 from spectra.repair.choice import Choice
 from spectra.repair.merged import beside, carried_tensors
-from spectra.runs.runs import Job, Progress, SingleRun, checked_settings, fingerprint, in_order
+from spectra.runs.jobs import Job, Problem, Progress, as_finished
+from spectra.runs.run import Run, SingleRun, fingerprint, open_run
+from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
+from spectra.sources.saved import load_mitigation
 from spectra.svd import Base
 from spectra.svd.triplets import Triplets, leading_triplets
 from spectra.updates.algebra import ALL, DenseWeight, FactoredWeight, TunedWeight, slabs
@@ -70,15 +73,15 @@ def verify_mitigation(
     settings = checked_settings(
         device=device, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only
     )
-    before = SingleRun(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
-    after = SingleRun(folder, before.base, settings)
+    before = open_run(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
+    after = open_run(folder, before.base, settings)
     check = _Check(record, before, after)
     problems = [
         *_identity(before.tuned, record.source, "the source"),
         *_identity(before.base, record.base, "the base"),
         *_identity(after.tuned, record.output or {}, "the result"),
     ]
-    layers = list(in_order([Job(((before, pair),)) for pair in before.pairs], settings, check.layer, progress))
+    layers = list(as_finished([Job(((before, pair),)) for pair in before.pairs], settings, check.layer, progress))
     problems += check.problems()
     return Verification(str(folder), str(before.tuned.path), tuple(layers), tuple(problems))
 
@@ -151,17 +154,20 @@ class _Check:
         if repair is None and not self.merged:
             same = self._is_same(pair, mine)
             return LayerCheck(pair.name, 0.0 if same else None, 0.0, same)
-        try:
-            W0 = job.read_base()
-            old, new = self.before.weight(pair, W0)[0], self.after.weight(mine, W0)[0]
-            with ieee_arithmetic():
-                meant = self._meant(old, new, pair, mine, repair)
-                distance, size = _distance(meant.weight, new)
-        except LAYER_ERRORS as problem:
-            raise UsageError(f"{pair.name}: {in_short(problem)}") from None
-        size = max(size, float(torch.linalg.vector_norm(W0.double()))) or 1.0
-        error, tolerance = distance / size, meant.tolerance / size
-        return LayerCheck(pair.name, error, tolerance, error <= tolerance and self._rows_kept(pair, mine))
+        there = mine
+
+        def held(base_norm: float, _run: Run, pair: LayerPair, old: TunedWeight, _differs: bool) -> LayerCheck:
+            new = self.after.weight(there, old.W0)[0]
+            meant = self._meant(old, new, pair, there, repair)
+            distance, size = _distance(meant.weight, new)
+            size = max(size, base_norm) or 1.0
+            error, tolerance = distance / size, meant.tolerance / size
+            return LayerCheck(pair.name, error, tolerance, error <= tolerance and self._rows_kept(pair, there))
+
+        ((_, _, outcome),) = job.each(lambda W0: float(torch.linalg.vector_norm(W0.double())), held)
+        if isinstance(outcome, Problem):
+            raise UsageError(outcome.message)
+        return outcome
 
     def _meant(
         self, old: TunedWeight, new: TunedWeight, pair: LayerPair, mine: LayerPair, repair: LayerRepair | None
@@ -173,7 +179,7 @@ class _Check:
             question = checked_question(1, 0.5, str(self.record.settings["side"]))
             triplets = leading_triplets(Base(old.W0, question.side), old, max(indices) + 1)
             if max(indices) >= triplets.s.size:
-                raise UsageError(f"the record scales vector {max(indices)}, which is in the null space")
+                raise UsageError(f"{pair.name}: the record scales vector {max(indices)}, which is in the null space")
             own = triplets.take(indices)
             change, off = scaled(own, scales), 2 * uncertainty(own, scales)
             self._recorded(repair, own, new)

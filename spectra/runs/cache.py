@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from spectra import __version__
 from spectra.errors import SpectraError
 from spectra.files.checkpoint import PARTIAL, Checkpoint, read_json, write_whole
 from spectra.files.orientation import Layout, matrix_shape
+from spectra.files.places import default_root
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,6 @@ SCHEMA = "spectra.cache/1"
 ABANDONED = 600.0  # seconds after which nobody is writing to a temporary file any more; a layer takes a few
 IDENTITY = ("schema", "base", "tensor", "layout", "dtype", "shape")  # what a file must say before it is believed
 STORED = {"float32": "F32", "float64": "F64"}
-
-
-def default_root() -> Path:
-    """Where spectra are kept: SPECTRA_CACHE, or ``spectra`` in the user's cache folder."""
-    if named := os.environ.get("SPECTRA_CACHE"):
-        return Path(named)
-    fallback = "~/AppData/Local" if os.name == "nt" else "~/.cache"
-    home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
-    return Path(home if Path(home).is_absolute() else fallback).expanduser() / "spectra"
 
 
 class Spectra(Protocol):

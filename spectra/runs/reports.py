@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,19 +14,12 @@ from torch import Tensor
 from spectra import __version__
 from spectra.analysis.layer import Findings, LayerAnalysis
 from spectra.analysis.study import Study
-from spectra.errors import LAYER_ERRORS
 from spectra.pairing.pairs import LayerPair
 from spectra.records.report import LayerReport, Report, module_type
 from spectra.runs.cache import Spectra, SpectrumCache
-from spectra.runs.runs import (
-    Job,
-    Progress,
-    Run,
-    Settings,
-    base_facts,
-    in_order,
-    jobs_of,
-)
+from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of
+from spectra.runs.run import Run, base_facts
+from spectra.runs.settings import Settings
 from spectra.svd import Spectrum, choose_engine
 from spectra.updates.algebra import TunedWeight
 
@@ -74,21 +67,29 @@ class Analysis:
         also: Callable[[list[Result]], None] | None = None,
     ) -> list[Report]:
         """One report a run; ``also`` is called with the results of each base weight while they are in memory."""
-        layers: list[dict[str, LayerReport]] = [{} for _ in runs]
-        for results in in_order(jobs_of(runs), self.settings, self.of, progress):
-            for result in results:
-                layers[runs.index(result.run)][result.report.name] = result.report
-            if also is not None:
-                also(results)
+
+        def analysed() -> Iterator[tuple[int, LayerReport]]:
+            for results in as_finished(jobs_of(runs), self.settings, self.of, progress):
+                yield from ((runs.index(result.run), result.report) for result in results)
+                if also is not None:
+                    also(results)
+
+        return self.assembled(runs, analysed(), started)
+
+    def assembled(self, runs: Sequence[Run], layers: Iterable[tuple[int, LayerReport]], started: float) -> list[Report]:
+        """One report a run out of (place of the run, layer), which may come in any order; ``started`` as above."""
+        by_run: list[dict[str, LayerReport]] = [{} for _ in runs]
+        for number, layer in layers:
+            by_run[number][layer.name] = layer
         seconds = time.perf_counter() - started
-        return [self.report(run, found, seconds) for run, found in zip(runs, layers, strict=True)]
+        return [self.report(run, own, seconds) for run, own in zip(runs, by_run, strict=True)]
 
     def of(self, job: Job) -> list[Result]:
         """Every fine-tune of one base weight."""
-        started = time.perf_counter()
-        try:
-            W0 = job.read_base()
-            analysis = LayerAnalysis(
+        started = time.perf_counter()  # the first fine-tune's time has the base's reading in it
+
+        def prepared(W0: Tensor) -> LayerAnalysis:
+            return LayerAnalysis(
                 W0,
                 self.settings.question,
                 choose_engine(self.settings.engine),
@@ -96,26 +97,20 @@ class Analysis:
                 stored=lambda: self._stored(job, W0),
                 study=self.study,
             )
-        except LAYER_ERRORS as error:
-            problem = job.explain(error)
-            return [Result(run, failure(run, pair, *problem)) for run, pair in job.parts]
-        results = []
-        for run, pair in job.parts:
-            results.append(self._analyse(run, pair, W0, analysis, started))
-            started = time.perf_counter()
-        return results
 
-    def _analyse(self, run: Run, pair: LayerPair, W0: Tensor, analysis: LayerAnalysis, started: float) -> Result:
-        try:
-            tuned, differs = run.weight(pair, W0)
+        def analysed(analysis: LayerAnalysis, run: Run, pair: LayerPair, tuned: TunedWeight, differs: bool) -> Result:
             findings = analysis.of(tuned, seed=zlib.crc32(pair.name.encode()))
             seconds = time.perf_counter() - started
             result = Result(run, layer_report(run, pair, findings, differs, seconds), findings)
             if self.visit is not None:
                 self.visit(pair, tuned, analysis, result)
-        except LAYER_ERRORS as error:
-            return Result(run, failure(run, pair, *run.explain(pair, error)))
-        return result
+            return result
+
+        results = []
+        for run, pair, outcome in job.each(prepared, analysed):
+            results.append(Result(run, failure(run, pair, outcome)) if isinstance(outcome, Problem) else outcome)
+            started = time.perf_counter()
+        return results
 
     def report(self, run: Run, layers: dict[str, LayerReport], seconds: float) -> Report:
         """The report on one fine-tune, its layers in the order they were matched in."""
@@ -151,9 +146,9 @@ def _describe(run: Run, pair: LayerPair) -> dict[str, Any]:
     }
 
 
-def failure(run: Run, pair: LayerPair, status: str, message: str) -> LayerReport:
+def failure(run: Run, pair: LayerPair, problem: Problem) -> LayerReport:
     """What a report says of a layer that could not be analysed."""
-    return LayerReport(**_describe(run, pair), status=status, error=message)
+    return LayerReport(**_describe(run, pair), status=problem.status, error=problem.message)
 
 
 def layer_report(run: Run, pair: LayerPair, findings: Findings, base_differs: bool, seconds: float) -> LayerReport:

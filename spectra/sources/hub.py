@@ -107,7 +107,7 @@ def fetch_url(url: str, *, as_base: bool, allow_pickle: bool) -> Path:
     """
     import fsspec
 
-    from spectra.runs.cache import default_root
+    from spectra.files.places import default_root
 
     shown = without_secrets(url)
 

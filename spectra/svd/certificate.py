@@ -118,8 +118,8 @@ class Certificate:
         radius: Tensor = (limit - residual.norm(dim=0)) / length.norm(dim=0).clamp_min(1e-300)
         return radius.clamp_min(0)
 
-    def is_complete(self) -> bool:
-        """Whether every vector is decided; marches along the spectrum for those that Ritz left open."""
+    def decide(self) -> bool:
+        """Decides the vectors that Ritz left open, by a march along the spectrum; False where one stays undecided."""
         if not bool(self.known.all()):
             return False
         open_ones = torch.nonzero(~self.not_intruder).flatten().tolist()

@@ -68,7 +68,7 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | No
         if not lanczos.extend(steps):
             return None
         certificate = Certificate(base, lanczos, X, random, leading, question)
-        if certificate.is_complete():
+        if certificate.decide():
             return _answer(certificate.matches(), leading, certificate.top)
     return None
 

@@ -23,18 +23,11 @@ from spectra.analysis.layer import using_threads
 from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint
 from spectra.records.report import LayerReport, Report
+from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of
 from spectra.runs.journal import Finished, Journal, open_journal
 from spectra.runs.reports import Analysis, failure, open_cache
-from spectra.runs.runs import (
-    Job,
-    Progress,
-    Settings,
-    SingleRun,
-    checked_settings,
-    in_order,
-    jobs_of,
-    opened,
-)
+from spectra.runs.run import SingleRun, open_run, opened
+from spectra.runs.settings import Settings, checked_settings
 from spectra.runs.workers import spread
 from spectra.sources.live import Source
 from spectra.sources.resolve import Bases
@@ -155,13 +148,14 @@ def audit_many(
     )  # fmt: skip
     started = time.perf_counter()
     bases = Bases(settings.access)
-    runs = opened((partial(SingleRun, path, base, settings, bases) for path in tuned), on_unreadable)
+    runs = opened((partial(open_run, path, base, settings, bases) for path in tuned), on_unreadable)
     analysis = Analysis(settings, open_cache(cache))
     for option, given in (("resume", resume), ("executor", executor)):
         if given is not None:
             _check_on_disk(runs, option)
     with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
-        return _reports(_Steps(analysis, runs, cache, journal, executor), started, progress)
+        steps = _Steps(analysis, runs, cache, journal, executor)
+        return analysis.assembled(runs, steps.layers(progress), started)
 
 
 def _check_on_disk(runs: Sequence[SingleRun], option: str) -> None:
@@ -204,7 +198,7 @@ def key_of(job: Job, runs: Sequence[SingleRun]) -> str:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkOrder:
     """What a worker is told: paths and settings, no weights.
 
     ``identity`` is a digest of :func:`identity_of`, so that a worker that sees other files says so.
@@ -217,7 +211,7 @@ class Work:
     identity: str
 
     @classmethod
-    def of(cls, runs: Sequence[SingleRun], settings: Settings, cache: CacheFolder) -> Work:
+    def of(cls, runs: Sequence[SingleRun], settings: Settings, cache: CacheFolder) -> WorkOrder:
         """What the workers of an executor are told of a run."""
         return cls(
             tuple(str(run.tuned.path.absolute()) for run in runs),
@@ -233,20 +227,20 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _there(work: Work) -> tuple[Analysis, list[SingleRun], dict[str, Job]]:
+def _opened_there(order: WorkOrder) -> tuple[Analysis, list[SingleRun], dict[str, Job]]:
     """What a worker opens for the first of a run's weights and has for the others."""
-    bases = Bases(work.settings.access)
-    runs = [SingleRun(path, base, work.settings, bases) for path, base in zip(work.tuned, work.bases, strict=True)]
-    if _digest(identity_of(runs, work.settings)) != work.identity:
+    bases = Bases(order.settings.access)
+    runs = [open_run(path, base, order.settings, bases) for path, base in zip(order.tuned, order.bases, strict=True)]
+    if _digest(identity_of(runs, order.settings)) != order.identity:
         raise WrongBaseError(
-            work.tuned[0], "this worker does not see the files that the run was begun with: is the storage shared?"
+            order.tuned[0], "this worker does not see the files that the run was begun with: is the storage shared?"
         )
-    return Analysis(work.settings, open_cache(work.cache)), runs, {key_of(job, runs): job for job in jobs_of(runs)}
+    return Analysis(order.settings, open_cache(order.cache)), runs, {key_of(job, runs): job for job in jobs_of(runs)}
 
 
-def finish(work: Work, key: str) -> Finished:
+def finish(order: WorkOrder, key: str) -> Finished:
     """One base weight with all its fine-tunes, in a worker."""
-    analysis, runs, jobs = _there(work)
+    analysis, runs, jobs = _opened_there(order)
     with using_threads(jobs[key].threads):
         return _finished(analysis, runs, jobs[key])
 
@@ -272,7 +266,19 @@ class _Steps:
     journal: Journal | None
     executor: Executor | None
 
-    def results(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Finished]]:
+    def layers(self, progress: Progress | None) -> Iterator[tuple[int, LayerReport]]:
+        """(place of the run, layer) of every base weight; digests of what was read are kept for the fingerprints."""
+        jobs = {key_of(job, self.runs): job for job in jobs_of(self.runs)}
+        whole, done = sum(job.work for job in jobs.values()), 0.0
+        for key, finished in self._results(jobs):
+            yield from finished.layers
+            for number, name, digest in finished.digests:
+                self.runs[number].tuned.remember(name, digest)
+            done += jobs[key].work
+            if progress is not None:
+                progress(done, whole, jobs[key].first.name)
+
+    def _results(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Finished]]:
         """(key, what was found) of each, those of earlier runs first."""
         before = {} if self.journal is None else {k: v for k, v in self.journal.finished.items() if k in jobs}
         yield from before.items()
@@ -283,33 +289,18 @@ class _Steps:
 
     def _anew(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Finished]]:
         if self.executor is not None:
-            work = Work.of(self.runs, self.analysis.settings, self.cache)
-            yield from spread(self.executor, partial(finish, work), list(jobs), partial(self._lost, jobs))
+            order = WorkOrder.of(self.runs, self.analysis.settings, self.cache)
+            yield from spread(self.executor, partial(finish, order), list(jobs), partial(self._lost, jobs))
             return
         keys = {id(job): key for key, job in jobs.items()}
 
         def here(job: Job) -> tuple[str, Finished]:
             return keys[id(job)], _finished(self.analysis, self.runs, job)
 
-        yield from in_order(list(jobs.values()), self.analysis.settings, here)
+        yield from as_finished(list(jobs.values()), self.analysis.settings, here)
 
     def _lost(self, jobs: Mapping[str, Job], key: str, why: str) -> Finished:
         """What a report says of a weight that no worker survived."""
         number = {id(run): position for position, run in enumerate(self.runs)}
-        return Finished(tuple((number[id(run)], failure(run, pair, "failed", why)) for run, pair in jobs[key].parts))
-
-
-def _reports(steps: _Steps, started: float, progress: Progress | None) -> list[Report]:
-    jobs = {key_of(job, steps.runs): job for job in jobs_of(steps.runs)}
-    layers: list[dict[str, LayerReport]] = [{} for _ in steps.runs]
-    whole, done = sum(job.work for job in jobs.values()), 0.0
-    for key, finished in steps.results(jobs):
-        for number, layer in finished.layers:
-            layers[number][layer.name] = layer
-        for number, name, digest in finished.digests:
-            steps.runs[number].tuned.remember(name, digest)
-        done += jobs[key].work
-        if progress is not None:
-            progress(done, whole, jobs[key].first.name)
-    seconds = time.perf_counter() - started
-    return [steps.analysis.report(run, found, seconds) for run, found in zip(steps.runs, layers, strict=True)]
+        problem = Problem("failed", why)
+        return Finished(tuple((number[id(run)], failure(run, pair, problem)) for run, pair in jobs[key].parts))

@@ -143,8 +143,8 @@ def cache_base(
 
     check_device(device)
     cache = SpectrumCache(root)
-    work = _Work(opened, cache, device)
-    there = {layer.name for layer in layers if work.stored(layer) is not None}
+    decomposer = _Decomposer(opened, cache, device)
+    there = {layer.name for layer in layers if decomposer.stored(layer) is not None}
     written: set[str] = set()
     failed: list[Skipped] = []
     _check_room(cache.folder(opened), sum(layer.bytes for layer in layers if layer.name not in there))
@@ -156,12 +156,12 @@ def cache_base(
         with using_threads(threads or torch.get_num_threads()):
             for layer, effort in zip(layers, efforts, strict=True):
                 try:
-                    spectrum = work.compute(layer)
+                    spectrum = decomposer.compute(layer)
                 except LAYER_ERRORS as error:
                     failed.append(Skipped(layer.name, _explain(error, layer)))
                 else:
                     if spectrum is not None:
-                        cache.store(opened, layer.name, layer.pair.layout, work.dtype(layer), spectrum)
+                        cache.store(opened, layer.name, layer.pair.layout, decomposer.dtype(layer), spectrum)
                         written.add(layer.name)
                     del spectrum
                 done += effort
@@ -181,7 +181,7 @@ def cache_base(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Decomposer:
     """Reads and decomposes one base weight at a time."""
 
     base: Checkpoint

@@ -13,31 +13,24 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from spectra import __version__
-from spectra.analysis.layer import ieee_arithmetic
 from spectra.analysis.measures import subspace_overlap
 from spectra.analysis.study import Study, layer_spectra_of
-from spectra.errors import LAYER_ERRORS, SpectraError, UsageError
+from spectra.errors import SpectraError, UsageError
+from spectra.pairing.pairs import LayerPair
 from spectra.records.comparison import Comparison, short_names
 from spectra.records.layer import LayerSpectra
 from spectra.records.report import Report, module_type
+from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of
 from spectra.runs.reports import Analysis, Result, open_cache
-from spectra.runs.runs import (
-    Job,
-    MergedRun,
-    Progress,
-    Run,
-    Settings,
-    SingleRun,
-    check_one_base,
-    checked_settings,
-    in_order,
-    jobs_of,
-    opened,
-)
+from spectra.runs.run import MergedRun, Run, check_one_base, open_run, opened
+from spectra.runs.settings import Settings, checked_settings
 from spectra.sources.live import Source
 from spectra.sources.resolve import checkpoints_of
 from spectra.svd import Base, check_finite
+from spectra.updates.algebra import TunedWeight
 
 Merge = Sequence[tuple[float, Source]]
 SIZE = 256  # singular vectors of a similarity matrix, where no number is given
@@ -164,30 +157,25 @@ def layer_spectra(
     runs = _open_all(tuned, base, (), settings, None)
     labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))
 
-    def arrays(job: Job) -> list[LayerSpectra]:
-        found = []
-        try:
-            W0 = job.read_base()
-            check_finite(W0)
-        except LAYER_ERRORS as error:
-            raise UsageError(job.explain(error)[1]) from None
-        known = Base(W0, settings.question.side, fine_tunes=len(job.parts))
-        for run, pair in job.parts:
-            try:
-                weight, _ = run.weight(pair, W0)
-                with ieee_arithmetic():
-                    found.append(
-                        layer_spectra_of(
-                            known, weight, settings.question, size,
-                            name=pair.name, module_type=module_type(pair.name), label=labels[id(run)],
-                            kind=run.update(pair)["kind"],
-                        )
-                    )  # fmt: skip
-            except LAYER_ERRORS as error:
-                raise UsageError(run.explain(pair, error)[1]) from None
-        return found
+    def arrays(base: Base, run: Run, pair: LayerPair, weight: TunedWeight, _: bool) -> LayerSpectra:
+        return layer_spectra_of(
+            base, weight, settings.question, size,
+            name=pair.name, module_type=module_type(pair.name), label=labels[id(run)], kind=run.update(pair)["kind"],
+        )  # fmt: skip
 
-    return [item for found in in_order(jobs_of(runs), settings, arrays, progress) for item in found]
+    def of_job(job: Job) -> list[LayerSpectra]:
+        def prepared(W0: Tensor) -> Base:
+            check_finite(W0)
+            return Base(W0, settings.question.side, fine_tunes=len(job.parts))
+
+        layers = []
+        for _, _, outcome in job.each(prepared, arrays):
+            if isinstance(outcome, Problem):
+                raise UsageError(outcome.message)
+            layers.append(outcome)
+        return layers
+
+    return [layer for layers in as_finished(jobs_of(runs), settings, of_job, progress) for layer in layers]
 
 
 def _open_all(
@@ -201,7 +189,7 @@ def _open_all(
     paths: list[Source] = []
     for item in named:
         paths += checkpoints_of(item) if isinstance(item, str | Path) else [item]
-    singles = [partial(SingleRun, path, base, settings) for path in paths]
+    singles = [partial(open_run, path, base, settings) for path in paths]
     merges = [partial(_merge, parts, base, settings) for parts in merge]
     openings: list[Callable[[], Run]] = [*singles, *merges]
     runs = opened(openings, on_unreadable if len(openings) > 1 else None)  # the error of a single one says it all
@@ -212,7 +200,7 @@ def _open_all(
 
 
 def _merge(parts: Merge, base: Source | None, settings: Settings) -> MergedRun:
-    return MergedRun([(float(weight), SingleRun(path, base, settings)) for weight, path in parts])
+    return MergedRun([(float(weight), open_run(path, base, settings)) for weight, path in parts])
 
 
 def _overlaps(runs: Sequence[Run], results: Sequence[Result]) -> Iterable[tuple[tuple[int, int], dict[str, Any]]]:

@@ -7,19 +7,20 @@ may take longer than its audit, is never made.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from torch import Tensor
 
-from spectra.analysis.layer import ieee_arithmetic
-from spectra.errors import LAYER_ERRORS
+from spectra.pairing.pairs import LayerPair
 from spectra.records.comparison import report_labels
 from spectra.records.layer import Similarity
 from spectra.records.report import Report, worst_layers
-from spectra.runs.runs import Job, Progress, SingleRun, checked_settings, in_order, jobs_of
+from spectra.runs.jobs import Job, Progress, as_finished, jobs_of
+from spectra.runs.run import Run, open_run
+from spectra.runs.settings import checked_settings
 from spectra.svd import Base, check_finite
 from spectra.svd.base import ROOMY
 from spectra.svd.decompose import decompose_gram
@@ -74,20 +75,20 @@ def similarity_matrices(
             split_fused=bool(chosen.get("split_fused")), allow_pickle=allow_pickle, initial_adapter=initial_adapter,
             local_files_only=True,
         )  # fmt: skip
-        run = SingleRun(report.tuned["path"], report.base["path"], settings)
-        run.pairs = tuple(pair for pair in run.pairs if pair.name in names)
+        run = open_run(report.tuned["path"], report.base["path"], settings)
+        run = replace(run, pairs=tuple(pair for pair in run.pairs if pair.name in names))
         runs.append(run)
         wanted[id(run)] = label
     if not runs:
         return []
-    found = in_order(jobs_of(runs), runs[0].settings, partial(_of_job, labels=wanted, size=size), progress)
+    of_job = partial(_of_job, labels=wanted, size=size)
+    matrices = [one for some in as_finished(jobs_of(runs), runs[0].settings, of_job, progress) for one in some]
     order = {
         (label, layer.name): place
         for label, report in zip(report_labels(reports), reports, strict=True)
         for place, layer in enumerate(worst_layers(report, number))
     }
     labels = list(report_labels(reports))
-    matrices = [matrix for matrices in found for matrix in matrices]
     return sorted(matrices, key=lambda one: (labels.index(one.tuned), order[one.tuned, one.name]))
 
 
@@ -99,19 +100,18 @@ def _in_memory(report: Report) -> bool:
 
 def _of_job(job: Job, *, labels: Mapping[int, str], size: int) -> list[Similarity]:
     """The matrices of one base weight; what cannot be had is left out."""
-    found = []
-    with contextlib.suppress(*LAYER_ERRORS):
-        W0 = job.read_base()
+
+    def prepared(W0: Tensor) -> tuple[Base, dict[int, Tensor | None]]:
         check_finite(W0)
-        base = Base(W0, job.parts[0][0].settings.question.side)
-        known: dict[int, Tensor | None] = {}
-        for run, pair in job.parts:
-            with contextlib.suppress(*LAYER_ERRORS), ieee_arithmetic():
-                tuned, _ = run.weight(pair, W0)
-                cosines = _cosines(base, tuned, size, run.settings.question.top_k, known)
-                if cosines is not None:
-                    found.append(Similarity(pair.name, labels[id(run)], base.side, cosines))
-    return found
+        return Base(W0, job.parts[0][0].settings.question.side), {}
+
+    def matrix(
+        base: tuple[Base, dict[int, Tensor | None]], run: Run, pair: LayerPair, tuned: TunedWeight, _: bool
+    ) -> Similarity | None:
+        cosines = _cosines(base[0], tuned, size, run.settings.question.top_k, base[1])
+        return None if cosines is None else Similarity(pair.name, labels[id(run)], base[0].side, cosines)
+
+    return [outcome for _, _, outcome in job.each(prepared, matrix) if isinstance(outcome, Similarity)]
 
 
 def _cosines(

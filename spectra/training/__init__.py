@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectra.records.history import Record, load_history
+    from spectra.records.history import Record
+    from spectra.sources.saved import load_history
     from spectra.training.callback import SpectraCallback
     from spectra.training.monitor import Monitor
 

@@ -16,15 +16,17 @@ import torch
 from spectra.analysis.study import Study
 from spectra.errors import SpectraError, UsageError, in_one_line, in_short
 from spectra.files.headers import TensorInfo
-from spectra.records.history import PREFIX, Record, append_line, begin_history, metrics_of
+from spectra.records.history import PREFIX, Record, metrics_of
 from spectra.records.report import SCOPES, Report
 from spectra.runs.cache import SpectrumCache
 from spectra.runs.reports import Analysis
-from spectra.runs.runs import Settings, SingleRun, checked_settings
+from spectra.runs.run import SingleRun, open_run
+from spectra.runs.settings import Settings, checked_settings
 from spectra.sources.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, checkpoint_of
 from spectra.sources.live.memory import LiveTensor
 from spectra.sources.resolve import Bases
 from spectra.svd import KRYLOV_PAYS
+from spectra.training.history import append_line, begin_history
 from spectra.training.kept import KeptSpectra
 
 logger = logging.getLogger("spectra.training")
@@ -297,7 +299,7 @@ class Monitor:
 
     def _open(self) -> SingleRun:
         # Anew each time: whoever trains may have put other tensors in the place of these, or another adapter.
-        return SingleRun(self._tuned(), self._base, self._settings)
+        return open_run(self._tuned(), self._base, self._settings)
 
     def _thresholds(self, run: SingleRun) -> dict[str, float | None]:
         known = self._spectra.thresholds

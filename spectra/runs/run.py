@@ -1,95 +1,26 @@
-"""Fine-tunes opened, matched and checked before any work; then one base weight at a time with all of them.
-
-What is to be found out about each pair is the caller's: audits, comparisons and rank reports share this.
-"""
+"""Fine-tunes opened, matched and checked before any work: which base weights each changes, and how each is read."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from spectra.adapters import Skipped, plan_updates, uses_initial
-from spectra.analysis.layer import DTYPES, check_device, checked_question, using_threads
+from spectra.adapters import Plan, Skipped, plan_updates, uses_initial
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.fused import split_apart
 from spectra.pairing.pairs import LayerPair, pair_layers, why_not_merged
 from spectra.pairing.precision import caveat, quantised_as
+from spectra.runs.settings import Settings
 from spectra.sources.live import Source, said_of
-from spectra.sources.resolve import ANYWHERE, Access, Bases, named_base, open_tuned
-from spectra.svd import Question, choose_engine
+from spectra.sources.resolve import Bases, named_base, open_tuned
 from spectra.updates.algebra import TunedWeight, merged
-
-# Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
-Progress = Callable[[float, float, str], None]
-T = TypeVar("T")
-
-# min(m, n) from which a second thread is worth it: below, it saves a fifth at most, and costs many times that where
-# something else runs beside it, since threads spin while they wait (measured).
-WORTH_THREADS = 512
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to analyse; what the report records under ``settings``."""
-
-    question: Question
-    engine: str
-    dtype: str
-    device: str
-    threads: int
-    workers: int
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    verify: bool
-    split_fused: bool = False  # recorded where it is asked for
-    access: Access = ANYWHERE  # no part of the record: it changes no result
-    initial_adapter: Source | None = None  # nor is this: the layers' notes say where it was used
-
-    def record(self) -> dict[str, Any]:
-        record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
-        if not self.split_fused:
-            del record["split_fused"]
-        del record["question"], record["access"], record["initial_adapter"]
-        return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
-
-
-def checked_settings(
-    *, top_k: int = 10, epsilon: float = 0.5, side: str = "left", include: Iterable[str] = (),
-    exclude: Iterable[str] = (), engine: str = "auto", dtype: str = "float32", device: str = "cpu",
-    workers: int = 1, threads: int | None = None, verify: bool = False, split_fused: bool = False,
-    allow_pickle: bool = False, local_files_only: bool = False, initial_adapter: Source | None = None,
-) -> Settings:  # fmt: skip
-    """The options of :func:`spectra.audit_many`, checked; raises UsageError."""
-    choose_engine(engine)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
-    check_device(device)
-    if workers < 1 or (threads is not None and threads < 1):
-        raise UsageError("workers and threads are at least 1")
-    return Settings(
-        question=checked_question(top_k, epsilon, side),
-        engine=engine,
-        dtype=dtype,
-        device=device,
-        threads=threads or max(1, torch.get_num_threads() // workers),
-        workers=workers,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        verify=verify,
-        split_fused=split_fused,
-        access=Access(allow_pickle, local_files_only),
-        initial_adapter=initial_adapter,
-    )
 
 
 class Run(Protocol):
@@ -124,27 +55,20 @@ class Run(Protocol):
 AnyRun = TypeVar("AnyRun", bound=Run)
 
 
+@dataclass(eq=False)
 class SingleRun:
-    """One fine-tune, from a path or from memory.
+    """One fine-tune of a base, matched; :func:`open_run` opens one.
 
-    Raises
-    ------
-    SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
+    ``counterpart`` names the base's tensor for a name of a full fine-tune's, or None.
     """
 
-    def __init__(self, path: Source, base: Source | None, settings: Settings, bases: Bases | None = None):
-        self.settings = settings
-        self.tuned: Checkpoint = open_tuned(path, settings.access)
-        self.base = (bases or Bases(settings.access)).of(self.tuned, base)
-        if settings.split_fused:
-            self.base, self.tuned = split_apart(self.base, self.tuned)
-        before = settings.initial_adapter
-        initial = open_tuned(before, settings.access) if before is not None else None
-        self.plan = plan_updates(self.tuned, initial)
-        pairing = pair_layers(self.base, self.tuned, self.plan, include=settings.include, exclude=settings.exclude)
-        self.pairs, self.skipped, self.counterpart = pairing.pairs, pairing.skipped, pairing.counterpart
-        if not self.pairs:
-            raise UsageError(f"{self.tuned.path}: nothing to analyse ({pairing.why_empty})")
+    tuned: Checkpoint
+    base: Checkpoint
+    settings: Settings
+    plan: Plan
+    pairs: tuple[LayerPair, ...]
+    skipped: tuple[Skipped, ...]
+    counterpart: Callable[[str], str | None]
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -186,6 +110,31 @@ class SingleRun:
             why = "its stored scales give NaN or infinity" if scaled else "holds NaN or infinity"
             error = NonFiniteError(why if names else "too large for this precision; try --dtype float64")
         return explain(error, f"{self.tuned.path}: {', '.join(names or pair.update.tensors)}")
+
+
+def open_run(tuned: Source, base: Source | None, settings: Settings, bases: Bases | None = None) -> SingleRun:
+    """Opens a fine-tune and its base, fetching what is not on this machine, and matches them by their headers.
+
+    Parameters
+    ----------
+    tuned, base : what the user names; without ``base`` it is the one that ``tuned`` names or sits in.
+    bases : those that are open already.
+
+    Raises
+    ------
+    SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
+    """
+    opened = open_tuned(tuned, settings.access)
+    opened_base = (bases or Bases(settings.access)).of(opened, base)
+    if settings.split_fused:
+        opened_base, opened = split_apart(opened_base, opened)
+    before = settings.initial_adapter
+    initial = open_tuned(before, settings.access) if before is not None else None
+    plan = plan_updates(opened, initial)
+    pairing = pair_layers(opened_base, opened, plan, include=settings.include, exclude=settings.exclude)
+    if not pairing.pairs:
+        raise UsageError(f"{opened.path}: nothing to analyse ({pairing.why_empty})")
+    return SingleRun(opened, opened_base, settings, plan, pairing.pairs, pairing.skipped, pairing.counterpart)
 
 
 class MergedRun:
@@ -317,48 +266,6 @@ def explain(error: Exception, what: str) -> tuple[str, str]:
     return "failed", f"{what}: {in_short(error)}"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One base weight and every pair that starts from it."""
-
-    parts: tuple[tuple[Run, LayerPair], ...]
-
-    @property
-    def first(self) -> LayerPair:
-        return self.parts[0][1]
-
-    @property
-    def base(self) -> Checkpoint:
-        return self.parts[0][0].base
-
-    @property
-    def work(self) -> float:
-        m, n = self.first.shape
-        return float(m) * n * min(m, n) * (1 + len(self.parts))
-
-    def read_base(self) -> Tensor:
-        """W0 as analysed, in the working dtype."""
-        settings = self.parts[0][0].settings
-        wide = any(pair.float64 for _, pair in self.parts)
-        dtype = torch.float64 if wide else DTYPES[settings.dtype]
-        return self.first.read_base(self.base, dtype, settings.device)
-
-    def explain(self, error: Exception) -> tuple[str, str]:
-        """(status, message) of its pairs where the base weight itself could not be had."""
-        return explain(error, f"{self.first.base.file}: {self.first.base.name}")
-
-    @property
-    def threads(self) -> int:
-        """As many as the settings say; one for a small weight."""
-        return 1 if min(self.first.shape) < WORTH_THREADS else self.parts[0][0].settings.threads
-
-    def prefetch(self) -> None:
-        """Has the disk work ahead; nothing of it is kept here."""
-        self.base.prefetch([self.first.base])
-        for run, pair in self.parts:
-            run.prefetch(pair)
-
-
 def opened(
     openings: Iterable[Callable[[], AnyRun]], on_unreadable: Callable[[SpectraError], None] | None
 ) -> list[AnyRun]:
@@ -393,54 +300,3 @@ def check_initial(runs: Iterable[Run]) -> None:
                 f"{path}: it is the initial adapter of one fine-tune, but {len(users)} need one "
                 f"({', '.join(sorted(map(str, users.values())))}); give them one at a time"
             )
-
-
-def jobs_of(runs: Sequence[Run]) -> list[Job]:
-    """The base weights of all runs, each with every fine-tune of it."""
-    groups: dict[Any, list[tuple[Run, LayerPair]]] = defaultdict(list)
-    for run in runs:
-        for pair in run.pairs:
-            groups[(run.base.place, pair.base_key)].append((run, pair))
-    return [Job(tuple(parts)) for parts in groups.values()]
-
-
-def in_order(
-    jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T], progress: Progress | None = None
-) -> Iterator[T]:
-    """What ``do`` made of each job; ``workers`` of them at a time, none kept waiting in memory."""
-    whole, done = sum(job.work for job in jobs), 0.0
-    for job, result in _done(jobs, settings, do):
-        yield result
-        done += job.work
-        if progress is not None:
-            progress(done, whole, job.first.name)
-
-
-def _done(jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
-    def alone(job: Job) -> T:
-        with using_threads(job.threads):  # a setting of this very thread
-            return do(job)
-
-    if settings.workers == 1:
-        for job, following in itertools.zip_longest(jobs, jobs[1:]):
-            if following is not None:
-                following.prefetch()
-            yield job, alone(job)
-        return
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(settings.workers) as pool:
-        waiting = iter(jobs)
-        running: dict[Future[T], Job] = {}
-        try:
-            while True:
-                for job in waiting:
-                    running[pool.submit(alone, job)] = job
-                    if len(running) == settings.workers:
-                        break
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import CorruptFileError
 from spectra.files.derived import Derived, Reader, Unreadable
 from spectra.files.headers import TensorInfo
-from spectra.files.stored.quantised import Quantised, blocks_of, expect, is_count, small_json, whole_numbers
+from spectra.files.stored.quantised.weights import Quantised, blocks_of, expect, is_count, small_json, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spectra.files.derived import Derived, Unreadable
-from spectra.files.stored.quantised import Quantised
+from spectra.files.stored.quantised.weights import Quantised
 
 NOT_READ = "this version does not read it"
 # The end of a tensor's name after its module's, and what writes it.

@@ -22,7 +22,7 @@ from spectra.errors import CorruptFileError
 from spectra.files.derived import Derived, Make, Reader, Unreadable, Weight
 from spectra.files.headers import TensorInfo
 from spectra.files.stored.experts import FROM_HIDDEN, TO_HIDDEN
-from spectra.files.stored.quantised import SCALES, Quantised, blocks_of, expect, is_count
+from spectra.files.stored.quantised.weights import SCALES, Quantised, blocks_of, expect, is_count
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import CorruptFileError
 from spectra.files.derived import Derived, Make, Reader, Unreadable
 from spectra.files.headers import TensorInfo
-from spectra.files.stored.quantised import SCALES, Quantised, blocks_of, expect, is_count, whole_numbers
+from spectra.files.stored.quantised.weights import SCALES, Quantised, blocks_of, expect, is_count, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,16 +1,11 @@
-"""Weights that were stored with fewer bits: which form each has, from headers and ``config.json``.
-
-Each form is dequantised as its writer defines it, in float32, and never rounded to the half precision that a model
-computes in: what is analysed is the matrix that the stored numbers mean.  Forms that are known by name alone, or whose
-settings leave their meaning open, are refused with the reason.
-"""
+"""What every quantised form shares: the checkpoint's weights as they may be quantised, and checks of small tensors."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from spectra.errors import CorruptFileError
@@ -149,36 +144,6 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
             if isinstance(found, dict):
                 return found
     return {}
-
-
-def quantised(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived | Unreadable]:
-    """The weights that quantised tensors are made into.
-
-    Raises
-    ------
-    CorruptFileError : dtypes or shapes of what belongs together do not fit; file and tensor are named.
-    """
-    from spectra.files.stored.quantised_bitsandbytes import eight_bit, four_bit
-    from spectra.files.stored.quantised_float8 import float8, int8, mxfp4
-    from spectra.files.stored.quantised_named import left_over, named
-    from spectra.files.stored.quantised_packed import packed, qweights
-
-    checkpoint = Quantised.of(weights, config)
-    used: set[str] = set()
-    # In this order: what is known by its names, then what its dtype alone gives away.
-    for form in (four_bit, eight_bit, mxfp4, qweights, packed, named, int8, float8, left_over):
-        for item in form(checkpoint):
-            if isinstance(item, Unreadable):  # of what nothing else accounts for
-                item = replace(item, sources=tuple(name for name in item.sources if name not in used))
-            if not item.sources or not used.isdisjoint(item.sources):
-                continue
-            used.update(item.sources)
-            stored = weights.get(item.name)
-            if stored is not None and item.name not in item.sources:
-                raise CorruptFileError(
-                    stored.file, f"it is there as such and, quantised, as {item.sources[0]!r}", stored.name
-                )
-            yield item
 
 
 def expect(info: TensorInfo, dtypes: Iterable[str], *shapes: tuple[int, ...]) -> TensorInfo:
