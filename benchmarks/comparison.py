@@ -67,14 +67,14 @@ def _rows(what: str, tuned: list[Path], base: Path, options: Options) -> Iterato
     draws = Study().draws
     for depth in ("quick", "thorough"):
         started = time.perf_counter()
-        found = spectra.compare(tuned, base, quick=depth == "quick", cache=False)
+        comparison = spectra.compare(tuned, base, quick=depth == "quick", cache=False)
         seconds = time.perf_counter() - started
         plain = alone + each * (1 if depth == "quick" else 1 + len(WEIGHTS) - 1 + draws)
-        agrees = [_counts(a) == _counts(b) for a, b in zip(found.reports, exact.reports, strict=True)]
+        agrees = [_counts(a) == _counts(b) for a, b in zip(comparison.reports, exact.reports, strict=True)]
         if depth == "thorough":
             agrees += [
                 [dict(map(tuple, layer.weights["counts"]))[2.0] for layer in a.layers if layer.weights] == _counts(b)
-                for a, b in zip(found.reports, doubled.reports, strict=True)
+                for a, b in zip(comparison.reports, doubled.reports, strict=True)
             ]
         yield {
             "models": what,

@@ -59,7 +59,7 @@ def _method(name: str, problem: Problem, device: str) -> Method:
 
 def _fixtures(name: str, devices: list[str], members: tuple[str, ...]) -> Row:
     """All layers of the fixtures, both sides: their intruders on every device."""
-    found, seconds = [], []
+    intruders, seconds = [], []
     for device in devices:
         started = time.perf_counter()
         reports = [
@@ -68,15 +68,15 @@ def _fixtures(name: str, devices: list[str], members: tuple[str, ...]) -> Row:
             for side in ("left", "right")
         ]
         seconds.append(time.perf_counter() - started)
-        found.append([[layer.intruder_indices for layer in report.layers] for report in reports])
+        intruders.append([[layer.intruder_indices for layer in report.layers] for report in reports])
     return {
         "what": f"{len(members)} fixtures, left and right",
         "engine": name,
         "device": " and ".join(devices),
         "seconds": seconds[-1],
         "× cpu": seconds[0] / seconds[-1],
-        "intruders": sum(len(layer) for report in found[-1] for layer in report),
-        "agrees": found[0] == found[-1],
+        "intruders": sum(len(layer) for report in intruders[-1] for layer in report),
+        "agrees": intruders[0] == intruders[-1],
     }
 
 

@@ -32,7 +32,7 @@ def run(options: Options) -> Iterator[Row]:
         for side in ("left", "right"):
             turns = [(_audit(member, side, "auto"), _audit(member, side, "exact")) for _ in range(options.repeat + 1)]
             auto, exact = ([turn[at][0] for turn in turns[1:]] for at in (0, 1))  # the first is the warm-up
-            found = [_verdicts(report) for _, report in turns[0]]
+            verdicts = [_verdicts(report) for _, report in turns[0]]
             yield {
                 "fine-tune": member,
                 "side": side,
@@ -41,8 +41,8 @@ def run(options: Options) -> Iterator[Row]:
                 "auto / exact": statistics.median(a / e for a, e in zip(auto, exact, strict=True)),
                 "engines": " ".join(sorted({layer.engine or "none" for layer in turns[0][0][1].layers})),
                 "layers": len(turns[0][0][1].layers),
-                "intruders": sum(len(indices) for indices in found[0].values()),
-                "agrees": found[0] == found[1],
+                "intruders": sum(len(indices) for indices in verdicts[0].values()),
+                "agrees": verdicts[0] == verdicts[1],
             }
 
 

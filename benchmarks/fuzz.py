@@ -236,7 +236,7 @@ def mutate(rng: random.Random, text: bytes, corpus: list[bytes], tokens: Sequenc
 
 def seeds(kind: str) -> list[bytes]:
     """Inputs to begin with: those above, and what the fixtures hold (of a header the first entries)."""
-    found = [json.dumps(value).encode() for value in SEEDS[kind]] if kind in SEEDS else seeds_of(kind)
+    inputs = [json.dumps(value).encode() for value in SEEDS[kind]] if kind in SEEDS else seeds_of(kind)
     name = {"header": "*.safetensors", "config": "adapter_config.json", "model": "config.json"}.get(kind)
     for file in sorted(FIXTURES.glob(f"*/{name}")) if name else []:
         text = file.read_bytes()
@@ -244,9 +244,9 @@ def seeds(kind: str) -> list[bytes]:
             header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
             first = sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])[0])[:4]
             text = json.dumps(dict(first)).encode()
-        if len(text) <= LONGEST and text not in found:
-            found.append(text)
-    return found
+        if len(text) <= LONGEST and text not in inputs:
+            inputs.append(text)
+    return inputs
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -308,15 +308,15 @@ class Target:
 
     def read(self) -> None:
         """Reads it as an audit would, from headers; raises AssertionError where others read it otherwise."""
-        found = open_checkpoint(self.folder, allow_pickle=self.kind in BINARY)
+        checkpoint = open_checkpoint(self.folder, allow_pickle=self.kind in BINARY)
         if self.kind in ("config", "mlx"):
-            plan_updates(found)
+            plan_updates(checkpoint)
         elif self.kind in ("model", "state"):
-            assert found.weights, "no weight is left, nor a reason"
+            assert checkpoint.weights, "no weight is left, nor a reason"
         elif self.kind == "header":
-            self._compare(found.tensors)
+            self._compare(checkpoint.tensors)
         elif self.kind in NAMES_OF_FILES:
-            compare(self.kind, self.file, found)
+            compare(self.kind, self.file, checkpoint)
 
     def _compare(self, tensors: Mapping[str, TensorInfo]) -> None:
         from safetensors import safe_open
@@ -325,16 +325,16 @@ class Target:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=unique)
         header.pop("__metadata__", None)
-        found = {
+        entries = {
             name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.span[0], sum(info.span)]}
             for name, info in tensors.items()
         }
         for name, said in header.items():
             said["data_offsets"] = [8 + length + offset for offset in said["data_offsets"]]
-            assert {key: said[key] for key in ("dtype", "shape", "data_offsets")} == found.get(name), "another tensor"
-        assert set(header) == set(found), "other names than plain JSON's"
+            assert {key: said[key] for key in ("dtype", "shape", "data_offsets")} == entries.get(name), "another tensor"
+        assert set(header) == set(entries), "other names than plain JSON's"
         with safe_open(self.file, framework="np") as opened:
-            assert sorted(opened.keys()) == sorted(found), "other names than the library's"
+            assert sorted(opened.keys()) == sorted(entries), "other names than the library's"
             for name, info in tensors.items():
                 part = opened.get_slice(name)
                 assert (part.get_dtype(), tuple(part.get_shape())) == (info.dtype, info.shape), "another tensor"
@@ -431,12 +431,12 @@ def run(options: Options) -> Iterator[Row]:
     count = options.trials or options.scale(quick=3000, default=100_000, full=1_000_000)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         for kind, share in SHARE.items():
-            found = run_fuzz(options.seed, int(count * share), Path(folder), False, (kind,))
-            print(*found.crashes, sep="\n", end="", file=sys.stderr)
+            tally = run_fuzz(options.seed, int(count * share), Path(folder), False, (kind,))
+            print(*tally.crashes, sep="\n", end="", file=sys.stderr)
             yield {
-                "what": f"any {kind}", "inputs": found.headers, "accepted": found.accepted, "kept": found.kept,
-                "lines": found.lines, "kinds of error": found.messages, "slowest (s)": round(found.slowest, 2),
-                "findings": len(found.crashes), "agrees": not found.crashes,
+                "what": f"any {kind}", "inputs": tally.headers, "accepted": tally.accepted, "kept": tally.kept,
+                "lines": tally.lines, "kinds of error": tally.messages, "slowest (s)": round(tally.slowest, 2),
+                "findings": len(tally.crashes), "agrees": not tally.crashes,
             }  # fmt: skip
         for number, bug in enumerate(bug for bug in PLANTED if bug.quick or not options.quick):
             taken = inputs_until_found(bug, Path(folder) / f"planted{number}", LIMIT, options.seed)
@@ -502,14 +502,14 @@ def _run(options: argparse.Namespace, folder: Path) -> list[str]:
         of_each = [options.seed * 1000 + worker for worker in range(options.workers)]
         places = [folder / str(seed) for seed in of_each]
         count, kinds = options.headers // options.workers, options.kinds
-        for found in pool.map(run_fuzz, of_each, repeat(count), places, repeat(False), repeat(kinds)):
+        for tally in pool.map(run_fuzz, of_each, repeat(count), places, repeat(False), repeat(kinds)):
             print(
-                f"{found.headers:,} inputs: {found.accepted:,} accepted, {found.kept:,} kept as new, "
-                f"{found.lines} lines, {found.messages} kinds of error, slowest {found.slowest:.2f} s, "
-                f"{len(found.crashes)} findings",
+                f"{tally.headers:,} inputs: {tally.accepted:,} accepted, {tally.kept:,} kept as new, "
+                f"{tally.lines} lines, {tally.messages} kinds of error, slowest {tally.slowest:.2f} s, "
+                f"{len(tally.crashes)} findings",
                 flush=True,
             )
-            crashes += found.crashes
+            crashes += tally.crashes
     return crashes
 
 

@@ -98,16 +98,16 @@ def seeds_of(kind: str) -> list[bytes]:
         {"w": torch.nn.Parameter(values.clone().reshape(4, 4)), "n": torch.arange(64).bool()},
         {"w": torch.zeros(8, 4, dtype=torch.uint16), "f": torch.zeros(64, dtype=torch.float8_e4m3fn)},
     ]
-    found = []
+    inputs = []
     for state in states:
         place = io.BytesIO()
         torch.save(state, place)
         if kind == "archive":
-            found.append(place.getvalue())
+            inputs.append(place.getvalue())
         else:
             with zipfile.ZipFile(place) as opened:
-                found.append(opened.read("archive/data.pkl"))
-    return found
+                inputs.append(opened.read("archive/data.pkl"))
+    return inputs
 
 
 def write_pipeline(folder: Path) -> None:
@@ -120,20 +120,20 @@ def write_pipeline(folder: Path) -> None:
         (home / "config.json").write_text("{}")
 
 
-def compare(kind: str, file: Path, found: Checkpoint) -> None:
+def compare(kind: str, file: Path, checkpoint: Checkpoint) -> None:
     """Raises AssertionError where what is read is not what others read from the same file."""
-    {"gguf": _compare_gguf, "pipeline": _compare_pipeline}.get(kind, _compare_pickle)(file, found)
+    {"gguf": _compare_gguf, "pipeline": _compare_pipeline}.get(kind, _compare_pickle)(file, checkpoint)
 
 
-def _compare_gguf(file: Path, found: Checkpoint) -> None:
+def _compare_gguf(file: Path, checkpoint: Checkpoint) -> None:
     content = file.read_bytes()
-    for name, info in found.tensors.items():
+    for name, info in checkpoint.tensors.items():
         assert info.span[0] + info.span[1] <= len(content), "a tensor behind the end"
         if info.dtype not in BLOCKS and info.as_stored:
             begin, length = info.span
-            assert _bits(found.read(name)) == content[begin : begin + length], "another value"
+            assert _bits(checkpoint.read(name)) == content[begin : begin + length], "another value"
         elif info.dtype not in BLOCKS:
-            found.read(name)
+            checkpoint.read(name)
     try:
         import gguf
 
@@ -149,13 +149,15 @@ def _compare_gguf(file: Path, found: Checkpoint) -> None:
         assert info.dtype == one.tensor_type.name, "another tensor"
 
 
-def _compare_pickle(file: Path, found: Checkpoint) -> None:
+def _compare_pickle(file: Path, checkpoint: Checkpoint) -> None:
     import torch
 
-    values = {name: found.read(name) for name in found.tensors}
+    values = {name: checkpoint.read(name) for name in checkpoint.tensors}
     for name, value in values.items():
         rows = slice(1, None, 2)
-        assert not value.ndim or _bits(found.read(name, rows=rows)) == _bits(value[rows]), "another value of some rows"
+        assert not value.ndim or _bits(checkpoint.read(name, rows=rows)) == _bits(value[rows]), (
+            "another value of some rows"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -183,9 +185,9 @@ def _bits(value: Any) -> bytes:
     return bytes(flat.view(torch.uint8).tolist()) if value.numel() else b""
 
 
-def _compare_pipeline(file: Path, found: Checkpoint) -> None:
+def _compare_pipeline(file: Path, checkpoint: Checkpoint) -> None:
     said = json.loads(file.read_bytes())
-    assert all(isinstance(said.get(name), list) for name in found.components), "a component that is not named"
-    expected = {f"{name}.{name}.w" for name in found.components}
-    assert found.tensors.keys() == expected, "another tensor"
-    assert all(found.read(name).shape == (2, 2) for name in expected), "another tensor"
+    assert all(isinstance(said.get(name), list) for name in checkpoint.components), "a component that is not named"
+    expected = {f"{name}.{name}.w" for name in checkpoint.components}
+    assert checkpoint.tensors.keys() == expected, "another tensor"
+    assert all(checkpoint.read(name).shape == (2, 2) for name in expected), "another tensor"

@@ -37,14 +37,14 @@ def run_guided(kinds: Sequence[str], seconds: int, seed: int, folder: Path) -> l
         last = re.findall(r"#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+)", done.stderr)
         number, branches, features = last[-1] if last else ("0", "0", "0")
         said = home / "findings"
-        found = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
-        if done.returncode and not found:  # what atheris ends with: a time-out, too much memory, a crash of Python
-            found = [f"{kind}: {done.stderr[-1500:]}"]
+        lines = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
+        if done.returncode and not lines:  # what atheris ends with: a time-out, too much memory, a crash of Python
+            lines = [f"{kind}: {done.stderr[-1500:]}"]
         print(
-            f"{kind:>7}  {int(number):,} inputs, {branches} branches ({features} features), {len(found)} findings",
+            f"{kind:>7}  {int(number):,} inputs, {branches} branches ({features} features), {len(lines)} findings",
             flush=True,
         )
-        findings += found
+        findings += lines
     return findings
 
 

@@ -65,7 +65,7 @@ def run(options: Options) -> Iterator[Row | str]:
         both, again = audited([folder / "adapters"], "--workers", "2")
         agrees_again = [_verdicts(report) for report in again] == [_verdicts(report) for report in reports]
         by_path = {report.tuned["path"]: _verdicts(report) for report in reports}
-        agrees = all(by_path[str(found.tuned["path"])] == _verdicts(found) for _, (found,) in sample)
+        agrees = all(by_path[str(report.tuned["path"])] == _verdicts(report) for _, (report,) in sample)
         for how, adapters_done, seconds in (
             ("one", 1, one), ("one by one", count, one * count), ("together", count, together),
             ("together, two workers", count, both),

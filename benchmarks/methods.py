@@ -132,8 +132,8 @@ def peft(problem: Problem) -> Method:
         model.set_adapter("default")
         model.delete_adapter("intruder_reduced")
         seconds, line = said[0]
-        found = re.search(r"Intruders: (\d+)", line)
-        return Answer(int(found[1]) if found else 0, by="peft", seconds=seconds)
+        match = re.search(r"Intruders: (\d+)", line)
+        return Answer(int(match[1]) if match else 0, by="peft", seconds=seconds)
 
     return run
 
@@ -144,8 +144,8 @@ def engine(name: str, problem: Problem, stored: Callable[[], Spectrum | None] | 
     def run() -> Answer:
         base, question = Base(problem.W0, "left", stored=stored), Question(TOP_K, EPSILON, "left")
         comparison = ENGINES[name]().compare(base, problem.update.tuned(problem.W0), question)
-        found = [vector.index for vector in detect(comparison, question) if vector.intruder]
-        return _answer(found, comparison.engine)
+        indices = [vector.index for vector in detect(comparison, question) if vector.intruder]
+        return _answer(indices, comparison.engine)
 
     return run
 
@@ -185,5 +185,5 @@ def compared(what: Row, methods: dict[str, Method], repeat: int) -> Iterator[Row
         }
 
 
-def _answer(found: list[int], by: str) -> Answer:
-    return Answer(len(found), tuple(found), by)
+def _answer(indices: list[int], by: str) -> Answer:
+    return Answer(len(indices), tuple(indices), by)

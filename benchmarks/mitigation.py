@@ -62,7 +62,7 @@ def _ours(
     times = []
     for i in range(options.repeat + 1):
         started = time.perf_counter()
-        found = spectra.mitigate(
+        mitigation = spectra.mitigate(
             home / "adapter", home / f"out{i}", home / "base", scale=SCALE, top_k=TOP_K, epsilon=EPSILON, cache=False
         )
         times.append(time.perf_counter() - started)
@@ -72,11 +72,11 @@ def _ours(
     error = _error(problem.W0.double() + B @ A, wanted, problem)  # alpha / r is 1, and stays so
     yield {
         "shape": problem.shape, "method": "spectra", "seconds": seconds, "× peft": theirs / seconds,
-        "intruders": len(found.scaled), "rank": A.shape[0], "error": error,
-        "agrees": len(found.scaled) == intruders and (error is None or error <= 1e-5),
+        "intruders": len(mitigation.scaled), "rank": A.shape[0], "error": error,
+        "agrees": len(mitigation.scaled) == intruders and (error is None or error <= 1e-5),
     }  # fmt: skip
     weight = problem.update.tuned(problem.W0)
-    indices = [vector.index for vector in found.scaled]
+    indices = [vector.index for vector in mitigation.scaled]
     triplets = leading_triplets(Base(problem.W0), weight, max(indices, default=0) + 1).take(indices)
     change, times = scaled(triplets, np.full(len(indices), SCALE)), []
     for _ in range(10):
@@ -130,8 +130,8 @@ def _theirs(problem: Problem, repeat: int) -> tuple[float, Tensor, int]:
         times.append(time.perf_counter() - started)
     layer = model.base_model.model.q
     weight = layer.get_base_layer().weight.data + layer.get_delta_weight("intruder_reduced").detach()
-    found = [int(line.rpartition(":")[2]) for line in said if "Intruders:" in line]
-    return statistics.median(times), weight, sum(found)
+    counts = [int(line.rpartition(":")[2]) for line in said if "Intruders:" in line]
+    return statistics.median(times), weight, sum(counts)
 
 
 def notes(rows: list[Row]) -> list[str]:

@@ -98,8 +98,8 @@ PLANTED = (
     Planted(
         "a field of an entry that occurs twice",
         "files/headers.py",
-        "            if name in found:\n",
-        "            if name in found and tensor is None:\n",
+        "            if name in entries:\n",
+        "            if name in entries and tensor is None:\n",
         "",
         "header",
     ),
@@ -193,11 +193,11 @@ def inputs_until_found(bug: Planted, folder: Path, most: int = LIMIT, seed: int 
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{bug.name}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout)
-    crashes = found["crashes"]
+    tally = json.loads(done.stdout)
+    crashes = tally["crashes"]
     if crashes and bug.says not in crashes[0]:
         raise RuntimeError(f"{bug.name}: found something else: {crashes[0]}")
-    return int(found["headers"]) if crashes else None
+    return int(tally["headers"]) if crashes else None
 
 
 def find_all(folder: Path, most: int = LIMIT) -> list[str]:

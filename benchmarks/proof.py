@@ -238,20 +238,20 @@ class Outcome:
 
 def prove(seed: int, trial: int, sizes: tuple[int, int] = (1, LARGEST), small_scale: bool = True) -> Outcome:
     """All engines on one case."""
-    found = case(seed, trial, sizes)
-    question = found.question
-    values = reference.max_cosines(found.W0, found.W1, question.top_k, question.side)
-    question = _moved(question, found.near, values)
+    instance = case(seed, trial, sizes)
+    question = instance.question
+    values = reference.max_cosines(instance.W0, instance.W1, question.top_k, question.side)
+    question = _moved(question, instance.near, values)
     if any(value is not None and abs(value - question.epsilon) <= UNDECIDABLE for value in values):
-        return Outcome(found.spectrum, borderline=True)
+        return Outcome(instance.spectrum, borderline=True)
     by_itself, wrong, edges = [], [], 0
-    base_of = {engine: Base(_tensor(found.W0), question.side) for engine in ENGINES}
+    base_of = {engine: Base(_tensor(instance.W0), question.side) for engine in ENGINES}
     for variant, (engine, limits) in VARIANTS.items():
         with changed(limits if small_scale else {}), warnings.catch_warnings():
             warnings.simplefilter("error")
             try:
                 comparison = ENGINES[engine]().compare(
-                    base_of[engine], found.update.tuned(base_of[engine].W0), question
+                    base_of[engine], instance.update.tuned(base_of[engine].W0), question
                 )
             except Exception as error:  # whatever it is, it is no verdict
                 wrong.append(f"{variant}: {type(error).__name__}: {error}")
@@ -259,17 +259,17 @@ def prove(seed: int, trial: int, sizes: tuple[int, int] = (1, LARGEST), small_sc
         if comparison.engine == engine:
             by_itself.append(variant)
         problem = difference(comparison, question, values)
-        if problem and any(not difference(comparison, question, other) for other in _edges(found)):
+        if problem and any(not difference(comparison, question, other) for other in _edges(instance)):
             edges += 1
         elif problem:
             wrong.append(f"{variant} (answered by {comparison.engine}): {problem}")
     return Outcome(
-        spectrum=found.spectrum,
+        spectrum=instance.spectrum,
         vectors=len(values),
         intruders=sum(value is not None and value < question.epsilon for value in values),
         by_itself=tuple(by_itself),
         edges=edges,
-        problems=tuple(f"trial {trial}: {found}\n    {line}" for line in wrong),
+        problems=tuple(f"trial {trial}: {instance}\n    {line}" for line in wrong),
     )
 
 
@@ -297,11 +297,11 @@ def difference(comparison: Answer, question: Question, values: list[float | None
     return None
 
 
-def _edges(found: Case) -> Iterator[list[float | None]]:
+def _edges(instance: Case) -> Iterator[list[float | None]]:
     """The definition with its tolerances a little lower and higher: values that sit on one may go either way."""
     for factor in (1 - DEFINITION_EDGE, 1 + DEFINITION_EDGE):
         with mock.patch.object(reference, "EPS32", reference.EPS32 * factor):
-            yield reference.max_cosines(found.W0, found.W1, found.question.top_k, found.question.side)
+            yield reference.max_cosines(instance.W0, instance.W1, instance.question.top_k, instance.question.side)
 
 
 @contextmanager

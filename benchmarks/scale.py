@@ -74,14 +74,14 @@ class Measured:
             place = Path(folder)
             stored = write_base(place / "base", layers, shapes)
             write_tuned(place / "adapter", layers, shapes, self._rank)
-            found = audit(place / "report.json", place / "adapter", place / "base")
-        looked_at = found["report"]["layers"]
+            result = audit(place / "report.json", place / "adapter", place / "base")
+        looked_at = result["report"]["layers"]
         self.weights += [(float(np.prod(layer["shape"])), layer["seconds"]) for layer in looked_at]
         return {
-            "seconds": found["seconds"],
+            "seconds": result["seconds"],
             "inside": sum(layer["seconds"] for layer in looked_at),
             "stored": stored,
-            "memory": (found["peak"] - self._libraries["peak"]) / 2**30,
+            "memory": (result["peak"] - self._libraries["peak"]) / 2**30,
             "agrees": all(layer["status"] in ("analysed", "proved_small") for layer in looked_at),
         }
 
@@ -90,7 +90,7 @@ class Measured:
         by_size: dict[float, list[float]] = {}
         for size, seconds in self.weights:
             by_size.setdefault(size, []).append(seconds)
-        means = [(size, sum(found) / len(found)) for size, found in by_size.items()]
+        means = [(size, sum(times) / len(times)) for size, times in by_size.items()]
         sizes, seconds_of = np.log(np.array(means, dtype=float)).T
         line = np.polyfit(sizes, seconds_of, 1)
 
@@ -116,27 +116,27 @@ def run(options: Options) -> Iterator[Row | str]:
         law, deep = measured.law(), 0.0
         count = options.layers or CYCLE
         for i in range(count):
-            found = measured(range(i, i + 1), shapes)
-            yield _row(f"70B, layer {i}", 1, found, measured.startup + law(shapes))
-            deep += max(found["seconds"] - measured.startup, found["inside"]) / count
+            facts = measured(range(i, i + 1), shapes)
+            yield _row(f"70B, layer {i}", 1, facts, measured.startup + law(shapes))
+            deep += max(facts["seconds"] - measured.startup, facts["inside"]) / count
         yield _total("70B", models["70B"], deep, measured.startup)
         law = measured.law()
         query = {"self_attn.q_proj": shapes_of(*models["405B"][:3])["self_attn.q_proj"]}
-        found = measured(range(CYCLE), query)
-        yield _row("405B, q_proj alone", CYCLE, found, measured.startup + CYCLE * law(query))
+        facts = measured(range(CYCLE), query)
+        yield _row("405B, q_proj alone", CYCLE, facts, measured.startup + CYCLE * law(query))
         yield _total("405B", models["405B"], measured.law()(shapes_of(*models["405B"][:3])), measured.startup)
 
 
-def _row(model: str, layers: int, found: dict[str, Any], predicted: float | None) -> Row:
+def _row(model: str, layers: int, facts: dict[str, Any], predicted: float | None) -> Row:
     return {
         "model": model,
         "layers": layers,
-        "GB stored": found["stored"] / 1e9,
-        "seconds": found["seconds"],
+        "GB stored": facts["stored"] / 1e9,
+        "seconds": facts["seconds"],
         "predicted": predicted,
-        "seconds/predicted": found["seconds"] / predicted if predicted else None,
-        "GiB above the libraries": found["memory"],
-        "agrees": found["agrees"],
+        "seconds/predicted": facts["seconds"] / predicted if predicted else None,
+        "GiB above the libraries": facts["memory"],
+        "agrees": facts["agrees"],
     }
 
 

@@ -122,22 +122,22 @@ def run(options: Options) -> Iterator[Row | str]:
 
 
 def _row(engine: str, result: dict[str, Any], weights: int, libraries: int, rank: int, width: int) -> Row:
-    found = result["report"]["layers"]
-    inside = sum(layer["seconds"] for layer in found)
-    whole = result["seconds"] if len(found) == weights else inside / len(found) * weights
+    layers = result["report"]["layers"]
+    inside = sum(layer["seconds"] for layer in layers)
+    whole = result["seconds"] if len(layers) == weights else inside / len(layers) * weights
     return {
         "engine": engine,
         "width": width,
         "weights": weights,
-        "measured": len(found),
+        "measured": len(layers),
         "rank": rank,
         "seconds": result["seconds"],
         "seconds for all": whole,
         "GiB above the libraries": (result["peak"] - libraries) / 2**30,
-        "answered by": _counted(layer["engine"] or layer["status"] for layer in found),
-        "status": _counted(layer["status"] for layer in found),
-        "intruders": sum(layer["intruders"] or 0 for layer in found),
-        "with intruders": sum(bool(layer["intruders"]) for layer in found),
+        "answered by": _counted(layer["engine"] or layer["status"] for layer in layers),
+        "status": _counted(layer["status"] for layer in layers),
+        "intruders": sum(layer["intruders"] or 0 for layer in layers),
+        "with intruders": sum(bool(layer["intruders"]) for layer in layers),
         "agrees": True,
     }
 

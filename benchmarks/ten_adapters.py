@@ -55,8 +55,8 @@ def run(options: Options) -> Iterator[Row | str]:
         audited(1, "auto")  # libraries and page cache are warm
         one, _ = audited(1, "exact")
         two, exact = audited(2, "exact")
-        found = [peft(Problem("lora", W0, *modules[name]))() for name, W0 in bases.items()]
-        incumbent = len(RANKS) * sum(answer.seconds or 0.0 for answer in found)
+        answers = [peft(Problem("lora", W0, *modules[name]))() for name, W0 in bases.items()]
+        incumbent = len(RANKS) * sum(answer.seconds or 0.0 for answer in answers)
 
         def row(method: str, seconds: float, reports: list[Report], how: str = "measured") -> Row:
             return {
@@ -77,8 +77,8 @@ def run(options: Options) -> Iterator[Row | str]:
             "how": f"the last one, times {len(RANKS)}",
             "answered by": "peft",
             "adapters": 1,
-            "intruders": sum(answer.count for answer in found),
-            "agrees": sum(answer.count for answer in found) == _count(spectra.audit(adapters[-1], base, cache=False)),
+            "intruders": sum(answer.count for answer in answers),
+            "agrees": sum(answer.count for answer in answers) == _count(spectra.audit(adapters[-1], base, cache=False)),
         }
         yield row("exact", one + (len(RANKS) - 1) * (two - one), exact, "extrapolated from 1 and 2")
         for method in ("krylov", "cached", "auto"):

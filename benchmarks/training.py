@@ -45,8 +45,8 @@ class Done:
     watch: Monitor | None = None
 
     def weights(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = self.model.state_dict()
-        return found
+        state: dict[str, Tensor] = self.model.state_dict()
+        return state
 
 
 def minilm(steps: int, every: int | None, folder: Path, max_share: float | None = 0.02) -> Done:

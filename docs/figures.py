@@ -226,13 +226,13 @@ def null() -> Figure:
     compared = spectra.compare([FIXTURES / "lora-r4"], BASE, draws=60, include=["model.layers.0.*"], threads=1)
     report = compared.reports[0]
     counts = np.sum([layer.null["counts"] for layer in report.layers if layer.null], axis=0)
-    found = report.total("all")
+    total = report.total("all")
     figure = new_figure(SINGLE * 1.4, 2.2)
     axes = figure.subplots()
-    axes.hist(counts, bins=[count - 0.5 for count in range(min(*counts, found), max(*counts, found) + 2)], color=GREY)
-    axes.axvline(found, color=BLUE)
+    axes.hist(counts, bins=[count - 0.5 for count in range(min(*counts, total), max(*counts, total) + 2)], color=GREY)
+    axes.axvline(total, color=BLUE)
     axes.annotate(
-        "the adapter", (found, 0.92), xycoords=("data", "axes fraction"), textcoords="offset points", xytext=(4, 0),
+        "the adapter", (total, 0.92), xycoords=("data", "axes fraction"), textcoords="offset points", xytext=(4, 0),
         color=BLUE, fontsize=SMALL,
     )  # fmt: skip
     axes.set(xlabel="intruders in the first block", ylabel="of 60 random updates")

@@ -47,13 +47,13 @@ def sections(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 def entries(lines: list[str]) -> Iterator[tuple[str, str]]:
     """(names, text) of each entry of a section: continuation lines are indented, or the names end in a comma."""
-    found: list[str] = []
+    joined: list[str] = []
     for line in lines:
-        if line.startswith(" ") or (found and found[-1].endswith((",", " :"))):
-            found[-1] += " " + line.strip()
+        if line.startswith(" ") or (joined and joined[-1].endswith((",", " :"))):
+            joined[-1] += " " + line.strip()
         elif line.strip():
-            found.append(line)
-    for entry in found:
+            joined.append(line)
+    for entry in joined:
         names, colon, text = entry.partition(" : ") if " : " in entry else entry.partition(" :")
         yield (names.strip(), text.strip()) if colon else ("", entry.strip())
 
@@ -64,7 +64,7 @@ def field(title: str, lines: list[str]) -> Iterator[str]:
     for names, text in entries(lines):
         text = escaped(text)
         if title == "Raises":
-            names = EXCEPTION.sub(lambda found: f":exc:`~spectra.errors.{found[0]}`", names)
+            names = EXCEPTION.sub(lambda match: f":exc:`~spectra.errors.{match[0]}`", names)
         elif title == "Returns":
             names = f"*{names}*"
         else:

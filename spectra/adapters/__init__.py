@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from spectra.adapters.diffusers import DiffusersLora
-from spectra.adapters.factors import StoredFactors, found_in
+from spectra.adapters.factors import StoredFactors, placed_in
 from spectra.adapters.full import FullCheckpoint, WholeTensor
 from spectra.adapters.gguf import GgufLora, with_heads
 from spectra.adapters.kohya import KohyaLora
@@ -43,7 +43,7 @@ def against_base(plan: Plan, base: Checkpoint) -> Plan:
     ------
     WrongBaseError : several weights of the base could be meant, or it does not tell what is needed.
     """
-    return against_parameters(with_heads(found_in(plan, base), base), base)
+    return against_parameters(with_heads(placed_in(plan, base), base), base)
 
 
 def plan_updates(tuned: Checkpoint, initial: Checkpoint | None = None) -> Plan:

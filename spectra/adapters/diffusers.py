@@ -62,8 +62,8 @@ class DiffusersLora:
         if tuned.adapter_config is not None:
             return False
         names = [name for name in tuned.tensors if not _GPT.fullmatch(name)]
-        found = ((name, _parse(name, bare=False)) for name in names)
-        if any(parsed is not None and parsed[2] != "alpha" for _, parsed in found):
+        parses = ((name, _parse(name, bare=False)) for name in names)
+        if any(parsed is not None and parsed[2] != "alpha" for _, parsed in parses):
             return True
         return any(name.endswith(".lora_A.weight") for name in names) and _is_bare(tuned)
 
@@ -141,12 +141,12 @@ class _Factors:
 def _updates(
     component: str, modules: Mapping[str, Mapping[str, TensorInfo]], config: _Config | None
 ) -> list[StoredFactors]:
-    found = [_factors(f"{component}.{name}", name, slot) for name, slot in modules.items()]
-    without = NO_ALPHA if len({item.rank for item in found}) < 2 else NO_ALPHAS
+    factors = [_factors(f"{component}.{name}", name, slot) for name, slot in modules.items()]
+    without = NO_ALPHA if len({item.rank for item in factors}) < 2 else NO_ALPHAS
     if config is None:
-        _check_alphas(component, found)
+        _check_alphas(component, factors)
     updates = []
-    for item in found:
+    for item in factors:
         notes: tuple[str, ...] = ()
         if item.alpha is not None:
             alpha: float | None = scalar(item.alpha)
@@ -208,10 +208,10 @@ def _factors(module: str, name: str, slot: Mapping[str, TensorInfo]) -> _Factors
     return _Factors(name, downs[0], ups[0], rank, slot.get("alpha"), magnitude)
 
 
-def _check_alphas(component: str, found: Sequence[_Factors]) -> None:
+def _check_alphas(component: str, factors: Sequence[_Factors]) -> None:
     """Raises where no config and not all alphas are there, and what is missing could be several numbers."""
-    without = [item for item in found if item.alpha is None]
-    if without and len(without) < len(found):
+    without = [item for item in factors if item.alpha is None]
+    if without and len(without) < len(factors):
         raise UnsupportedMethodError(
             without[0].down.file,
             f"other modules of {component} have an alpha, this one has none: it could be its rank, or theirs",
@@ -221,13 +221,13 @@ def _check_alphas(component: str, found: Sequence[_Factors]) -> None:
 
 def _configs(tuned: Checkpoint, components: Mapping[str, object]) -> dict[str, _Config]:
     """component → PEFT's config of it, as the headers hold it."""
-    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    fields: dict[str, dict[str, Any]] = defaultdict(dict)
     for file in tuned.files:
         for key, value in _metadata(file).items():
             component, _, field = (ALONE, "", key) if ALONE in components else key.partition(".")
             if component in components:
-                found[component][field] = value
-    return {component: _Config(tuned.files[0], values) for component, values in found.items()}
+                fields[component][field] = value
+    return {component: _Config(tuned.files[0], values) for component, values in fields.items()}
 
 
 def _metadata(file: Path) -> dict[str, Any]:

@@ -210,11 +210,11 @@ def alpha_of(info: TensorInfo | None, rank: int) -> tuple[float, float, tuple[st
 def common_facts(updates: Iterable[PlannedUpdate]) -> dict[str, Any]:
     """Rank, alpha and scaling of a fine-tune as a whole; null where modules differ."""
     updates = list(updates)
-    found = {}
+    facts = {}
     for key in ("rank", "alpha", "scaling"):
         distinct = {getattr(update, key) for update in updates}
-        found[key] = distinct.pop() if len(distinct) == 1 else None
-    return found
+        facts[key] = distinct.pop() if len(distinct) == 1 else None
+    return facts
 
 
 class Placeable(PlannedUpdate, Protocol):
@@ -239,7 +239,7 @@ def _is_placeable(update: PlannedUpdate) -> TypeGuard[Placeable]:
     return bool(getattr(update, "component", ""))
 
 
-def found_in(plan: Plan, base: Checkpoint) -> Plan:
+def placed_in(plan: Plan, base: Checkpoint) -> Plan:
     """The plan with the modules of a :class:`Placeable` found among the base's names.
 
     All modules of one component stand under one prefix of the base: the one under which most of them fit.  Components
@@ -265,14 +265,14 @@ def found_in(plan: Plan, base: Checkpoint) -> Plan:
                 "transformers: without its adapter_config.json its alpha is not known",
             )
     indices = {joint: _ends(base, joint) for joint in {update.joint for group in groups.values() for update in group}}
-    found: dict[str, PlannedUpdate] = {}
+    placed: dict[str, PlannedUpdate] = {}
     absent: list[str] = []
     for component, group in groups.items():
         resolved = _resolve(base, group, _within(base, component, indices[group[0].joint]))
         if resolved is None:
             absent.append(component)
         else:
-            found |= resolved
+            placed |= resolved
     if len(absent) == len(groups):
         absent = []
     skipped = [
@@ -280,7 +280,7 @@ def found_in(plan: Plan, base: Checkpoint) -> Plan:
         for component in absent for update in groups[component]
     ]  # fmt: skip
     left = {item.name for item in skipped}
-    updates = tuple(found.get(update.module, update) for update in plan.updates if update.module not in left)
+    updates = tuple(placed.get(update.module, update) for update in plan.updates if update.module not in left)
     return replace(plan, updates=updates, skipped=(*plan.skipped, *skipped))
 
 
@@ -296,13 +296,13 @@ def _within(
 
 def _ends(base: Checkpoint, joint: str) -> dict[str, list[tuple[str, str]]]:
     """End of a module's name, its parts joined → (what stands before it, tensor) of each weight with such a name."""
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    ends: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, info in base.weights.items():
         if name.endswith(".weight") and len(info.shape) >= 2:
             parts = name.split(".")[:-1]
             for length in range(1, min(len(parts), DEEPEST) + 1):
-                found[joint.join(parts[-length:])].append((".".join(parts[:-length]), name))
-    return found
+                ends[joint.join(parts[-length:])].append((".".join(parts[:-length]), name))
+    return ends
 
 
 def _resolve(
@@ -326,18 +326,18 @@ def _resolve(
         raise WrongBaseError(
             base.path, f"as many modules of {group[0].component} fit {listed}; Spectra does not guess which are meant"
         )
-    found: dict[str, PlannedUpdate] = {}
+    resolved: dict[str, PlannedUpdate] = {}
     for update in group:
         fitting = sorted(name for prefix, name in options[update.module] if prefix == prefixes[0])
         if len(fitting) > 1:
             listed = ", ".join(map(repr, fitting))
             raise WrongBaseError(base.path, f"{update.module!r} could be any of {listed}; Spectra does not guess")
         if fitting:
-            found[update.module] = update.placed(fitting[0], base.weights[fitting[0]].shape)
+            resolved[update.module] = update.placed(fitting[0], base.weights[fitting[0]].shape)
         else:  # there in another shape, or not at all: matching says which
             misfits = [name for prefix, name in named.get(names[update.module], ()) if prefix == prefixes[0]]
-            found[update.module] = update.looked_for(tuple(misfits) or update.targets)
-    return found
+            resolved[update.module] = update.looked_for(tuple(misfits) or update.targets)
+    return resolved
 
 
 def _options(

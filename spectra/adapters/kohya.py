@@ -159,12 +159,12 @@ def _update(module: _Module, slot: dict[str, TensorInfo]) -> StoredFactors:
 
 def _numbered(slot: dict[str, TensorInfo], factor: str) -> dict[int, TensorInfo]:
     """The parts of a factor by number; one that has no number is the first."""
-    found: dict[int, TensorInfo] = {}
+    parts: dict[int, TensorInfo] = {}
     for tail, info in slot.items():
         if tail.startswith(factor):
             middle = tail.removeprefix(factor).removesuffix(".weight")
             number = int(middle[1:]) if middle else 0
-            if number in found:
+            if number in parts:
                 raise AdapterError(info.file, f"{factor} occurs twice for one module", info.name)
-            found[number] = info
-    return found
+            parts[number] = info
+    return parts

@@ -57,8 +57,8 @@ def read_module(module: str, component: str, name: str, joint: str, slot: Slot) 
     slot = {
         factor.removesuffix(".weight") if factor.startswith("lora_") else factor: info for factor, info in slot.items()
     }
-    found = [(method, [one for one in slot if re.fullmatch(method[1], one)]) for method in _METHODS]
-    (label, _, read, with_dora), own = next((item for item in found if item[1]), (_METHODS[-1], []))
+    matches = [(method, [one for one in slot if re.fullmatch(method[1], one)]) for method in _METHODS]
+    (label, _, read, with_dora), own = next((item for item in matches if item[1]), (_METHODS[-1], []))
     for factor, info in slot.items():
         known = factor in own or factor == "alpha" or (with_dora and factor == "dora_scale")
         if not known:

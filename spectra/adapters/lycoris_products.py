@@ -32,18 +32,19 @@ WHOLE_LOKR = "both factors are whole, so that the scaling is 1, as lycoris loads
 class LycorisUpdate(MethodUpdate):
     """The factors of one module; ``component``, ``name`` and ``joint`` are those of ``StoredFactors``.
 
-    ``dora`` says over what the norms in ``dora_scale`` were taken; ``found`` is the base's tensor, once it is known.
+    ``dora`` says over what the norms in ``dora_scale`` were taken; ``base_names`` has the base's tensor, once it is
+    known.
     """
 
     component: str = ""
     name: str = ""
     joint: str = "_"
     dora: Literal["rows", "columns"] | None = None
-    found: tuple[str, ...] = ()
+    base_names: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return self.found or (f"{self.name}.weight",)
+        return self.base_names or (f"{self.name}.weight",)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -76,10 +77,10 @@ class LycorisUpdate(MethodUpdate):
         return self.layout_in(stored, _PLAIN) is not None
 
     def placed(self, name: str, stored: tuple[int, ...]) -> LycorisUpdate:
-        return replace(self, module=name.removesuffix(".weight"), found=(name,))
+        return replace(self, module=name.removesuffix(".weight"), base_names=(name,))
 
     def looked_for(self, names: tuple[str, ...]) -> LycorisUpdate:
-        return replace(self, found=names)
+        return replace(self, base_names=names)
 
     def form(self, values: dict[str, Tensor], layout: Layout) -> Update:
         from spectra.updates.multiplied import Normed

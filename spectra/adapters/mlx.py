@@ -183,9 +183,9 @@ def _update(config: _Config, module: str, slot: dict[str, TensorInfo]) -> Stored
         raise AdapterError(B.file, f"its first dimension is {B.shape[0]}, but {A.name!r} has rank {rank}", B.name)
     _check_rank(config, A, rank, "second")
     if config.use_dora != (magnitude is not None):
-        found = "none" if magnitude is None else "one"
+        stored = "none" if magnitude is None else "one"
         raise AdapterError(
-            A.file, f"the config's fine_tune_type is {config.kind}, but of m there is {found} for this module", A.name
+            A.file, f"the config's fine_tune_type is {config.kind}, but of m there is {stored} for this module", A.name
         )
     embedding = role_of(module, 2) == "embedding"
     if magnitude is not None:

@@ -43,9 +43,9 @@ class Unsupported:
         return tuned.adapter_config is None and self._method(tuned) is not None
 
     def plan(self, tuned: Checkpoint) -> Plan:
-        found = self._method(tuned)
-        assert found is not None
-        tensor, method = found
+        foreign = self._method(tuned)
+        assert foreign is not None
+        tensor, method = foreign
         raise UnsupportedMethodError(
             tuned.tensors[tensor].file, f"this is {method}, which this version cannot read", tensor
         )

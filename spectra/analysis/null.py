@@ -113,13 +113,13 @@ class _RandomUpdates:
         """The ``wanted`` largest singular values of W1, and their vectors of the short side."""
         r = B.shape[1]
         SF = self.S[:, None] * F
-        found = None
+        eigenpairs = None
         if wanted < self.p and self.p >= SMALL and 2 * LARGEST_SHARE * r <= self.p:
             eye = torch.eye(r, dtype=torch.float64)
             middle = torch.cat([torch.cat([eye, eye], 1), torch.cat([eye, torch.zeros_like(eye)], 1)])
-            found = DiagonalPlusLowRank(self.S**2, torch.cat([B, SF], 1), middle).leading(wanted, TOLERANCE)
-        if found is not None:
-            theta, P, _ = found
+            eigenpairs = DiagonalPlusLowRank(self.S**2, torch.cat([B, SF], 1), middle).leading(wanted, TOLERANCE)
+        if eigenpairs is not None:
+            theta, P, _ = eigenpairs
         else:
             H = (SF + B / 2) @ B.T
             H += H.T.clone()

@@ -147,11 +147,11 @@ def update_spectrum(tuned: TunedWeight, side: Side, keep: int) -> Spectrum:
     """
     factors = tuned.low_rank()
     if factors is None:
-        found = decompose_gram(DenseWeight(tuned.W0, tuned.delta()), side, keep=keep)
+        spectrum = decompose_gram(DenseWeight(tuned.W0, tuned.delta()), side, keep=keep)
     else:
         U, s, Vh = product_svd(*factors)
-        found = Spectrum(s, U if side == "left" else Vh.T, side, np.zeros(s.size), 0.0, tuned.shape, "factors")
-    return replace(found, vectors=found.vectors[:, : min(keep, found.rank)].clone())
+        spectrum = Spectrum(s, U if side == "left" else Vh.T, side, np.zeros(s.size), 0.0, tuned.shape, "factors")
+    return replace(spectrum, vectors=spectrum.vectors[:, : min(keep, spectrum.rank)].clone())
 
 
 def weight_curve(count: Callable[[float], int], at_one: int) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def weight_curve(count: Callable[[float], int], at_one: int) -> dict[str, Any]:
     monotone: the threshold is the first crossing seen on the grid, then refined to 1 %.
     """
     counts = [(weight, at_one if weight == 1 else count(weight)) for weight in WEIGHTS]
-    first = next((place for place, (_, found) in enumerate(counts) if found), None)
+    first = next((place for place, (_, intruders) in enumerate(counts) if intruders), None)
     threshold = None
     if first is not None:
         high = counts[first][0]

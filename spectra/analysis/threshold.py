@@ -146,10 +146,10 @@ class _SpikedModel:
             theta, branch, excess = self.evaluate(stretch, t)
         # Along each branch from its σ_i outwards: where the condition first holds, and the point before.
         for which, order in ((1, np.arange(t.size)), (-1, np.arange(t.size)[::-1])):
-            found = np.flatnonzero(((branch == which) & (excess < 1))[order])
-            if not found.size:
+            places = np.flatnonzero(((branch == which) & (excess < 1))[order])
+            if not places.size:
                 continue
-            inside, before = order[found[0]], order[max(found[0] - 1, 0)]
+            inside, before = order[places[0]], order[max(places[0] - 1, 0)]
             if theta[before] < best:  # no θ between the two is less than that
                 best = min(best, self._bisect(stretch, t[before], t[inside]))
         return best

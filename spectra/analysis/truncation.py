@@ -99,8 +99,8 @@ def _svd_of_dense(dW: Tensor, rank: int | None) -> tuple[Tensor, np.ndarray, Ten
     check_finite(dW)
     side: Side = "left" if dW.shape[0] <= dW.shape[1] else "right"
     small = min(dW.shape) <= SVD_UP_TO
-    found = decompose(dW, side) if small else decompose_gram(DenseWeight(dW, dW), side, keep=rank)
-    s, X = found.s, found.vectors
+    spectrum = decompose(dW, side) if small else decompose_gram(DenseWeight(dW, dW), side, keep=rank)
+    s, X = spectrum.s, spectrum.vectors
     inverse = torch.from_numpy(1 / np.where(s > np.finfo(float).tiny, s, np.inf)[: X.shape[1]]).to(X.device)
     # The other side's vectors only ever occur times σ, so small ones lose nothing.
     if side == "left":

@@ -242,8 +242,8 @@ def _beside(report: Report, options: argparse.Namespace) -> str:
     from spectra.sources.resolve import Access, open_tuned
     from spectra.tasks.inspect import beside
 
-    found = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
-    return f"\nalso here, not read: {in_words(found)}\n" if found else ""
+    names = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
+    return f"\nalso here, not read: {in_words(names)}\n" if names else ""
 
 
 def _crossed(reports: Sequence[Report], options: argparse.Namespace) -> dict[str, str]:

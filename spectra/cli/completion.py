@@ -66,11 +66,11 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 def arguments_of(parser: argparse.ArgumentParser) -> list[Any]:
     """Every option and positional argument, those of commands included."""
-    found: list[Any] = []
+    arguments: list[Any] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                found += arguments_of(command)
+                arguments += arguments_of(command)
         else:
-            found.append(action)
-    return found
+            arguments.append(action)
+    return arguments

@@ -36,18 +36,22 @@ def run(options: argparse.Namespace) -> int:
 
     if options.initial_adapter is not None and len(options.paths) > 1:
         raise UsageError("--initial-adapter is the initial adapter of one fine-tune; give one PATH")
-    found, code = [], OK
+    inspections, code = [], OK
     for path in options.paths:
         try:
-            found.append(inspect(path, options.base, **{name: getattr(options, name) for name in READING}))
+            inspections.append(inspect(path, options.base, **{name: getattr(options, name) for name in READING}))
         except SpectraError as error:
             complain(error)
             code = BAD
         else:
-            if options.base is not None and found[-1].problem:  # the one that was named does not fit
-                complain(found[-1].problem)
+            if options.base is not None and inspections[-1].problem:  # the one that was named does not fit
+                complain(inspections[-1].problem)
                 code = BAD
-    if found:
-        text = to_json(found) if options.format == "json" else render_inspection(found, verbose=options.verbose)
+    if inspections:
+        text = (
+            to_json(inspections)
+            if options.format == "json"
+            else render_inspection(inspections, verbose=options.verbose)
+        )
         emit(text, None)
     return code

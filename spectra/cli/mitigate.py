@@ -171,9 +171,9 @@ def _verify(options: argparse.Namespace) -> int:
 
     chosen = {name: getattr(options, name) for name in CHECKING}
     with progress(options.quiet, options.verbose) as show:
-        found = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
-    emit(_rendered(found, options), None)
-    return OK if found.holds else GATE
+        verification = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
+    emit(_rendered(verification, options), None)
+    return OK if verification.holds else GATE
 
 
 def _checked(
@@ -201,19 +201,19 @@ def _by_pattern(
     option: str, texts: Sequence[str], read: Callable[[str], Value], *, bare: str | None = None
 ) -> dict[str, Value]:
     """PATTERN=VALUE by pattern, in the order given; first, under ``bare``, a value that has none."""
-    found: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for text in sorted(texts, key=lambda text: "=" in text):  # what has no pattern is for the rest
         pattern, equals, value = text.rpartition("=")
         if (equals and not pattern) or (not equals and bare is None):
             raise UsageError(f"{option} {text}: expected PATTERN=VALUE")
         name = pattern if equals else str(bare)
-        if name in found:
+        if name in values:
             raise UsageError(f"{option} {text}: a second value for {'the rest' if name == bare else name}")
         try:
-            found[name] = read(value)
+            values[name] = read(value)
         except ValueError as error:
             raise UsageError(f"{option} {text}: {error}") from None
-    return found
+    return values
 
 
 def _scale(text: str) -> float:
@@ -228,7 +228,7 @@ def _scale(text: str) -> float:
 
 def _indices(text: str) -> list[int]:
     """ "0,2-4" as [0, 2, 3, 4]."""
-    found: set[int] = set()
+    indices: set[int] = set()
     for part in map(str.strip, text.split(",")):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
@@ -236,8 +236,8 @@ def _indices(text: str) -> list[int]:
         start, end = int(first), int(last or first)
         if not start <= end < start + LONGEST:
             raise ValueError(f"{part!r} is no rising range of at most {LONGEST} indices")
-        found.update(range(start, end + 1))
-    return sorted(found)
+        indices.update(range(start, end + 1))
+    return sorted(indices)
 
 
 def _tell(mitigation: Mitigation, options: argparse.Namespace) -> None:

@@ -243,10 +243,10 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
 
 
 def _open_gguf(path: Path, file: Path) -> Checkpoint:
-    found = read_gguf(file)
-    if found.fields.get("general.type") == "adapter":
-        return Checkpoint(path, "gguf adapter", found.tensors, found.fields)
-    tensors, config = model_of(file, found)
+    gguf = read_gguf(file)
+    if gguf.fields.get("general.type") == "adapter":
+        return Checkpoint(path, "gguf adapter", gguf.tensors, gguf.fields)
+    tensors, config = model_of(file, gguf)
     return Checkpoint(path, "gguf", tensors, config)
 
 
@@ -337,12 +337,12 @@ def _open_pickled(folder: Path, pickles: list[Path], config: Mapping[str, Any]) 
     indices = sorted(folder.glob("*.bin.index.json"))
     named = [path for path in pickles if path.name in PICKLED_FILES]
     weights = [path for path in pickles if not TRAINING_STATE.match(path.name)]
-    for found, what in ((named, "weight files"), (indices, "indices"), (weights, "weight files and no index")):
-        if len(found) > 1:
-            _check_shards(folder, found, "pytorch_model.bin.index.json")
-            raise AmbiguousFilesError(folder, f"several {what}: {_names(found)}; name one of them")
-        if found:
-            file = check_within(found[0], folder)
+    for files, what in ((named, "weight files"), (indices, "indices"), (weights, "weight files and no index")):
+        if len(files) > 1:
+            _check_shards(folder, files, "pytorch_model.bin.index.json")
+            raise AmbiguousFilesError(folder, f"several {what}: {_names(files)}; name one of them")
+        if files:
+            file = check_within(files[0], folder)
             return _open_sharded(file, True) if what == "indices" else _of_file(folder, file, config, allow_pickle=True)
     raise MissingFileError(folder, f"no weights here, only a trainer's state: {_names(pickles)}")
 

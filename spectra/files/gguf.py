@@ -88,12 +88,12 @@ class GgufTensor(ForeignTensor):
         row = 1 if whole else math.prod(self.shape[1:])
         wanted = max(0, end - begin) * row
         try:
-            found = np.fromfile(self.file, kinds[self.dtype], wanted, offset=self.span[0] + begin * row * width)
+            values = np.fromfile(self.file, kinds[self.dtype], wanted, offset=self.span[0] + begin * row * width)
         except (OSError, ValueError) as error:
             raise CorruptFileError(self.file, f"could not be read: {error}", self.name) from None
-        if found.size != wanted:
+        if values.size != wanted:
             raise CorruptFileError(self.file, "the file changed while it was being read", self.name)
-        tensor = torch.from_numpy(found)
+        tensor = torch.from_numpy(values)
         if self.dtype == "BF16":
             tensor = tensor.view(torch.bfloat16)
         if not whole:
@@ -143,11 +143,11 @@ class _Cursor:
             self._file.seek(self.at)
             self._buffer, self._start = self._file.read(max(count, CHUNK)), self.at
         begin = self.at - self._start
-        found = self._buffer[begin : begin + count]
-        if len(found) < count:
+        data = self._buffer[begin : begin + count]
+        if len(data) < count:
             raise CorruptFileError(self.path, "truncated: it ends within its header")
         self.at += count
-        return found
+        return data
 
     def skip(self, count: int) -> None:
         self._check(count)
@@ -181,12 +181,12 @@ class _Cursor:
         if not 0 < length <= MAX_NAME:
             raise CorruptFileError(self.path, f"malformed: {what} of {length:,} bytes; expected 1 to {MAX_NAME}")
         try:
-            found = self.take(length).decode()
+            text = self.take(length).decode()
         except UnicodeDecodeError:
-            found = "\0"
-        if not found.isprintable():
+            text = "\0"
+        if not text.isprintable():
             raise CorruptFileError(self.path, f"malformed: {what} that is no text")
-        return found
+        return text
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -326,7 +326,7 @@ def module_of(path: Path, architecture: str, name: str) -> tuple[str | None, str
     return f"model.layers.{match[1]}.{MODULES[architecture][match[2]]}", match[2]
 
 
-def model_of(path: Path, found: GgufFile) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+def model_of(path: Path, gguf: GgufFile) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
     """A model's tensors under the names of transformers, and what of its config the file tells.
 
     Raises
@@ -334,15 +334,15 @@ def model_of(path: Path, found: GgufFile) -> tuple[dict[str, TensorInfo], dict[s
     UnsupportedMethodError : no model, or one of an architecture that was not checked.
     CorruptFileError : numbers of heads that do not fit.
     """
-    kind, architecture = found.fields.get("general.type", "model"), found.fields.get("general.architecture")
+    kind, architecture = gguf.fields.get("general.type", "model"), gguf.fields.get("general.architecture")
     if kind != "model" or not isinstance(architecture, str):
         raise UnsupportedMethodError(path, f"general.type = {str(kind)[:40]!r}: neither a model nor a LoRA")
-    if found.fields.get(f"{architecture}.expert_count"):
+    if gguf.fields.get(f"{architecture}.expert_count"):
         raise UnsupportedMethodError(path, "a GGUF file of a mixture of experts cannot be read by this version")
-    heads = found.fields.get(f"{architecture}.attention.head_count")
-    key_heads = found.fields.get(f"{architecture}.attention.head_count_kv", heads)
+    heads = gguf.fields.get(f"{architecture}.attention.head_count")
+    key_heads = gguf.fields.get(f"{architecture}.attention.head_count_kv", heads)
     tensors: dict[str, TensorInfo] = {}
-    for name, info in found.tensors.items():
+    for name, info in gguf.tensors.items():
         own, _, tail = name.rpartition(".")
         module, part = module_of(path, architecture, own)
         renamed = name if module is None else f"{module}.{tail}"

@@ -200,12 +200,12 @@ def read_json(path: Path, *, unique: bool = False, index: bool = False) -> dict[
 
 def _unique(path: Path, tensor: str | None = None) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for name, value in pairs:
-            if name in found:
+            if name in entries:
                 raise CorruptFileError(path, f"{name[:MAX_NAME]!r} occurs twice", tensor)
-            found[name] = value
-        return found
+            entries[name] = value
+        return entries
 
     return hook
 
@@ -270,32 +270,32 @@ def _read_entries(path: Path, file: BinaryIO, length: int, size: int, stamp: Sta
     while after == b",":
         scanner.fill()
         begun = scanner.at
-        found = scanner.take(_NAME)
-        if found is None:
+        key = scanner.take(_NAME)
+        if key is None:
             if len(scanner.rest) > MAX_ENTRY_BYTES and scanner.rest.lstrip().startswith(b'"'):
                 raise CorruptFileError(path, f"a tensor's name is longer than {MAX_NAME} letters: malformed")
             raise not_json
-        name = _checked_name(path, found[1])
+        name = _checked_name(path, key[1])
         if name == "__metadata__":
             after = _skip_metadata(path, scanner)
             continue
         if name in tensors:
             raise CorruptFileError(path, "this name occurs twice in the header", name)
         scanner.fill()
-        found = scanner.take(_VALUE)
-        if found is None:
+        entry = scanner.take(_VALUE)
+        if entry is None:
             begins = repr(scanner.rest[:40].decode(errors="replace"))
             raise CorruptFileError(path, f"malformed: its entry in the header is not JSON, or not one: {begins}", name)
-        tensors[name] = _tensor(path, name, found[1], 8 + length, stamp)
+        tensors[name] = _tensor(path, name, entry[1], 8 + length, stamp)
         used += scanner.at - begun
         if used > max(MANY_ENTRIES_BYTES, size - length):
             raise CorruptFileError(path, "malformed: its header is larger than the data that it describes")
-        after = found[2]
+        after = entry[2]
     blank = 0
     while scanner.fill():
-        found = scanner.take(_BLANK)
-        blank += len(found[0]) if found else 0
-        if not found or not found[0]:
+        padding = scanner.take(_BLANK)
+        blank += len(padding[0]) if padding else 0
+        if not padding or not padding[0]:
             raise not_json
         if blank > MAX_PADDING_BYTES:
             raise CorruptFileError(path, f"malformed: its header ends in over {MAX_PADDING_BYTES:,} bytes of padding")
@@ -328,10 +328,10 @@ class _Scanner:
         return self.at < len(self._buffer)
 
     def take(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-        found = pattern.match(self._buffer, self.at)
-        if found:
-            self.at = found.end()
-        return found
+        match = pattern.match(self._buffer, self.at)
+        if match:
+            self.at = match.end()
+        return match
 
 
 def _checked_name(path: Path, stored: bytes) -> str:
@@ -356,8 +356,8 @@ def _skip_metadata(path: Path, scanner: _Scanner) -> bytes:
         raise wrong
     passed, within = 0, False
     while scanner.fill():
-        found = scanner.take(_INSIDE if within else _BETWEEN)
-        passed += len(found[0]) if found else 0
+        match = scanner.take(_INSIDE if within else _BETWEEN)
+        passed += len(match[0]) if match else 0
         mark = scanner.rest[:1]
         if passed > MAX_METADATA_BYTES:
             raise CorruptFileError(path, f"malformed: __metadata__ of over {MAX_METADATA_BYTES:,} bytes")

@@ -128,12 +128,12 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if length > min(most, MAX_PICKLE_BYTES):
                 raise CorruptFileError(path, f"malformed: its pickle has {length:,} bytes, more than what it describes")
             file.seek(place)
-            found = _Follower(path).follow(file.read(length), min(SOME_STEPS + length // 2, MOST_STEPS))
+            content = _Follower(path).follow(file.read(length), min(SOME_STEPS + length // 2, MOST_STEPS))
     except MissingFileError:
         raise
     except OSError as error:
         raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
-    return _tensors(archive, found)
+    return _tensors(archive, content)
 
 
 class _Follower:
@@ -154,12 +154,12 @@ class _Follower:
                 if opcode.name == "STOP":
                     break
                 self._step(opcode.name, argument)
-            (found,) = self.stack
+            (content,) = self.stack
         except SpectraError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CorruptFileError(self.path, f"malformed pickle: {str(error)[:100]}") from None
-        return found
+        return content
 
     def _step(self, name: str, argument: Any) -> None:
         push = self.stack.append
@@ -273,8 +273,8 @@ def _storage(kind: Any, storage: Any, key: Any, _device: Any, count: Any) -> _St
 def _numbers(value: Any) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > 16 or not all(type(one) is int and 0 <= one < 2**63 for one in value):
         raise ValueError("sizes that are no whole numbers")
-    found: tuple[int, ...] = value
-    return found
+    numbers: tuple[int, ...] = value
+    return numbers
 
 
 def _stored(arguments: tuple[Any, ...], *, own_dtype: bool) -> _Stored:
@@ -288,19 +288,19 @@ def _stored(arguments: tuple[Any, ...], *, own_dtype: bool) -> _Stored:
     return _Stored(storage, offset, shape, strides, dtype)
 
 
-def _tensors(archive: Archive, found: Any) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _tensors(archive: Archive, content: Any) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     path = archive.path
-    if type(found) is not dict:
-        raise UnsafeFileError(path, f"it holds {_kind(found)}, not a dictionary of tensors")
+    if type(content) is not dict:
+        raise UnsafeFileError(path, f"it holds {_kind(content)}, not a dictionary of tensors")
     within: tuple[str, ...] = ()
-    inner = [key for key, value in found.items() if type(value) is dict and _holds_tensors(value)]
-    outer = _holds_tensors(found)
+    inner = [key for key, value in content.items() if type(value) is dict and _holds_tensors(value)]
+    outer = _holds_tensors(content)
     if inner and (outer or len(inner) > 1):
         listed = ", ".join(repr(str(key)[:80]) for key in inner[:8])
         also = ", beside tensors of its own" if outer else ""
         raise AmbiguousFilesError(path, f"it holds several dictionaries of tensors: {listed}{also}; save one of them")
     aside: dict[str, str] = {}
-    for key in found:
+    for key in content:
         _check_key(path, key)
     if inner:
         if inner[0] not in NESTED:
@@ -308,10 +308,10 @@ def _tensors(archive: Archive, found: Any) -> tuple[dict[str, TensorInfo], dict[
                 path,
                 f"its tensors lie under {str(inner[0])[:80]!r}; expected them by name, or under {', '.join(NESTED)}",
             )
-        aside = {f"{key}": f"no tensor but {_kind(value)}" for key, value in found.items() if key != inner[0]}
-        within, found = (inner[0],), found[inner[0]]
+        aside = {f"{key}": f"no tensor but {_kind(value)}" for key, value in content.items() if key != inner[0]}
+        within, content = (inner[0],), content[inner[0]]
     tensors: dict[str, TensorInfo] = {}
-    for key, value in found.items():
+    for key, value in content.items():
         _check_key(path, key)
         if type(key) is not str:
             raise CorruptFileError(path, f"{str(key)[:80]!r} is no name of a tensor")

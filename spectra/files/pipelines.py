@@ -32,7 +32,7 @@ def components_of(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, P
     UnsafeFileError : a component that lies elsewhere, or whose weights are pickled and ``allow_pickle`` is not given.
     """
     index = check_within(folder / INDEX, folder)
-    found: dict[str, Path] = {}
+    weights: dict[str, Path] = {}
     configs: dict[str, Any] = {}
     values = read_json(index, unique=True)
     for name, value in values.items():
@@ -50,10 +50,10 @@ def components_of(folder: Path, allow_pickle: bool = False) -> tuple[dict[str, P
             continue  # a scheduler, a tokenizer: no model
         configs[name] = read_json(check_within(place / "config.json", folder))
         files = sorted(path for path in place.iterdir() if path.is_file())
-        found[name] = check_within(weights_among(files, place, allow_pickle), folder)
-    if not found:
+        weights[name] = check_within(weights_among(files, place, allow_pickle), folder)
+    if not weights:
         raise CorruptFileError(index, "names no model that lies in this folder")
-    return found, {"_class_name": str(values.get("_class_name"))[:80], "components": configs}
+    return weights, {"_class_name": str(values.get("_class_name"))[:80], "components": configs}
 
 
 def weights_among(files: Sequence[Path], place: Path, allow_pickle: bool) -> Path:

@@ -6,10 +6,11 @@ Names from files are text wherever they stand: escaped in what is written, ``tex
 
 The page holds the records as JSON with every ``<``, ``>`` and ``&`` escaped, plotly.js gzipped, and our own script.
 Its Content-Security-Policy names the hashes of these two scripts and forbids everything else, so that nothing in a
-file's names can run and nothing is loaded or sent.  Cosines are whole ten-thousandths, rounded down, so that every ε of four
-decimals counts as it does in Python; at the report's own ε its verdicts stand, and where only bounds are known, counts
-are ranges.  The matrices of the worst layers are computed after the audit, so that they cost it nothing and it may have
-been resumed or done elsewhere: by Lanczos from 1024 on, and a weight that Lanczos cannot resolve is left out.
+file's names can run and nothing is loaded or sent.  Cosines are whole ten-thousandths, rounded down, so that every ε
+of four decimals counts as it does in Python; at the report's own ε its verdicts stand, and where only bounds are
+known, counts are ranges.  The matrices of the worst layers are computed after the audit, so that they cost it nothing
+and it may have been resumed or done elsewhere: by Lanczos from 1024 on, and a weight that Lanczos cannot resolve is
+left out.
 
 To add a part: a ``<section>`` in ``assets/body.html``.  What it shows comes from ``data.py``; a figure is
 ``figure(element, build)``, drawn when it comes into view and again when ε changes.  Names from files are made with

@@ -88,27 +88,27 @@ def carried_by(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pairing
         )
     paired = {name for pair in pairing.pairs for name in pair.update.tensors}
     counterpart = pairing.counterpart if is_named_as_the_model(plan) else {name: name for name in base.tensors}.get
-    found: dict[str, Carried] = {}
+    carried: dict[str, Carried] = {}
     for tensor, name, scaling in _beside(tuned, plan, pairing, refuse):
         if tensor in paired:
             continue
-        info, before = tuned.tensors[tensor], found.get(name)
+        info, before = tuned.tensors[tensor], carried.get(name)
         added = () if scaling is None else ((tensor, scaling),)
         if before is None:
             whole = tensor if scaling is None else None
-            found[name] = Carried(name, info.shape, info.is_float, whole, counterpart(name), added=added)
+            carried[name] = Carried(name, info.shape, info.is_float, whole, counterpart(name), added=added)
         elif scaling is None and before.whole is not None:  # peft stores the bias of a saved module under two names
             if not torch.equal(tuned.read(tensor), tuned.read(before.whole)):
                 raise refuse(tensor, f"both it and {before.whole!r} are {name!r}, with other values")
         else:  # a bias that is stored whole, and one of lora_B
-            found[name] = replace(before, whole=before.whole if added else tensor, added=before.added + added)
+            carried[name] = replace(before, whole=before.whole if added else tensor, added=before.added + added)
     for pair, bias in _scaled_biases(base, pairing):
         (factor,) = pair.update.tensors
-        name = next((name for name, item in found.items() if item.base == bias), f"{pair.update.module}.bias")
+        name = next((name for name, item in carried.items() if item.base == bias), f"{pair.update.module}.bias")
         info = base.tensors[bias]
-        item = found.get(name, Carried(name, info.shape, info.is_float, None, bias))
-        found[name] = replace(item, scaled=(*item.scaled, factor))
-    for item in found.values():
+        item = carried.get(name, Carried(name, info.shape, info.is_float, None, bias))
+        carried[name] = replace(item, scaled=(*item.scaled, factor))
+    for item in carried.values():
         if item.whole is None and item.base is None:
             raise refuse(item.tensors[0], f"the base has no {item.name!r}")
         for tensor, _ in item.added:
@@ -116,7 +116,7 @@ def carried_by(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pairing
             there = item.shape if item.base is None else base.tensors[item.base].shape
             if mine != there:
                 raise refuse(tensor, f"its shape is {list(mine)}, that of {item.base or item.name!r} {list(there)}")
-    return list(found.values())
+    return list(carried.values())
 
 
 def is_named_as_the_model(plan: Plan) -> bool:

@@ -135,8 +135,8 @@ def against_split(plan: Plan, base: Checkpoint) -> Plan:
     updates: list[PlannedUpdate] = []
     sharing = set(plan.sharing)
     for update in plan.updates:
-        found = matcher.find(update)[0]
-        made = _split(update, parts, found) if found is not None and found.name in parts else [update]
+        weight = matcher.find(update)[0]
+        made = _split(update, parts, weight) if weight is not None and weight.name in parts else [update]
         if update.module in plan.sharing:
             sharing |= {item.module for item in made}
         updates += made

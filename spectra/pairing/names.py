@@ -72,7 +72,7 @@ class NameMatcher:
             itself = exact[update.module]
             options = [(("", ""), itself)] if itself is not None else []
             targets = update.targets if itself is None else ()
-            for change, name in [found for target in targets for found in similar.to(target)]:
+            for change, name in [option for target in targets for option in similar.to(target)]:
                 if name not in taken and self._could_fit(update, self._weights[name]):
                     options.append((change, name))
             self._options[update.module] = options
@@ -80,7 +80,7 @@ class NameMatcher:
             for change, _ in options:
                 self._served[change].add(update.module)
         self._votes = votes
-        self._found: dict[str, str] = {}
+        self._matched: dict[str, str] = {}
         self._changes: set[tuple[str, str]] = set()
         self._plain: dict[str, str] | None = None  # names without their wrappers
 
@@ -110,15 +110,15 @@ class NameMatcher:
                 f"{update.module!r} could be any of {', '.join(map(repr, sorted(names)))}; Spectra does not guess",
             )
         if len(names) == 1:
-            self._found[update.module] = names[0]
+            self._matched[update.module] = names[0]
             self._changes.update(change for change, _ in options if self._votes[change] == best)
             return self._weights[names[0]], False
         tied = self._tied(update)
         return tied, tied is not None
 
-    def _is_rival(self, change: tuple[str, str], name: str, winners: Sequence[tuple[str, str]], found: str) -> bool:
+    def _is_rival(self, change: tuple[str, str], name: str, winners: Sequence[tuple[str, str]], matched: str) -> bool:
         """Whether a change of prefix that fewer updates can follow may be meant nevertheless."""
-        if change in winners or own_name(self._weights[name]) == own_name(self._weights[found]):
+        if change in winners or own_name(self._weights[name]) == own_name(self._weights[matched]):
             return False
         return self._votes[change] > 1 and not any(self._is_better(winner, change) for winner in winners)
 
@@ -139,11 +139,11 @@ class NameMatcher:
         if self._plain is None:
             self._plain = {_core(name): name for name in self.base.weights}
         for name in apart(update.module):
-            found = self._plain.get(_core(name))
-            if found is not None:
-                how = "together with others in" if fused_module(found) else "apart, as"
+            weight = self._plain.get(_core(name))
+            if weight is not None:
+                how = "together with others in" if fused_module(weight) else "apart, as"
                 return (
-                    f"its base has this weight {how} {found!r}, which is not compared with it; audit, compare, plot, "
+                    f"its base has this weight {how} {weight!r}, which is not compared with it; audit, compare, plot, "
                     "ranks and inspect do that with --split-fused"
                 )
         return None
@@ -151,7 +151,7 @@ class NameMatcher:
     def counterpart(self, name: str) -> str | None:
         """The base's tensor for any of the fine-tune, once :meth:`find` has been asked for all updates."""
         module, _, parameter = name.rpartition(".")
-        weight = self._found.get(module, "")
+        weight = self._matched.get(module, "")
         if weight.endswith(".weight"):  # a parameter of a module that was matched
             own = weight.removesuffix("weight") + parameter
             return own if own in self.base.tensors else None
@@ -181,12 +181,12 @@ class _Similar:
 
     def to(self, target: str) -> Iterator[tuple[tuple[str, str], str]]:
         """(change of prefix, name) of each that is plausible."""
-        found = [*self._longer.get(target, ()), *(end for end in _endings(target) if end in self._names)]
-        found += self._cores.get(_core(target), ())
+        candidates = [*self._longer.get(target, ()), *(end for end in _endings(target) if end in self._names)]
+        candidates += self._cores.get(_core(target), ())
         for here, there in [*RENAMES, *((b, a) for a, b in RENAMES)]:
             if target.startswith(here) and there + target.removeprefix(here) in self._names:
-                found.append(there + target.removeprefix(here))
-        for name in dict.fromkeys(found):
+                candidates.append(there + target.removeprefix(here))
+        for name in dict.fromkeys(candidates):
             change = _prefix_change(target, name)
             if change is not None and _end(target) == _end(name):
                 yield change, name

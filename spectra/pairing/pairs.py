@@ -138,12 +138,12 @@ def pair_layers(
     plan = with_projections(plan, lambda update: matcher.find(update)[0], orientation)
     skipped = list(plan.skipped)
     pairs: list[LayerPair] = []
-    found: set[str] = set()
+    used: set[str] = set()
     for update in plan.updates:
         tensor = update.tensors[0]
         info, tied = matcher.find(update)
         if info is not None:
-            found.update(info.uses if isinstance(info, Alternative | Unreadable) and info.uses else (info.name,))
+            used.update(info.uses if isinstance(info, Alternative | Unreadable) and info.uses else (info.name,))
         if not _selected(update.module, include, exclude):
             skipped.append(Skipped(update.module, LEFT_OUT))
             continue
@@ -180,7 +180,7 @@ def pair_layers(
     pairs.sort(key=lambda pair: _natural(pair.name))
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
-        skipped += _only_in_base(base, found, skipped)
+        skipped += _only_in_base(base, used, skipped)
     return Pairing(tuple(pairs), tuple(skipped), matcher.counterpart, plan)
 
 
@@ -227,11 +227,11 @@ def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientati
             update.tensors[0],
         )
     if isinstance(update, InitialisedUpdate):
-        found = update.on(info)
-        if isinstance(found, Skipped):
-            return found
-        notes += found.notes[len(update.notes) :]
-        update = found
+        initialised = update.on(info)
+        if isinstance(initialised, Skipped):
+            return initialised
+        notes += initialised.notes[len(update.notes) :]
+        update = initialised
     return LayerPair(update.module, info, update, layout, role, matrix_shape(stored, layout), rows, notes=notes)
 
 

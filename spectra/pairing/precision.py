@@ -23,9 +23,9 @@ def quantised_as(checkpoint: Checkpoint) -> str | None:
 
     Of a GGUF file its own names ("Q4_0").  Where none of them can be read, what its config.json calls the method.
     """
-    found = _read_as(checkpoint) | {info.dtype for info in checkpoint.tensors.values() if info.dtype in BLOCKS}
-    if found:
-        return ", ".join(sorted(found))
+    types = _read_as(checkpoint) | {info.dtype for info in checkpoint.tensors.values() if info.dtype in BLOCKS}
+    if types:
+        return ", ".join(sorted(types))
     if not any(isinstance(info, Unreadable) for info in checkpoint.derived.values()):
         return None
     configs = [checkpoint.config, *(model.config for model in checkpoint.components.values())]

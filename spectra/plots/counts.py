@@ -106,7 +106,7 @@ def layer_index_counts(source: FineTunes) -> Figure:
                 one.set_ylabel(name, fontsize=SMALL, rotation=0, ha="right", va="center")
     colour_bar(figure, image, axes, "max |cos|", tall * bands * len(tables))
     unknown = any(
-        vector.max_cosine is None for table in tables for found in table.values() for x in found for vector in x.vectors
+        vector.max_cosine is None for table in tables for panel in table.values() for x in panel for vector in x.vectors
     )
     frame(
         figure,

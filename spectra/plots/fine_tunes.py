@@ -132,8 +132,8 @@ def _rank(report: Report) -> float | None:
     """The rank of the updates, their mean where it is mixed; None where they have none."""
     if report.tuned.get("rank") is not None:
         return float(report.tuned["rank"])
-    found = [float(layer.update["rank"]) for layer in report.layers if layer.update.get("rank")]
-    return fmean(found) if found else None
+    ranks = [float(layer.update["rank"]) for layer in report.layers if layer.update.get("rank")]
+    return fmean(ranks) if ranks else None
 
 
 def _rank_axis(axes: Axes, ranks: list[float]) -> None:

@@ -249,8 +249,8 @@ def _cosine(vector: Vector, name: str) -> float | None:
 
 def _points(vectors: Sequence[Vector], name: str) -> tuple[list[int], list[float]]:
     """The intruders' indices and cosines."""
-    found = [(v.index, c) for v in vectors if v.intruder and (c := _cosine(v, name)) is not None]
-    return [index for index, _ in found], [cosine for _, cosine in found]
+    points = [(v.index, c) for v in vectors if v.intruder and (c := _cosine(v, name)) is not None]
+    return [index for index, _ in points], [cosine for _, cosine in points]
 
 
 def _profile_axes(axes: Axes) -> None:

@@ -143,10 +143,10 @@ def _panel(
     if relative_to is not None:
         if relative_to not in WHAT:
             raise UsageError(f"relative_to = {relative_to!r}; expected fine-tune, base or None")
-        found = tuned if relative_to == "fine-tune" else base
-        if found is None:
+        reference = tuned if relative_to == "fine-tune" else base
+        if reference is None:
             raise UsageError(f"relative_to = {relative_to!r}, but the sweep has no row of it")
-        origin = found
+        origin = reference
     for value, how in ((tuned, TUNED), (base, BASE)):
         if value is not None and math.isfinite(value):
             axes.axhline(value - origin, **how, zorder=1)

@@ -69,9 +69,9 @@ class Comparison:
     @property
     def steps(self) -> tuple[int | None, ...]:
         """The training step of each fine-tune, from names like ``checkpoint-200``; None where there is none."""
-        found = [STEP.search(PurePath(str(report.tuned.get("path", ""))).name) for report in self.reports]
+        matches = [STEP.search(PurePath(str(report.tuned.get("path", ""))).name) for report in self.reports]
         merged = [report.tuned["format"] == "merged" for report in self.reports]
-        return tuple(int(m[1]) if m and not of_many else None for m, of_many in zip(found, merged, strict=True))
+        return tuple(int(m[1]) if m and not of_many else None for m, of_many in zip(matches, merged, strict=True))
 
     @property
     def is_trajectory(self) -> bool:

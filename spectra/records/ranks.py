@@ -254,7 +254,7 @@ class RankReport:
         rows, choices = [], {choice.name: choice for choice in self.suggestion.choices} if self.suggestion else {}
         for layer in self.layers:
             choice = choices.get(layer.name)
-            found: dict[str, Any] = {
+            row: dict[str, Any] = {
                 **{name: getattr(layer, name, None) for name in ROW_COLUMNS},
                 "tuned": self.tuned.get("path"),
                 "layer": layer.name,
@@ -262,10 +262,10 @@ class RankReport:
                 **{f"error_at_{rank}": error for rank, error in layer.curve if rank in CURVE},
             }
             if choice is not None:
-                found |= {f"suggested_{name}": getattr(choice, name) for name in ("rank", "alpha", "scaling")}
-                found["suggested_parameters"] = choice.parameters
-                found |= {name: getattr(choice, name) for name in ("relative_error", "capped")}
-            rows.append({name: found[name] for name in ROW_COLUMNS})
+                row |= {f"suggested_{name}": getattr(choice, name) for name in ("rank", "alpha", "scaling")}
+                row["suggested_parameters"] = choice.parameters
+                row |= {name: getattr(choice, name) for name in ("relative_error", "capped")}
+            rows.append({name: row[name] for name in ROW_COLUMNS})
         return rows
 
     def to_dataframe(self) -> pandas.DataFrame:

@@ -88,12 +88,12 @@ def free_weight(report: Report) -> tuple[float | None, str | None]:
     Layers whose base is plain noise do not count: anything moves their vectors.  (None, None) where no layer has
     one within the weights tried, or none were tried.
     """
-    found = [
+    thresholds = [
         (float(layer.weights["threshold"]), layer.name)
         for layer in report.layers
         if layer.weights is not None and layer.weights["threshold"] is not None and not layer.noise_like_base
     ]
-    return min(found) if found else (None, None)
+    return min(thresholds) if thresholds else (None, None)
 
 
 def by_weight(report: Report) -> list[tuple[float, int]]:

@@ -89,18 +89,18 @@ def with_section(card: bytes, section: str, where: str | Path) -> bytes:
         raise UsageError(f"{where}: not text in UTF-8 (at byte {error.start})") from None
     end = b"\r\n" if card.count(b"\r\n") * 2 > card.count(b"\n") else b"\n"
     text = section.encode().replace(b"\n", end)
-    found = list(_MARKERS.finditer(card))
-    if not found:
+    markers = list(_MARKERS.finditer(card))
+    if not markers:
         if not card.removeprefix(b"\xef\xbb\xbf"):
             return card + text + end
         return card + (b"" if card.endswith(b"\n") else end) + (b"" if _ends_empty(card) else end) + text + end
-    kinds = [marker[2].decode() for marker in found]
+    kinds = [marker[2].decode() for marker in markers]
     if kinds != ["begin", "end"]:
         raise UsageError(
             f"{where}: its markers are {', '.join(kinds)}; expected {BEGIN} once and, after it, {END} once, each on a "
             "line of its own"
         )
-    begin, stop = found
+    begin, stop = markers
     return card[: begin.start(1)] + text + card[stop.end(1) :]
 
 
@@ -146,10 +146,10 @@ def _facts(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _module_types(report: Report) -> str:
     kinds = report.summary["by_module_type"]
-    found = sorted((item for item in kinds.items() if item[1]["intruders"]), key=lambda item: -item[1]["intruders"])
+    types = sorted((item for item in kinds.items() if item[1]["intruders"]), key=lambda item: -item[1]["intruders"])
     rows = [
         (_code(name), str(row["layers"]), str(row["intruders"]), f"{row['intruders'] / max(row['vectors'], 1):.0%}")
-        for name, row in found[:TYPES]
+        for name, row in types[:TYPES]
     ]
     if not rows:
         return ""

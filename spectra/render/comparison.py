@@ -120,8 +120,8 @@ def _module_types(comparison: Comparison) -> str:
     kinds = sorted({kind for report in comparison.reports for kind in report.summary["by_module_type"]})
     lines = []
     for label, report in zip(comparison.labels, comparison.reports, strict=True):
-        found = report.summary["by_module_type"]
-        lines.append([label, *(str(found[kind]["intruders"]) if kind in found else "-" for kind in kinds)])
+        by_type = report.summary["by_module_type"]
+        lines.append([label, *(str(by_type[kind]["intruders"]) if kind in by_type else "-" for kind in kinds)])
     last = [kind.rpartition(".")[2] for kind in kinds]
     header = last if len(set(last)) == len(last) else kinds
     return table(["by module type", *header], lines, left=(0,))
@@ -159,8 +159,8 @@ def _weights(comparison: Comparison) -> str:
     shown = [weight for place, weight in enumerate(tried) if (place - tried.index(1.0)) % 2 == 0 or weight == 1]
 
     def count(report: Report, weight: float) -> str:
-        found = dict(sweeps.by_weight(report))
-        return str(found[weight]) if weight in found else "-"
+        counts = dict(sweeps.by_weight(report))
+        return str(counts[weight]) if weight in counts else "-"
 
     return _sweep(comparison, "of W0 + s·dW, s =", shown, count)
 
@@ -169,15 +169,15 @@ def _overlaps(comparison: Comparison) -> str:
     if not comparison.overlaps:
         return ""
     labels = comparison.labels
-    found = {(item["a"], item["b"]): item for item in comparison.overlaps}
+    by_pair = {(item["a"], item["b"]): item for item in comparison.overlaps}
     lines = []
     for a, label in enumerate(labels):
-        cells = (found.get((min(a, b), max(a, b))) for b in range(len(labels)))
+        cells = (by_pair.get((min(a, b), max(a, b))) for b in range(len(labels)))
         lines.append([label, *("·" if cell is None else f"{cell['overlap']:.2f}" for cell in cells)])
     bare = [label.removesuffix(".safetensors").removesuffix(".gguf") for label in labels]
     bare = bare if len(set(bare)) == len(bare) else list(labels)
     short = [label if len(label) <= SHARED_WIDTH else "…" + label[1 - SHARED_WIDTH :] for label in bare]
-    randoms = sorted(found[pair]["random"] for pair in combinations(range(len(labels)), 2) if pair in found)
+    randoms = sorted(by_pair[pair]["random"] for pair in combinations(range(len(labels)), 2) if pair in by_pair)
     low, high = f"{randoms[0]:.2f}", f"{randoms[-1]:.2f}"
     note = NOTES["overlap"].format(random=low if low == high else f"{low} to {high}")
     return table(["overlap of updates", *short], lines, left=(0,)) + "\n" + note
@@ -187,7 +187,7 @@ def _layers(comparison: Comparison) -> str:
     """Each layer's count in each fine-tune."""
     names = list(dict.fromkeys(layer.name for report in comparison.reports for layer in report.layers))
     counts = [{layer.name: layer.intruders for layer in report.layers} for report in comparison.reports]
-    lines = [[name, *(str(found[name]) if name in found else "-" for found in counts)] for name in names]
+    lines = [[name, *(str(intruders[name]) if name in intruders else "-" for intruders in counts)] for name in names]
     return table(["intruders by layer", *comparison.labels], lines, left=(0,))
 
 

@@ -20,14 +20,14 @@ def in_words(names: Sequence[str]) -> str:
     return ", ".join([*(in_one_line(name, 80) for name in names[:SHOWN_BESIDE]), *([f"{more} more"] * (more > 0))])
 
 
-def to_json(found: Sequence[Inspection]) -> str:
+def to_json(inspections: Sequence[Inspection]) -> str:
     """A JSON array, one object a path."""
-    return json.dumps([asdict(item) for item in found], indent=1) + "\n"
+    return json.dumps([asdict(item) for item in inspections], indent=1) + "\n"
 
 
-def render_inspection(found: Sequence[Inspection], *, verbose: bool = False) -> str:
+def render_inspection(inspections: Sequence[Inspection], *, verbose: bool = False) -> str:
     """For people."""
-    return "\n".join(_render(item, verbose) for item in found)
+    return "\n".join(_render(item, verbose) for item in inspections)
 
 
 def _render(item: Inspection, verbose: bool) -> str:

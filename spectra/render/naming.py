@@ -30,11 +30,11 @@ _DEFAULTS = {
 
 def hub_name(path: str | PurePath) -> str | None:
     """``org/name@commit``, with ``/file`` where it goes on, of a path into the hub's cache; None of any other."""
-    found = _HUB.search(str(path))
-    if found is None:
+    match = _HUB.search(str(path))
+    if match is None:
         return None
-    name = found[1].replace("--", "/") + "@" + found[2]
-    return name if found[3] is None else f"{name}/{found[3]}"
+    name = match[1].replace("--", "/") + "@" + match[2]
+    return name if match[3] is None else f"{name}/{match[3]}"
 
 
 def public_names(
@@ -95,7 +95,7 @@ def without_paths(text: str, names: Mapping[str, str], root: str | PurePath | No
             text = text.replace(path, names[path])
     if root is not None:
         text = text.replace(f"{root}{os.sep}", "")
-    return _ABSOLUTE.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+    return _ABSOLUTE.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
 
 
 def invocation(reports: Sequence[Report], names: Mapping[str, str], further: Sequence[str] = ()) -> str:

@@ -204,9 +204,9 @@ def _worst(report: Report) -> str:
 
 def lowest_cosine(layer: LayerReport) -> tuple[float, bool]:
     """(the lowest cosine of a layer's intruders, True); (an upper bound on it, False) where it is not known."""
-    found = [vector for vector in layer.vectors if vector.intruder]
-    lowest = min(v.max_cosine_bounds[1] if v.max_cosine is None else v.max_cosine for v in found)
-    return lowest, all(vector.max_cosine is not None for vector in found)
+    intruders = [vector for vector in layer.vectors if vector.intruder]
+    lowest = min(v.max_cosine_bounds[1] if v.max_cosine is None else v.max_cosine for v in intruders)
+    return lowest, all(vector.max_cosine is not None for vector in intruders)
 
 
 def _module_types(report: Report) -> str:

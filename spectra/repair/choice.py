@@ -76,11 +76,11 @@ class Choice:
         """Raises UsageError where a pattern matches no layer, or an index is none of its weight."""
         pairs = list(pairs)
         for pattern in (*self.scales, *self.named):
-            found = [pair for pair in pairs if name_matches(pair.name, pattern)]
-            if not found:
+            matches = [pair for pair in pairs if name_matches(pair.name, pattern)]
+            if not matches:
                 raise UsageError(f"{pattern!r} matches no layer that is analysed")
             last = max(self.named.get(pattern, ()), default=0)
-            for pair in found:
+            for pair in matches:
                 if last >= min(pair.shape):
                     raise UsageError(
                         f"{pair.name}: vector {last}; a weight of {list(pair.shape)} has {min(pair.shape)}"
@@ -168,7 +168,7 @@ def edit(
     else:
         dense = whole_weight(pair, tuned, change, dtype)
         after = DenseWeight(tuned.W0, dense.to(tuned.W0.dtype))
-    found = analysis.of(after)
+    findings_after = analysis.of(after)
     outcome = outcome_of(tuned, change, after, own)
     error = outcome.error + uncertainty(own, scales)
     achieved = [scale * sigma for scale, sigma in zip(outcome.scales, own.s.tolist(), strict=True)]
@@ -200,7 +200,7 @@ def edit(
         kind=planned.kind,
         vectors=tuple(vectors),
         intruders_before=len(findings.intruders),
-        intruders_after=len(found.intruders),
+        intruders_after=len(findings_after.intruders),
         update_norm=outcome.update_before,
         update_norm_after=outcome.update_after,
         update_change=_share(outcome.change, outcome.update_before),
@@ -215,7 +215,7 @@ def edit(
         noise_like_base=findings.noise_like_base,
         notes=pair.notes,
     )
-    return Edited(record, found, update, dense)
+    return Edited(record, findings_after, update, dense)
 
 
 def whole_weight(pair: LayerPair, tuned: TunedWeight, change: Change | None, dtype: torch.dtype) -> Tensor:

@@ -217,13 +217,13 @@ class CheckpointForm:
         self.copy.carry(self.run.tuned, self.carried)
         self.copy.finish(remarks=card_section(record))
         written = open_run(self.home, self.run.base, self.run.settings)
-        found = {pair.base.name: audited[pair.name] for pair in self.run.pairs}
+        reports = {pair.base.name: audited[pair.name] for pair in self.run.pairs}
         layers, skipped = [], list(written.skipped)
         for pair in written.pairs:
-            if pair.base.name in found:
+            if pair.base.name in reports:
                 mine = layer_report(written, pair, Findings("unchanged", pair.shape), False, 0.0)
                 own = {name: getattr(mine, name) for name in ("name", "module_type", "role", "update")}
-                layers.append(replace(found[pair.base.name], **own))
+                layers.append(replace(reports[pair.base.name], **own))
             elif pair.base.name in {other.base.name for other in left_out}:
                 skipped.append(Skipped(pair.name, LEFT_OUT))
             else:  # copied

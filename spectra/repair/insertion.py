@@ -33,7 +33,7 @@ def carried_beside(run: SingleRun, pairing: Pairing) -> list[Carried]:
     def refuse(tensor: str, why: str) -> UsageError:
         return UsageError(f"{run.tuned.path}: tensor {tensor!r}: {why}, so the fine-tuned model cannot be had")
 
-    found = carried_by(run.base, run.tuned, run.plan, pairing, refuse)
+    carried = carried_by(run.base, run.tuned, run.plan, pairing, refuse)
     paired = {name for pair in pairing.pairs for name in pair.update.tensors}
     reasons = {item.name: item.reason for item in pairing.skipped}
     for update in run.plan.updates:
@@ -47,7 +47,7 @@ def carried_beside(run: SingleRun, pairing: Pairing) -> list[Carried]:
             why = "its vocabulary was resized"
         if why is not None:
             raise refuse(pair.update.tensors[0], why)
-    return [item for item in found if item.differs(run.base, run.tuned)]
+    return [item for item in carried if item.differs(run.base, run.tuned)]
 
 
 def name_in_model(pair: LayerPair) -> str:
@@ -147,27 +147,27 @@ def _places(wanted: Forms, there: Mapping[str, Tensor], run: SingleRun) -> dict[
             memory[value.data_ptr(), value.shape].append(place)
     places: dict[str, str] = {}
     for name, (shape, is_float) in wanted.items():
-        found = (
+        candidates = (
             [name]
             if name in there
             else bare.get(_bare(name), []) or [p for p in there if _is_end(_bare(p), _bare(name))]
         )
-        if not found:
+        if not candidates:
             raise refuse(name, "not in the model; expected the base's architecture with what the fine-tune adds to it")
-        if len(found) > 1:
-            raise refuse(name, f"could be any of the model's {', '.join(map(repr, found))}")
-        value = there[found[0]]
+        if len(candidates) > 1:
+            raise refuse(name, f"could be any of the model's {', '.join(map(repr, candidates))}")
+        value = there[candidates[0]]
         if tuple(value.shape) != shape:
-            raise refuse(name, f"its shape is {list(shape)}, that of the model's {found[0]!r} {list(value.shape)}")
+            raise refuse(name, f"its shape is {list(shape)}, that of the model's {candidates[0]!r} {list(value.shape)}")
         if value.is_meta or value.is_floating_point() != is_float:
-            raise refuse(name, f"the model's {found[0]!r} holds {'nothing' if value.is_meta else value.dtype}")
-        if found[0] in places.values():
-            raise refuse(name, f"the model's {found[0]!r} is that of another tensor, too")
-        shared = [place for place in memory.get((value.data_ptr(), value.shape), []) if place != found[0]]
+            raise refuse(name, f"the model's {candidates[0]!r} holds {'nothing' if value.is_meta else value.dtype}")
+        if candidates[0] in places.values():
+            raise refuse(name, f"the model's {candidates[0]!r} is that of another tensor, too")
+        shared = [place for place in memory.get((value.data_ptr(), value.shape), []) if place != candidates[0]]
         # A whole model's tied tensor stands for both; an adapter changes one of the two.
         if shared and (run.plan.format != "full" or not set(shared).isdisjoint(places.values())):
-            raise refuse(name, f"the model's {found[0]!r} and {shared[0]!r} share their values; give each its own")
-        places[name] = found[0]
+            raise refuse(name, f"the model's {candidates[0]!r} and {shared[0]!r} share their values; give each its own")
+        places[name] = candidates[0]
     return places
 
 

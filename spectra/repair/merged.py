@@ -30,8 +30,8 @@ def beside(source: Checkpoint, adapter: Checkpoint | None = None) -> Companions:
 
     Neither's model card describes a merge, so that it gets one of its own.
     """
-    found = companions(source)
-    along, left_behind = {path.name: path for path in found.files}, dict(found.left_behind)
+    of_source = companions(source)
+    along, left_behind = {path.name: path for path in of_source.files}, dict(of_source.left_behind)
     if along.pop(CONFIG, None) is not None:  # with which the copy would pass for an adapter
         left_behind[CONFIG] = "an adapter's, which lies in the model's folder"
     if adapter is not None:
@@ -169,7 +169,7 @@ def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pa
     def refuse(tensor: str, why: str) -> UsageError:
         return UsageError(f"{tuned.path}: tensor {tensor!r} cannot be merged into {base.path}: {why}{instead}")
 
-    found = carried_by(base, tuned, plan, pairing, refuse)
+    carried = carried_by(base, tuned, plan, pairing, refuse)
     written = {name for pair in pairing.pairs for name in pair.update.tensors}
     reasons = {item.name: item.reason for item in pairing.skipped}
     for pair in pairing.pairs:
@@ -179,7 +179,7 @@ def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pa
     for update in plan.updates:
         if update.tensors[0] not in written:
             raise refuse(update.tensors[0], reasons.get(update.module, "it matches no weight there"))
-    for item in found:
+    for item in carried:
         if item.base is None:
             raise refuse(item.tensors[0], f"there is no {item.name!r}")
         theirs, computed = base.tensors[item.base], bool(item.scaled or item.added)
@@ -189,7 +189,7 @@ def carried_tensors(base: Checkpoint, tuned: Checkpoint, plan: Plan, pairing: Pa
                 raise refuse(tensor, f"its shape is {list(mine.shape)}, that of {item.base!r} {list(theirs.shape)}")
             if (not theirs.is_float or not mine.is_float) and (computed or mine.dtype != theirs.dtype):
                 raise refuse(tensor, f"it is stored as {mine.dtype}, {item.base!r} as {theirs.dtype}")
-    return tuple(found)
+    return tuple(carried)
 
 
 def _why_not_merged(base: Checkpoint, tuned: Checkpoint, pair: LayerPair, pairing: Pairing) -> str | None:

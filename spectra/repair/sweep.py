@@ -180,14 +180,14 @@ def _evaluated(
 
     def measure(what: str) -> dict[str, float]:
         nonlocal done
-        found = _numbers(evaluate(trial.target.subject))
-        if metrics and set(metrics) != set(found):
-            raise UsageError(f"evaluate returned {', '.join(found)}, and before that {', '.join(metrics)}")
-        metrics[:] = metrics or found
+        numbers = _numbers(evaluate(trial.target.subject))
+        if metrics and set(metrics) != set(numbers):
+            raise UsageError(f"evaluate returned {', '.join(numbers)}, and before that {', '.join(metrics)}")
+        metrics[:] = metrics or numbers
         done += 1
         if progress is not None:
             progress(done, whole, what)
-        return found
+        return numbers
 
     rows: list[dict[str, Any]] = []
     as_tuned = None
@@ -209,8 +209,8 @@ def _evaluated(
     return as_dataframe(rows, (*COLUMNS, *metrics))
 
 
-def _numbers(found: Any) -> dict[str, float]:
-    values = found if isinstance(found, Mapping) else {"value": found}
+def _numbers(returned: Any) -> dict[str, float]:
+    values = returned if isinstance(returned, Mapping) else {"value": returned}
     for name, value in values.items():
         if not isinstance(name, str) or name in COLUMNS:
             raise UsageError(f"evaluate returned {name!r}; expected other names than {', '.join(COLUMNS)}")
@@ -304,12 +304,14 @@ class _Trial:
             self._put_matrix(pair, edited_dense(tuned, None, self._dtype(pair, tuned.W0)))
             return
         free = [vector.index for vector in findings.vectors if not vector.intruder and vector.index not in chosen]
-        found = triplets_of(pair, tuned, analysis, chosen, free)
-        own = found.take(chosen)
+        triplets = triplets_of(pair, tuned, analysis, chosen, free)
+        own = triplets.take(chosen)
         taken = {(REPAIR, 0): own}
         for variant in self.controls:
             if variant == "neighbour":
-                taken[variant, 0] = found.take(neighbours(chosen, [index for index in free if index < found.s.size]))
+                taken[variant, 0] = triplets.take(
+                    neighbours(chosen, [index for index in free if index < triplets.s.size])
+                )
             elif variant == "random":
                 taken |= {(variant, seed): _random(own, pair.name, seed) for seed in self.seeds_of(variant)}
         self.layers.append(_layer(pair, tuned, taken))
@@ -359,14 +361,14 @@ class _Trial:
 
 def neighbours(chosen: Sequence[int], free: Iterable[int]) -> list[int]:
     """For each of the chosen ranks the nearest free one, the stronger of two; none is taken twice."""
-    left, found = set(free), []
+    left, taken = set(free), []
     for index in chosen:
         if not left:
             break
         nearest = min(left, key=lambda other: (abs(other - index), other))
         left.remove(nearest)
-        found.append(nearest)
-    return sorted(found)
+        taken.append(nearest)
+    return sorted(taken)
 
 
 def _random(own: Triplets, name: str, seed: int) -> Triplets:

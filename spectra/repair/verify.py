@@ -92,23 +92,23 @@ def _place(given: Source | None, record: Mitigation, folder: Path, what: str) ->
         return given
     path = (record.source if what == "source" else record.base).get("path")
     from_here = (record.output or {}).get(f"{what}_from_here")
-    found = [Path(str(path))] + ([folder.resolve() / str(from_here)] if from_here else [])
-    for place in found:
+    places = [Path(str(path))] + ([folder.resolve() / str(from_here)] if from_here else [])
+    for place in places:
         if place.exists():
             return place
     how = "SOURCE after --verify OUT" if what == "source" else "--base"
     raise MissingFileError(str(path), f"the {what} that the record names is not there; say where it is ({how})")
 
 
-def _identity(found: Checkpoint, facts: Mapping[str, Any], what: str) -> Iterator[str]:
+def _identity(checkpoint: Checkpoint, facts: Mapping[str, Any], what: str) -> Iterator[str]:
     """Whether a checkpoint is the one that the record was made with, as far as its fingerprint tells."""
-    now = fingerprint(found, facts.get("fingerprint_covers") == "contents")
+    now = fingerprint(checkpoint, facts.get("fingerprint_covers") == "contents")
     if now["fingerprint_headers"] != facts.get("fingerprint_headers"):
-        yield f"{found.path}: {what} holds other tensors than the record was made with"
+        yield f"{checkpoint.path}: {what} holds other tensors than the record was made with"
     elif "contents" == facts.get("fingerprint_covers") == now["fingerprint_covers"] and now["fingerprint"] != facts.get(
         "fingerprint"
     ):
-        yield f"{found.path}: {what} holds other values than the record was made with"
+        yield f"{checkpoint.path}: {what} holds other values than the record was made with"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +129,10 @@ class _Check:
         self.source = before.base if self.merged else before.tuned
         by_name = {pair.name: pair for pair in after.pairs}
         by_base = {pair.base.name: pair for pair in after.pairs}
-        found = {
+        counterparts = {
             pair.name: by_base.get(pair.base.name) if self.merged else by_name.get(pair.name) for pair in before.pairs
         }
-        self.places = {name: pair for name, pair in found.items() if pair is not None}
+        self.places = {name: pair for name, pair in counterparts.items() if pair is not None}
         if self.merged:  # the merged weight is compared in the orientation that the adapter's has
             own = {pair.name: pair for pair in before.pairs}
             self.places = {
@@ -308,11 +308,11 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(*parts)
 
 
-def _distance(meant: TunedWeight, found: TunedWeight) -> tuple[float, float]:
-    """‖found − meant‖_F and ‖meant‖_F, from exact entries in float64."""
+def _distance(meant: TunedWeight, new: TunedWeight) -> tuple[float, float]:
+    """‖new − meant‖_F and ‖meant‖_F, from exact entries in float64."""
     lost = size = 0.0
     for rows in slabs(meant.shape[0]):
         block = meant.block(rows, ALL)
-        lost += float((found.block(rows, ALL) - block).square().sum())
+        lost += float((new.block(rows, ALL) - block).square().sum())
         size += float(block.square().sum())
     return float(np.sqrt(lost)), float(np.sqrt(size))

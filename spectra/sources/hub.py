@@ -60,8 +60,8 @@ def find_on_hub(
         kept = [try_to_load_from_cache(name, item, revision=commit) for item in names]
         if not all(isinstance(item, str) for item in kept):  # else the client would draw a bar for nothing
             exactly = [glob.escape(item) for item in names]
-            found = snapshot_download(name, revision=revision, allow_patterns=exactly)  # which notes what a branch is
-            if Path(found).name != commit:  # it has moved on since it was listed
+            folder = snapshot_download(name, revision=revision, allow_patterns=exactly)  # which notes what a branch is
+            if Path(folder).name != commit:  # it has moved on since it was listed
                 snapshot_download(name, revision=commit, allow_patterns=exactly)
         return Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
 
@@ -114,8 +114,8 @@ def fetch_url(url: str, *, as_base: bool, allow_pickle: bool) -> Path:
     def local(addresses: Sequence[str], *identity: str) -> list[Path]:
         home = default_root() / "remote" / sha256("\n".join(identity).encode()).hexdigest()[:32]
         options = {"cache_storage": str(home), "same_names": True, "check_files": True}
-        found = fsspec.open_local([f"filecache::{item}" for item in addresses], mode="rb", filecache=options)
-        return [Path(item) for item in found]
+        copies = fsspec.open_local([f"filecache::{item}" for item in addresses], mode="rb", filecache=options)
+        return [Path(item) for item in copies]
 
     try:
         files, place = fsspec.url_to_fs(url)
@@ -218,9 +218,9 @@ def chosen(names: Sequence[str], *, as_base: bool, allow_pickle: bool) -> list[s
 
 
 def _of_pipeline(names: Sequence[str], allow_pickle: bool) -> list[str]:
-    found = []
+    weights = []
     for component in sorted(name.partition("/")[0] for name in names if re.fullmatch(r"\w+/config\.json", name)):
         files = sorted(Path(name) for name in names if name.count("/") == 1 and name.startswith(f"{component}/"))
         with contextlib.suppress(SpectraError):  # opening the folder says what is wrong with it
-            found.append(weights_among(files, Path(component), allow_pickle).as_posix())
-    return found
+            weights.append(weights_among(files, Path(component), allow_pickle).as_posix())
+    return weights

@@ -100,10 +100,10 @@ def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path
         if not folder.is_dir() or (not within and any(folder.glob("*.safetensors"))):
             return [name]
         steps = ((STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-        found = sorted((int(match[1]), path) for match, path in steps if match)
+        checkpoints = sorted((int(match[1]), path) for match, path in steps if match)
     except OSError:  # a name too long, a folder that may not be read: opening it will say so
         return [name]
-    return [path for _, path in found] or [name]
+    return [path for _, path in checkpoints] or [name]
 
 
 def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
@@ -116,10 +116,10 @@ def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
     ------
     MissingFileError, UsageError : the list cannot be read, or there is nothing in it.
     """
-    found: list[str | Path] = []
+    fine_tunes: list[str | Path] = []
     for name in names:
         if not str(name).startswith("@"):
-            found += _within(name)
+            fine_tunes += _within(name)
             continue
         file = Path(str(name)[1:])
         try:
@@ -131,8 +131,8 @@ def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
         listed = [line for line in listed if line and not line.startswith("#")]
         if not listed:
             raise UsageError(f"{file}: this list names nothing")
-        found += [item for line in listed for item in _within(line)]
-    return found
+        fine_tunes += [item for line in listed for item in _within(line)]
+    return fine_tunes
 
 
 def _within(name: str | Path) -> list[str | Path]:
@@ -167,10 +167,10 @@ def located(name: str | Path, access: Access, *, as_base: bool = False) -> Path:
         if access.local_files_only:
             raise UsageError(f"{without_secrets(name)}: not fetched, since local files alone are wanted")
         return fetch_url(name, as_base=as_base, allow_pickle=access.allow_pickle)
-    found = find(name, access, as_base=as_base)
-    if found is None:
+    path = find(name, access, as_base=as_base)
+    if path is None:
         raise MissingFileError(name, f"no such file or folder, nor a model {_where(access)}")
-    return found
+    return path
 
 
 def _where(access: Access) -> str:
@@ -205,9 +205,9 @@ def open_base_of(tuned: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
     return open_base_at(base_of(tuned, access), access)
 
 
-def open_base_at(found: Path, access: Access) -> Checkpoint:
+def open_base_at(path: Path, access: Access) -> Checkpoint:
     """Opens the base at a local path; raises as :func:`open_base` does."""
-    return _checked_base(open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle))
+    return _checked_base(open_checkpoint(path, as_base=True, allow_pickle=access.allow_pickle))
 
 
 def _checked_base(base: Checkpoint) -> Checkpoint:
@@ -228,8 +228,8 @@ def as_loaded(base: Checkpoint, access: Access = ANYWHERE) -> Checkpoint:
     if not isinstance(base, LiveCheckpoint) or base.origin is None:
         return base
     try:
-        found = find(base.origin, replace(access, local_files_only=True), as_base=True)
-        there = None if found is None else open_checkpoint(found, as_base=True, allow_pickle=access.allow_pickle)
+        path = find(base.origin, replace(access, local_files_only=True), as_base=True)
+        there = None if path is None else open_checkpoint(path, as_base=True, allow_pickle=access.allow_pickle)
     except (SpectraError, OSError):
         return base
     if there is None or there.adapter_config is not None:
@@ -266,14 +266,14 @@ def base_of(tuned: Checkpoint, access: Access) -> Path:
     if isinstance(revision, str) and not is_revision(revision):
         raise UnsafeFileError(config, f"its revision {revision!r} is no name of one")
     beside, revision = None if tuned.in_memory else home, revision if isinstance(revision, str) else None
-    found = find(wanted, access, revision=revision, beside=beside, as_base=True)
-    if found is None:
+    path = find(wanted, access, revision=revision, beside=beside, as_base=True)
+    if path is None:
         raise MissingFileError(
             config,
             f"its base model {wanted!r} is neither a path (seen from {home} or the working directory) nor a model "
             f"{_where(access)}; name it with --base",
         )
-    return found
+    return path
 
 
 def named_base(tuned: Checkpoint, base: Checkpoint) -> bool | None:
@@ -290,7 +290,7 @@ class Bases:
     """The bases of a run's fine-tunes, each opened once."""
 
     def __init__(self, access: Access):
-        self._access, self._found, self._opened = access, dict[str, Path](), dict[Hashable, Checkpoint]()
+        self._access, self._paths, self._opened = access, dict[str, Path](), dict[Hashable, Checkpoint]()
 
     def of(self, tuned: Checkpoint, named: Source | None) -> Checkpoint:
         """The base that was named, or that the fine-tune sits in or names; raises as :func:`open_base` does."""
@@ -301,8 +301,8 @@ class Bases:
         if named is None:
             place = base_of(tuned, self._access)
         else:
-            place = self._found.get(str(named)) or located(named, self._access, as_base=True)
-            self._found[str(named)] = place
+            place = self._paths.get(str(named)) or located(named, self._access, as_base=True)
+            self._paths[str(named)] = place
         if place not in self._opened:
             self._opened[place] = open_base_at(place, self._access)
         return self._opened[place]

@@ -99,11 +99,11 @@ class Base:
 
     @cached_property
     def _kept(self) -> Spectrum | None:
-        found = self._load() if self._load is not None else None
-        if found is None:
+        spectrum = self._load() if self._load is not None else None
+        if spectrum is None:
             return None
-        self.stale = not _belongs(found, self.W0)
-        return None if self.stale else replace(found, vectors=found.vectors.to(self.W0.device))
+        self.stale = not _belongs(spectrum, self.W0)
+        return None if self.stale else replace(spectrum, vectors=spectrum.vectors.to(self.W0.device))
 
     @property
     def has_stored(self) -> bool:
@@ -127,8 +127,8 @@ class Base:
         """
         for name in ("settled", "exact"):
             if name in self.__dict__ and not self.has_spectrum:
-                found: Spectrum = self.__dict__[name]
-                return found.vectors[:, : min(k, found.rank)].double()
+                known: Spectrum = self.__dict__[name]
+                return known.vectors[:, : min(k, known.rank)].double()
         X = self.spectrum.vectors[:, : min(k, self.spectrum.rank)].double()
         if self.is_aligned:
             return X
@@ -168,12 +168,12 @@ def short_spectrum(W0: Tensor, side: Side | None = None, dtype: torch.dtype | No
     NonFiniteError, ConvergenceError
     """
     side = side or ("left" if W0.shape[0] <= W0.shape[1] else "right")
-    found = decompose_gram(DenseWeight(W0, W0), side)
+    spectrum = decompose_gram(DenseWeight(W0, W0), side)
     dtype = dtype or W0.dtype
     if dtype == torch.float64:
-        return found
+        return spectrum
     rounding = float(np.finfo(np.float32).eps) / 2
-    return replace(found, vectors=found.vectors.to(dtype), rounding=rounding)
+    return replace(spectrum, vectors=spectrum.vectors.to(dtype), rounding=rounding)
 
 
 def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:

@@ -53,13 +53,13 @@ class CachedEngine:
             return ExactEngine().compare(base, tuned, question)
         factors = Turned(tuned, base.short == "left").low_rank()
         if factors is None or 2 * LARGEST_SHARE * factors[0].shape[1] > p:
-            found = _compare(base, tuned, question, _by_vectors(base, tuned, k))
-            return found or ExactEngine().compare(base, tuned, question)
+            answer = _compare(base, tuned, question, _by_vectors(base, tuned, k))
+            return answer or ExactEngine().compare(base, tuned, question)
         coarse = base.is_aligned and p >= SMALL and base.W0.dtype != torch.float64
         for precise in (False, True) if coarse else (True,):
-            found = _compare(base, tuned, question, _by_algebra(base, factors, k, precise))
-            if found is not None:
-                return found
+            answer = _compare(base, tuned, question, _by_algebra(base, factors, k, precise))
+            if answer is not None:
+                return answer
         return ExactEngine().compare(base, tuned, question)
 
 
@@ -131,10 +131,10 @@ def _by_algebra(base: Base, factors: tuple[Tensor, Tensor], k: int, precise: boo
     scale = (B.norm() / AW.norm().clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
     middle = torch.cat([torch.cat([(A @ A.T) * scale**2, eye], 1), torch.cat([eye, torch.zeros_like(eye)], 1)])
     H = DiagonalPlusLowRank(s**2, torch.cat([E / scale, F * scale], 1), middle)
-    found = H.leading(min(padded(k + EXTRA, W.shape[0]), W.shape[0]), FINE if precise else COARSE)
-    if found is None:
+    eigenpairs = H.leading(min(padded(k + EXTRA, W.shape[0]), W.shape[0]), FINE if precise else COARSE)
+    if eigenpairs is None:
         return None
-    theta, P, _ = found
+    theta, P, _ = eigenpairs
     sigma = theta.clamp_min(0).sqrt()
     if not precise and float(theta[k - 1]) < FAINT * float(theta[0]):
         return None
@@ -178,8 +178,8 @@ def _by_vectors(base: Base, tuned: TunedWeight, k: int) -> _Leading:
         Y = top.Y if base.is_aligned else Turned(tuned, base.short == "left").rmatmul64(top.Y) / values[:k]
         method, margin = "block lanczos", BORDERLINE
     else:
-        found = decompose_gram(tuned, base.side, keep=k)
-        sigma, residuals, Y, method = found.s, found.residuals[:k], found.vectors[:, :k], found.method
+        gram = decompose_gram(tuned, base.side, keep=k)
+        sigma, residuals, Y, method = gram.s, gram.residuals[:k], gram.vectors[:, :k], gram.method
         margin = 0.0
     if base.is_aligned:
         cosines = product64(spectrum.vectors.T, Y)

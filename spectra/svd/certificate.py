@@ -201,13 +201,13 @@ class Certificate:
 
     def matches(self) -> tuple[Match, ...]:
         """The verdict on every vector; cosines only where they are known to 1e-4."""
-        found = []
+        matches = []
         for j in range(self.leading.k):
             intruder = bool(self.intruder[j])
             lower = float(self.lower[j])
             upper = self.question.epsilon - BORDERLINE if intruder else float(self.upper[j])
             exact = not intruder and upper - lower <= 1e-4
-            found.append(
+            matches.append(
                 Match(
                     index=j,
                     sigma=float(self.leading.sigma[j]),
@@ -219,7 +219,7 @@ class Certificate:
                     decided_by="certificate",
                 )
             )
-        return tuple(found)
+        return tuple(matches)
 
 
 def _uncovered(starts: Tensor, stops: Tensor, begin: float, end: float) -> Tensor:

@@ -132,8 +132,8 @@ def decompose_gram(weight: TunedWeight, side: Side = "left", *, keep: int | None
         lost = (image.norm(dim=0) + ROUNDING_OF_GRAM * (sigma[0] ** 2)) * inverse[columns]
         residuals[columns] = torch.where(usable[columns], lost, sigma[columns]).cpu().numpy()
     del gram
-    found = Spectrum(values, Q, short, residuals, 0.0, (m, n), "gram")
-    return replace(found, orthogonality=_orthogonality(Q)) if side == short else other_side(weight, found)
+    spectrum = Spectrum(values, Q, short, residuals, 0.0, (m, n), "gram")
+    return replace(spectrum, orthogonality=_orthogonality(Q)) if side == short else other_side(weight, spectrum)
 
 
 def gram_singular_values(weight: TunedWeight) -> np.ndarray:
@@ -162,22 +162,22 @@ def _gram64(weight: TunedWeight, short: Side) -> Tensor:
     return gram
 
 
-def other_side(weight: TunedWeight, found: Spectrum) -> Spectrum:
+def other_side(weight: TunedWeight, spectrum: Spectrum) -> Spectrum:
     """The vectors of the weight's longer side, float64, from a float64 spectrum of its shorter one: Wᵀ·u/σ.
 
     They are zero where σ is in the null space.
     """
-    side: Side = "right" if found.side == "left" else "left"
-    kept, sigma = found.vectors.shape[1], torch.from_numpy(found.s).to(found.vectors.device)
-    usable = _usable(sigma[:kept], found.shape)
+    side: Side = "right" if spectrum.side == "left" else "left"
+    kept, sigma = spectrum.vectors.shape[1], torch.from_numpy(spectrum.s).to(spectrum.vectors.device)
+    usable = _usable(sigma[:kept], spectrum.shape)
     inverse = torch.where(usable, 1 / sigma[:kept].clamp_min(TINY), 0.0)
-    vectors = torch.empty(max(found.shape), kept, dtype=torch.float64, device=found.vectors.device)
-    for part in slabs(max(found.shape)):
+    vectors = torch.empty(max(spectrum.shape), kept, dtype=torch.float64, device=spectrum.vectors.device)
+    for part in slabs(max(spectrum.shape)):
         block = weight.block(ALL, part).T if side == "right" else weight.block(part, ALL)
-        vectors[part] = (block @ found.vectors) * inverse
+        vectors[part] = (block @ spectrum.vectors) * inverse
     # Of vectors to small σ the Gram matrix's rounding leaves little; nobody relies on them.
-    known = min(kept, found.rank)
-    return replace(found, vectors=vectors, side=side, orthogonality=_orthogonality(vectors[:, :known]))
+    known = min(kept, spectrum.rank)
+    return replace(spectrum, vectors=vectors, side=side, orthogonality=_orthogonality(vectors[:, :known]))
 
 
 def _usable(sigma: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -195,10 +195,10 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix)
     except NOT_CONVERGED as first:
         try:
-            found = scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev")
+            eigenpairs = scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev")
         except (*NOT_CONVERGED, ValueError) as second:
             raise ConvergenceError(f"its eigenvalues did not converge (evd: {first}; ev: {second})") from None
-        values, vectors = (torch.from_numpy(part).to(matrix.device) for part in found)
+        values, vectors = (torch.from_numpy(part).to(matrix.device) for part in eigenpairs)
     return values, vectors
 
 

@@ -69,17 +69,17 @@ def leading_triplets(base: Base, tuned: TunedWeight, k: int) -> Triplets:
     p = base.W.shape[0]
     k = wanted = min(k, p)
     while p >= ROOMY and wanted < p // 4:
-        found = leading_pairs(base, tuned, wanted, ACCURACY)
-        if found is None:
+        pairs = leading_pairs(base, tuned, wanted, ACCURACY)
+        if pairs is None:
             break
-        beyond = float(found.sigma[wanted]) + found.next_residual / float(found.sigma[wanted - 1])
-        triplets = _within(turned, found.Y.double(), beyond, None)
+        beyond = float(pairs.sigma[wanted]) + pairs.next_residual / float(pairs.sigma[wanted - 1])
+        triplets = _within(turned, pairs.Y.double(), beyond, None)
         if triplets.errors[:k].max() <= DIRECTION:
             return triplets.take(list(range(k)))
         if wanted > k:
             break
         # Of values close to each other either all or none are to be taken: up to the widest gap nearby.
-        near = found.sigma[k - 1 : k + EXTRA + 1]
+        near = pairs.sigma[k - 1 : k + EXTRA + 1]
         wanted = k + int((near[:-1] - near[1:]).argmax())
         if wanted == k:
             break
@@ -120,20 +120,22 @@ def _matmul64(turned: Turned, X: Tensor) -> Tensor:
     return Turned(turned.weight, not turned.left).rmatmul64(X)
 
 
-def _as_matched(base: Base, found: Triplets) -> Triplets:
+def _as_matched(base: Base, triplets: Triplets) -> Triplets:
     """The same, the vectors of each cluster mixed as the exact engine mixes them against W0's."""
-    starts = clusters(found.values)
-    U, V, s, residuals = found.U, found.V, found.s, found.residuals
+    starts = clusters(triplets.values)
+    U, V, s, residuals = triplets.U, triplets.V, triplets.s, triplets.residuals
     for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         here = slice(first, min(last, s.size))
         if here.stop - first < 2:
             continue
         Y = (U if base.side == "left" else V)[:, here]
         weights = mixture(base.settled, product64(base.settled.vectors.T, Y).cpu().numpy())
-        if U is found.U:
+        if U is triplets.U:
             U, V, s, residuals = U.clone(), V.clone(), s.copy(), residuals.copy()
         turn = torch.from_numpy(weights).to(U.device)
         U[:, here], V[:, here] = U[:, here] @ turn, V[:, here] @ turn
-        s[here] = np.einsum("ij,i,ij->j", weights, found.s[here], weights)
-        residuals[here] = np.hypot(np.linalg.norm(found.residuals[here]), np.ptp(found.s[here]))
-    return found if U is found.U else Triplets(U, s, V, residuals, found.errors, found.values, found.shape)
+        s[here] = np.einsum("ij,i,ij->j", weights, triplets.s[here], weights)
+        residuals[here] = np.hypot(np.linalg.norm(triplets.residuals[here]), np.ptp(triplets.s[here]))
+    return (
+        triplets if U is triplets.U else Triplets(U, s, V, residuals, triplets.errors, triplets.values, triplets.shape)
+    )

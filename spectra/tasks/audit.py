@@ -161,9 +161,9 @@ def audit_many(
 def _check_on_disk(runs: Sequence[SingleRun], option: str) -> None:
     """Raises UsageError where a run that goes on elsewhere or another time reads models of this process's memory."""
     read = [checkpoint for run in runs for checkpoint in (run.tuned, run.base)]
-    found = next((checkpoint for checkpoint in read if checkpoint.in_memory), None)
-    if found is not None:
-        raise UsageError(f"{found.path}: {option} is for models on a disk, not for one in memory; save it first")
+    in_memory = next((checkpoint for checkpoint in read if checkpoint.in_memory), None)
+    if in_memory is not None:
+        raise UsageError(f"{in_memory.path}: {option} is for models on a disk, not for one in memory; save it first")
 
 
 def identity_of(runs: Sequence[SingleRun], settings: Settings) -> dict[str, Any]:

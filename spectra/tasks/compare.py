@@ -82,8 +82,8 @@ def compare(
     Examples
     --------
     >>> import spectra
-    >>> found = spectra.compare(["fixtures/lora-r4", "fixtures/full"], "fixtures/base", quick=True)
-    >>> [(row["label"], row["intruders"]) for row in found.rows()]
+    >>> comparison = spectra.compare(["fixtures/lora-r4", "fixtures/full"], "fixtures/base", quick=True)
+    >>> [(row["label"], row["intruders"]) for row in comparison.rows()]
     [('lora-r4', 35), ('full', 5)]
     """
     if draws < 0:

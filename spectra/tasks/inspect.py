@@ -46,12 +46,12 @@ def inspect(
         raise UsageError(
             f"{said_of(initial_adapter)}: {checkpoint.path} has no initialisation that needs an initial adapter"
         )
-    found_base, problem, pairs, skipped, listed = None, None, {}, plan.skipped, plan.updates
+    base_path, problem, pairs, skipped, listed = None, None, {}, plan.skipped, plan.updates
     precision: str | None = None
     if base is not None or checkpoint.adapter_config is not None:
         try:
             opened = open_base_of(checkpoint, access) if base is None else open_base(base, access)
-            found_base = str(opened.path)
+            base_path = str(opened.path)
             precision = caveat(opened, checkpoint, plan)
             if split_fused:
                 opened = split_apart(opened, checkpoint)[0]
@@ -61,7 +61,7 @@ def inspect(
             skipped = pairing.skipped
             listed = pairing.plan.updates  # with one for each expert of a stack and each part of what is split
         except SpectraError as error:
-            broken = found_base is None or isinstance(error, CorruptFileError | UnsafeFileError)
+            broken = base_path is None or isinstance(error, CorruptFileError | UnsafeFileError)
             if base is not None and not isinstance(error, UsageError) and broken:
                 raise
             problem = str(error)
@@ -91,7 +91,7 @@ def inspect(
         facts=dict(plan.facts),
         updates=tuple(updates),
         skipped=tuple(asdict(item) for item in skipped),
-        base=found_base,
+        base=base_path,
         problem=problem,
         caveat=precision,
         beside=beside(checkpoint),
@@ -103,15 +103,15 @@ def beside(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.path.is_dir():
         return ()
     read = {file.resolve() for file in checkpoint.files}
-    found = []
+    names = []
     with contextlib.suppress(OSError):  # what may not be listed
         for path in sorted(checkpoint.path.iterdir()):
             if path.is_dir():
                 if not any(path.resolve() in file.parents for file in read) and any(map(_has_weights, path.iterdir())):
-                    found.append(f"{path.name}/")
+                    names.append(f"{path.name}/")
             elif _has_weights(path) and path.resolve() not in read:
-                found.append(path.name)
-    return tuple(found)
+                names.append(path.name)
+    return tuple(names)
 
 
 def _has_weights(path: Path) -> bool:

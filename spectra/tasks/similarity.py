@@ -134,8 +134,8 @@ def _cosines(
 def _leading(base: Base, weight: TunedWeight, k: int) -> Tensor | None:
     """The ≤ k leading singular vectors on the side in question, float64; None where only a full decomposition tells."""
     if base.W.shape[0] < ROOMY:
-        found = decompose_gram(weight, base.side, keep=k)
-        return found.vectors[:, : min(k, found.rank)]
+        spectrum = decompose_gram(weight, base.side, keep=k)
+        return spectrum.vectors[:, : min(k, spectrum.rank)]
     pairs = leading_pairs(base, weight, k, ACCURACY)
     if pairs is None:
         return None

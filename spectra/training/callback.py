@@ -134,8 +134,8 @@ def _trainer_of(state: TrainerState) -> Any:
     frame = sys._getframe()
     while (caller := frame.f_back) is not None:
         frame = caller
-        found = frame.f_locals.get("self")
-        if getattr(found, "state", None) is state and hasattr(found, "callback_handler"):
-            return found
+        candidate = frame.f_locals.get("self")
+        if getattr(candidate, "state", None) is state and hasattr(candidate, "callback_handler"):
+            return candidate
     logger.warning("no trainer found that called: what is found is in its history alone, and not reported")
     return None

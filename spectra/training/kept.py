@@ -65,14 +65,18 @@ class KeptSpectra:
         if key in self._on_disk:
             assert self.disk is not None
             return self.disk.load(base, name, layout, dtype)
-        found = self._found(base, name, layout, dtype)
-        if found is not None and (name, layout) not in self.thresholds:
+        spectrum = self._load_or_make(base, name, layout, dtype)
+        if spectrum is not None and (name, layout) not in self.thresholds:
             started = time.perf_counter()
             self.thresholds[name, layout] = predicted_threshold(
-                found.s, found.shape, epsilon=self.question.epsilon, top_k=self.question.top_k, side=self.question.side
+                spectrum.s,
+                spectrum.shape,
+                epsilon=self.question.epsilon,
+                top_k=self.question.top_k,
+                side=self.question.side,
             )
             self.seconds += time.perf_counter() - started
-        return found
+        return spectrum
 
     def stale_for(self, base: Checkpoint) -> tuple[Path, ...]:
         """Folders with spectra of what lay at this base's path before it changed."""
@@ -83,15 +87,15 @@ class KeptSpectra:
         self._kept.clear()
         self.bytes = 0
 
-    def _found(self, base: Checkpoint, name: str, layout: Layout, dtype: torch.dtype) -> Spectrum | None:
+    def _load_or_make(self, base: Checkpoint, name: str, layout: Layout, dtype: torch.dtype) -> Spectrum | None:
         """A spectrum seen for the first time, from the disk or made."""
         W0 = as_matrix(base.load(base.weights[name]).to(device=self.device, dtype=dtype), layout)
         key, p = (name, layout, dtype), min(W0.shape)
         if self.disk is not None:
-            found = self.disk.load(base, name, layout, dtype)
-            if found is not None and Base(W0, stored=lambda: found).has_stored:  # and not that of another base
+            spectrum = self.disk.load(base, name, layout, dtype)
+            if spectrum is not None and Base(W0, stored=lambda: spectrum).has_stored:  # and not that of another base
                 self._on_disk.add(key)
-                return found
+                return spectrum
         size = p * p * dtype.itemsize
         if (self.below is not None and p >= self.below) or (self.disk is None and self.bytes + size > self.limit):
             return None

@@ -283,19 +283,19 @@ class Monitor:
         """The adapter, or of a model without one the matrices that are trained."""
         if self._model is None:
             raise UsageError("the monitor has let go of its model")
-        found = checkpoint_of(self._model, adapter=self.plan.adapter)
-        assert isinstance(found, LiveCheckpoint)
-        if _is_adapter(found):
-            return found
+        checkpoint = checkpoint_of(self._model, adapter=self.plan.adapter)
+        assert isinstance(checkpoint, LiveCheckpoint)
+        if _is_adapter(checkpoint):
+            return checkpoint
         trained = {value.data_ptr() for value in self._model.parameters() if value.requires_grad and value.ndim >= 2}
         tensors = {
             name: info
-            for name, info in found.tensors.items()
+            for name, info in checkpoint.tensors.items()
             if isinstance(info, LiveTensor) and info.tensor.data_ptr() in trained
         }
         if not tensors:
-            raise UsageError(f"{found.path}: nothing to audit: no matrix of it is trained")
-        return replace(found, tensors=tensors)
+            raise UsageError(f"{checkpoint.path}: nothing to audit: no matrix of it is trained")
+        return replace(checkpoint, tensors=tensors)
 
     def _open(self) -> SingleRun:
         # Anew each time: whoever trains may have put other tensors in the place of these, or another adapter.

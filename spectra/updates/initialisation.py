@@ -83,10 +83,10 @@ def as_saved(B: Tensor, A: Tensor, scaling: float) -> Taken:
     B = B̂ + E, A = Â + F of the saved B̂ and Â, and |E| ≤ u·|B̂|, |F| ≤ u·|Â| by entry (u = 2⁻⁸ for bfloat16, 2⁻¹¹ for
     float16), ‖B·A − B̂·Â‖_F ≤ ‖E‖_F·‖Â‖₂ + ‖B̂‖₂·‖F‖_F + ‖E‖_F·‖F‖_F.
     """
-    found = Taken(B * scaling, A)
+    taken = Taken(B * scaling, A)
     dtype = next((dtype for dtype in HALVES if all(_is_held(factor, dtype) for factor in (B, A))), None)
     if dtype is None or not bool(B.isfinite().all() and A.isfinite().all()):
-        return found
+        return taken
     limits = torch.finfo(dtype)
     unit = limits.eps / 2
     E, F = (
@@ -95,7 +95,7 @@ def as_saved(B: Tensor, A: Tensor, scaling: float) -> Taken:
     )
     error = E * float(torch.linalg.matrix_norm(A, 2)) + float(torch.linalg.matrix_norm(B, 2)) * F + E * F
     why = f"the adapter from before training holds it rounded to {str(dtype).removeprefix('torch.')}"
-    return replace(found, error=error * abs(scaling), why=why, advice=RESIDUAL)
+    return replace(taken, error=error * abs(scaling), why=why, advice=RESIDUAL)
 
 
 def _is_held(values: Tensor, dtype: torch.dtype) -> bool:
@@ -130,26 +130,26 @@ class Reinitialised:
     from_base: bool = True
 
     def tuned(self, W0: Tensor) -> FactoredWeight | DenseWeight:
-        found = self.taken(W0.T if self.turned else W0)
+        taken = self.taken(W0.T if self.turned else W0)
         B, A = self.update.B.double() * self.update.scaling, self.update.A.double()
         if not bool(
-            B.isfinite().all() and A.isfinite().all() and found.B.isfinite().all() and found.A.isfinite().all()
+            B.isfinite().all() and A.isfinite().all() and taken.B.isfinite().all() and taken.A.isfinite().all()
         ):
             raise NonFiniteError("holds NaN or infinity")
-        if self.from_base and not _cosine(B, A, found) >= AKIN:
+        if self.from_base and not _cosine(B, A, taken) >= AKIN:
             raise self.refuse(
                 "the trained factors are nothing like what their initialisation took out of this base: it is another "
                 'model, or what was left of it already; if so, set "init_lora_weights": true in a copy of the '
                 "adapter's config"
             )
-        B0, A0 = (found.A.T, found.B.T) if self.turned else (found.B, found.A)
+        B0, A0 = (taken.A.T, taken.B.T) if self.turned else (taken.B, taken.A)
         B, A = condensed(torch.cat([B, -B0], 1), torch.cat([A, A0], 0))
-        size, change = found.size, float(torch.linalg.vector_norm(B.T @ B))
-        if found.error > UNDECIDED * change:
-            if change > found.error or found.error > 1e-3 * size:
+        size, change = taken.size, float(torch.linalg.vector_norm(B.T @ B))
+        if taken.error > UNDECIDED * change:
+            if change > taken.error or taken.error > 1e-3 * size:
                 raise self.refuse(
                     "what its initialisation took out of the base weight cannot be told closely enough, since "
-                    f"{found.why or 'the change is as small as rounding'}; {found.advice}"
+                    f"{taken.why or 'the change is as small as rounding'}; {taken.advice}"
                 )
             B, A = torch.zeros_like(B[:, :1]), torch.zeros_like(A[:1])
         if self.dtype is None:

@@ -119,8 +119,8 @@ class InitialisedUpdate(LoraUpdate):
             return lambda W: leading(W, self.rank)
 
         def olora(W: torch.Tensor) -> Taken:
-            found = of_first_columns(W, self.rank)
-            return replace(found, B=found.B * self.scaling, error=found.error * abs(self.scaling))
+            taken = of_first_columns(W, self.rank)
+            return replace(taken, B=taken.B * self.scaling, error=taken.error * abs(self.scaling))
 
         return olora
 
@@ -160,7 +160,7 @@ def with_initial(plan: Plan, tuned: Checkpoint, initial: Checkpoint | None) -> P
         if initial.place == tuned.place:
             raise UsageError(f"{tuned.path}: the initial adapter is this adapter itself, not as it was before training")
         earlier = {item.module: item for item in PeftAdapter().plan(initial).updates if isinstance(item, LoraUpdate)}
-    found: dict[str, PlannedUpdate] = {}
+    initialised: dict[str, PlannedUpdate] = {}
     for module, item in changed.items():
         if how == "pissa" and initial is None and item.scaling <= 0:
             raise AdapterError(config, f"PiSSA with a scaling of {item.scaling:g}; expected more than 0")
@@ -168,8 +168,10 @@ def with_initial(plan: Plan, tuned: Checkpoint, initial: Checkpoint | None) -> P
         own = {field.name: getattr(item, field.name) for field in fields(LoraUpdate)}
         source = "computed from it" if initial is None else "read from the adapter before training"
         note = f"{how} took a part out of the base weight before training: {source}"
-        found[module] = InitialisedUpdate(**{**own, "notes": (*item.notes, note)}, how=how, initial=before)
-    updates = tuple(found.get(item.module, item) if isinstance(item, LoraUpdate) else item for item in plan.updates)
+        initialised[module] = InitialisedUpdate(**{**own, "notes": (*item.notes, note)}, how=how, initial=before)
+    updates = tuple(
+        initialised.get(item.module, item) if isinstance(item, LoraUpdate) else item for item in plan.updates
+    )
     return replace(plan, updates=updates)
 
 

@@ -106,9 +106,9 @@ class StoredKeys:
     def _check_saved(self) -> None:
         """Of a raw state dict, modules to save must be this adapter's."""
         for name, info in self.plain.items():
-            _, found, rest = name.partition(_SAVED)
+            _, marker, rest = name.partition(_SAVED)
             other = rest.partition(".")[0]
-            if found and other != self.adapter:
+            if marker and other != self.adapter:
                 raise AdapterError(
                     info.file, f"several adapters are in one file: {self.adapter!r}, {other!r}; save each by itself",
                     info.name,
@@ -194,11 +194,11 @@ def _parser(factors: Sequence[str]) -> Callable[[str], Key | None]:
 def _alone(shared: Sequence[str]) -> Callable[[str], Key | None]:
     parse = _parser(shared)
 
-    def found(name: str) -> Key | None:
+    def parse_shared(name: str) -> Key | None:
         key = parse(name) if shared else None
         return None if key is None or key.module != "base_model" else replace(key, module="")
 
-    return found
+    return parse_shared
 
 
 def _tail(parts: list[str]) -> tuple[str, str]:

@@ -152,11 +152,11 @@ class PeftAdapter:
         updates: list[PlannedUpdate] = []
         for stack in parameter_updates(config, config, stored.modules):
             own = {item.parameter: copies.get(f"{stack.home}.{item.parameter}") for item in stack.candidates}
-            found = {parameter: copy for parameter, copy in own.items() if copy is not None}
-            for name, info in found.values():
+            base_copies = {parameter: copy for parameter, copy in own.items() if copy is not None}
+            for name, info in base_copies.values():
                 if stored.plain.pop(name, None) is not None:  # several updates of a module may be of it
                     skipped.append(Skipped(info.name, BASE_COPY))
-            copied_as = tuple((parameter, info.name) for parameter, (_, info) in found.items())
+            copied_as = tuple((parameter, info.name) for parameter, (_, info) in base_copies.items())
             updates.append(replace(stack, copies=copied_as))
         for module, slot in stored.modules.items():
             if VELORA in slot:
@@ -224,10 +224,10 @@ def _lora_update(config: _Config, module: str, slot: Slot, copy: str | None) -> 
     if any(size != 1 for size in B.shape[2:]):
         raise AdapterError(B.file, f"expected a 1×1 convolution, found shape {list(B.shape)}", B.name)
     if config.use_dora != (magnitude is not None):
-        found = "there is none" if magnitude is None else "there is one"
+        stored = "there is none" if magnitude is None else "there is one"
         raise AdapterError(
             A.file,
-            f"use_dora is {str(config.use_dora).lower()}, but of lora_magnitude_vector {found} for this module",
+            f"use_dora is {str(config.use_dora).lower()}, but of lora_magnitude_vector {stored} for this module",
             A.name,
         )
     if magnitude is not None and magnitude.size != B.shape[0]:

@@ -45,8 +45,8 @@ class ModuleNames:
         """What names these modules and no others, and whether it is a whole name."""
         inside = set(members)
         shorts = {kind: self._short(kind, inside) for kind in dict.fromkeys(self.types[name] for name in members)}
-        found = ((shorts[self.types[name]], name) for name in members)
-        return {short or name: short is None for short, name in found}
+        choices = ((shorts[self.types[name]], name) for name in members)
+        return {short or name: short is None for short, name in choices}
 
     def pattern(self, values: Mapping[str, Value], default: Value | None = None) -> tuple[Value, dict[str, Value]]:
         """(default, ``rank_pattern`` or ``alpha_pattern``); a default that is not given makes it as short as can be.
@@ -63,8 +63,8 @@ class ModuleNames:
             (key, whole, value) for value in sorted(groups) if value != default for key, whole in covers[value].items()
         ]
         for name, meant in values.items():
-            found = (value for key, whole, value in entries if _names(key, whole, name))
-            if next(found, default) != meant:
+            matching = (value for key, whole, value in entries if _names(key, whole, name))
+            if next(matching, default) != meant:
                 raise AssertionError(f"the pattern gives {name} another value than was meant")
         return default, {self._entry(key, whole): value for key, whole, value in entries}
 

@@ -179,7 +179,7 @@ def parameter_updates(
     for item in wanted:
         head, _, parameter = item.rpartition(".")
         named[head].add(parameter)
-    found: list[StackUpdate] = []
+    stacks: list[StackUpdate] = []
     for module in list(modules):
         home, A = unwrapped(module), modules[module].get("lora_A")
         own = {parameter for ending in _endings(home) for parameter in named.get(ending, ())}
@@ -188,11 +188,11 @@ def parameter_updates(
         if not own:
             continue
         slot = modules.pop(module)
-        found.append(_stack(config, options, module, slot, sorted(own)))
-    if found and config.values.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        stacks.append(_stack(config, options, module, slot, sorted(own)))
+    if stacks and config.values.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
         init = str(config.values["init_lora_weights"])[:80]
         raise UnsupportedMethodError(config.file, f"target_parameters with init_lora_weights = {init!r} cannot be read")
-    return found
+    return stacks
 
 
 def _stack(config: ConfigFields, options: Options, module: str, slot: Slot, names: list[str]) -> StackUpdate:
@@ -291,13 +291,13 @@ def _told_apart(
         raise AdapterError(
             first.file, f"{len(group)} updates of {home!r} for {len(names)} of its parameters", first.name
         )
-    found = {name: places.find(home, name) for name in names}
+    located = {name: places.find(home, name) for name in names}
     possible = []
     for order in itertools.permutations(names, len(group)):
         taken = []
         for update, name in zip(group, order, strict=True):
             candidate = next((item for item in update.candidates if item.parameter == name), None)
-            place = found[name]
+            place = located[name]
             ways = place.fits(update, candidate) if candidate is not None and place is not None else frozenset()
             if candidate is not None and place is not None and ways:
                 taken.append((candidate, place, ways))
@@ -313,7 +313,7 @@ def _told_apart(
             f"{orders}",
             first.name,
         )
-    known = ", ".join(f"{name} {_describe(place)}" for name, place in found.items())
+    known = ", ".join(f"{name} {_describe(place)}" for name, place in located.items())
     raise WrongBaseError(
         first.file,
         f"factors of {' and '.join(str(list(update.sides)) for update in group)} fit no parameters of {home!r} in "
@@ -347,12 +347,12 @@ def _members(
             A.name,
         )
     (turned,) = own if len(own) == 1 else ways
-    found: list[PlannedUpdate] = []
+    members: list[PlannedUpdate] = []
     for index in range(candidate.experts):
         module = f"{stack.home}.{index}.{candidate.parameter}"
         own_part = replace(whole, module=module, target=f"{module}.weight", expert=index, experts=candidate.experts)
-        found.append(replace(own_part, turned=turned))
-    return found
+        members.append(replace(own_part, turned=turned))
+    return members
 
 
 class _Places:
@@ -399,19 +399,19 @@ class _ByEnding:
     """Parameters of one name by what their modules' names end in."""
 
     def __init__(self) -> None:
-        self._found: dict[str, set[_Place]] = defaultdict(set)
+        self._places: dict[str, set[_Place]] = defaultdict(set)
 
     def add(self, home: str, place: _Place) -> None:
         for ending in _endings(home):
-            if len(self._found[ending]) < 2:
-                self._found[ending].add(place)
+            if len(self._places[ending]) < 2:
+                self._places[ending].add(place)
 
     def nearest(self, home: str) -> _Place | None:
         """That of the module whose name shares most with this one, from the end; None where several do that differ."""
         for ending in _endings(home):
-            found = self._found.get(ending)
-            if found:
-                return next(iter(found)) if len(found) == 1 else None
+            places = self._places.get(ending)
+            if places:
+                return next(iter(places)) if len(places) == 1 else None
         return None
 
 

@@ -90,13 +90,13 @@ def stored_ranks(source: Checkpoint, plan: Plan, ranks: Mapping[str, int]) -> di
     for update in _factors(plan).values():
         groups[update.options].append(update)
     even = (source.adapter_config or {}).get("init_lora_weights") == "orthogonal"
-    found: dict[str, int] = {}
+    stored: dict[str, int] = {}
     for group in groups.values():
         rank = max(max(update.rank, ranks.get(update.module, 0)) for update in group)
         if even and rank != group[0].rank:
             rank += rank % 2
-        found |= {update.module: rank for update in group if update.module in ranks or rank != update.rank}
-    return found
+        stored |= {update.module: rank for update in group if update.module in ranks or rank != update.rank}
+    return stored
 
 
 def write_repaired(
@@ -191,9 +191,9 @@ def _tensors(source: Checkpoint, update: LoraUpdate, new: LowRank | RowScaled | 
 def _other_columns(B: Tensor, old_B: Tensor, old_A: Tensor) -> Tensor | None:
     """X with B·X = old_B·old_A up to the rounding of B's dtype; None where there is none."""
     wanted = old_B.double() @ old_A.double()
-    found = torch.linalg.lstsq(B.double(), wanted, driver="gelsd").solution
-    lost = B.double() @ found.to(B.dtype).double() - wanted
-    return found if bool(lost.norm() <= 4 * torch.finfo(B.dtype).eps * wanted.norm()) else None
+    X = torch.linalg.lstsq(B.double(), wanted, driver="gelsd").solution
+    lost = B.double() @ X.to(B.dtype).double() - wanted
+    return X if bool(lost.norm() <= 4 * torch.finfo(B.dtype).eps * wanted.norm()) else None
 
 
 def _with_leading_rows(source: Checkpoint, name: str, value: Tensor) -> Tensor:

@@ -49,12 +49,12 @@ def copies(names: Iterable[str], ranges: Iterable[tuple[int, int]]) -> set[str]:
     places: dict[int, list[int]] = defaultdict(list)
     for index, layer in enumerate(layer for start, end in ranges for layer in range(start, end)):
         places[layer].append(index)
-    found: set[str] = set()
+    copied: set[str] = set()
     for name in names if places else ():
         parts = _LAYER.fullmatch(name)
         if parts is not None:
-            found.update(f"{parts['before']}{index}{parts['after']}" for index in places.get(int(parts["index"]), ()))
-    return found
+            copied.update(f"{parts['before']}{index}{parts['after']}" for index in places.get(int(parts["index"]), ()))
+    return copied
 
 
 def replicated(file: Path, update: PlannedUpdate, layers: Sequence[int]) -> PlannedUpdate:
@@ -70,5 +70,5 @@ def replicated(file: Path, update: PlannedUpdate, layers: Sequence[int]) -> Plan
         parts = _LAYER.fullmatch(target)
         targets.append(target if parts is None else f"{parts['before']}{layers[index]}{parts['after']}")
     note = f"layer_replication: layer {index} of the model is layer {layers[index]} of the base"
-    found: PlannedUpdate = replace(cast(Any, update), targets=tuple(targets), notes=(*update.notes, note))
-    return found
+    planned: PlannedUpdate = replace(cast(Any, update), targets=tuple(targets), notes=(*update.notes, note))
+    return planned

@@ -64,7 +64,7 @@ def replaced_tokens(config: ConfigFields, module: str, slot: Slot, copy: str | N
     AdapterError : the config does not say which tokens, or not as many; or the same module has other factors.
     """
     info = slot[TOKENS]
-    other = next((found for name, found in slot.items() if name != TOKENS), None)
+    other = next((tensor for name, tensor in slot.items() if name != TOKENS), None)
     if other is not None:
         raise AdapterError(other.file, f"{info.name!r} replaces rows of the same weight: peft has not both", other.name)
     if not info.is_float:

@@ -73,17 +73,17 @@ def experts(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived | U
             continue
         if len(info.shape) == 2 and name.endswith("_bias") and _BIASES.fullmatch(name):
             yield _unreadable(info, "the biases of experts: vectors have no spectrum")
-        found = _DBRX.fullmatch(name) if len(info.shape) == 2 else None
-        if found:
-            made = list(_dbrx(info, found["home"], found["part"], config, left))
+        match = _DBRX.fullmatch(name) if len(info.shape) == 2 else None
+        if match:
+            made = list(_dbrx(info, match["home"], match["part"], config, left))
             left -= len(made)
             yield from made
         elif len(info.shape) == 3:
-            found = (
+            match = (
                 _STACK.fullmatch(name) or _GRANITE.fullmatch(name) or _STEP.fullmatch(name) or _SWITCH.fullmatch(name)
             )
-            if found:
-                home, part = found["home"], found["part"]
+            if match:
+                home, part = match["home"], match["part"]
                 if home.rpartition(".")[2] != "experts":  # JetMoe's attention has input_linear of experts, too: no gate
                     home, part = f"{home}.experts", _CALLED.get(part, part)
                 stacks[home][part] = info

@@ -45,10 +45,10 @@ class _Fields:
         self._config = config
 
     def number(self, *names: str) -> int:
-        found = self._found(names)
-        if found is None:
+        field = self._first(names)
+        if field is None:
             raise _Missing(f"config.json does not give {' or '.join(names)}")
-        name, value = found
+        name, value = field
         if type(value) is not int or not 0 < value < 1 << 24:
             raise _Missing(f"config.json gives {name} = {str(value)[:40]!r}, where a whole number above 0 is expected")
         return value
@@ -60,13 +60,13 @@ class _Fields:
         return value
 
     def has(self, *names: str) -> bool:
-        return self._found(names) is not None
+        return self._first(names) is not None
 
     def within(self, name: str) -> _Fields:
         value = self._config.get(name)
         return _Fields(value if isinstance(value, Mapping) else {})
 
-    def _found(self, names: tuple[str, ...]) -> tuple[str, Any] | None:
+    def _first(self, names: tuple[str, ...]) -> tuple[str, Any] | None:
         return next(((name, self._config[name]) for name in names if self._config.get(name) is not None), None)
 
     def heads(self) -> int:

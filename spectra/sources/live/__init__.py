@@ -71,8 +71,8 @@ def checkpoint_of(source: Source, *, adapter: str | None = None) -> Checkpoint:
         return _of_state_dict(source)
     wrappers = _wrappers_in(model)
     if wrappers is not None:
-        found: Checkpoint = wrappers.adapter_of(model, adapter)
-        return found
+        checkpoint: Checkpoint = wrappers.adapter_of(model, adapter)
+        return checkpoint
     if adapter is not None:
         raise UsageError(f"{type(model).__name__}: holds no adapter of peft, so none that is called {adapter!r}")
     return model_in_memory(model)

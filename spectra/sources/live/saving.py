@@ -18,12 +18,12 @@ def config_of(model: torch.nn.Module) -> dict[str, Any]:
     if not hasattr(writer, "to_json_string"):
         return {}
     try:
-        found = json.loads(writer.to_json_string())
+        values = json.loads(writer.to_json_string())
     except (TypeError, ValueError, AttributeError):  # not as transformers or diffusers write them
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         return {}
-    return found if isinstance(config, Mapping) else {**found, "architectures": [type(model).__name__]}
+    return values if isinstance(config, Mapping) else {**values, "architectures": [type(model).__name__]}
 
 
 def tied_names(model: torch.nn.Module) -> set[str]:
@@ -47,14 +47,14 @@ def saved_names(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
         transforms = [item.reverse_transform() for item in reversed(_transforms(model))]
         renamings = [item for item in transforms if isinstance(item, loading.WeightRenaming)]
         converters = [item for item in transforms if isinstance(item, loading.WeightConverter)]
-        found = {}
+        saved = {}
         for name in sorted(names, key=loading.dot_natural_key):
             converted = loading.apply_converters(name, converters)[1] is not None
-            found[name] = name if converted else loading.apply_renamings(name, renamings)
+            saved[name] = name if converted else loading.apply_renamings(name, renamings)
     except (AttributeError, TypeError, ValueError, KeyError, ImportError):  # of another release than is known here
         return {name: name for name in names}
-    unique = len(set(found.values())) == len(found)
-    return {name: found[name] if unique else name for name in names}
+    unique = len(set(saved.values())) == len(saved)
+    return {name: saved[name] if unique else name for name in names}
 
 
 def _transforms(model: torch.nn.Module) -> list[Any]:

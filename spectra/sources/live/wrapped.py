@@ -156,11 +156,11 @@ def _active(model: torch.nn.Module) -> list[str]:
     if isinstance(model, PeftModel):
         active = model.active_adapters if not model.active_peft_config.is_prompt_learning else model.active_adapter
         return [active] if isinstance(active, str) else list(active)
-    found: dict[str, None] = {}
+    adapters: dict[str, None] = {}
     for layer in _wrappers(model):
         names: Any = layer.active_adapters
-        found |= dict.fromkeys(names)
-    return list(found)
+        adapters |= dict.fromkeys(names)
+    return list(adapters)
 
 
 def _as_saved(model: torch.nn.Module, config: Any) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def _as_saved(model: torch.nn.Module, config: Any) -> dict[str, Any]:
     def plain(value: object) -> object:
         return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
-    found: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=plain))
-    if found.get("base_model_name_or_path") is None:
-        found["base_model_name_or_path"] = getattr(inner_model(model), "name_or_path", None) or None
-    return {**found, "inference_mode": True}
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=plain))
+    if values.get("base_model_name_or_path") is None:
+        values["base_model_name_or_path"] = getattr(inner_model(model), "name_or_path", None) or None
+    return {**values, "inference_mode": True}
 
 
 def _adapter_state(model: torch.nn.Module, name: str, path: Path) -> dict[str, Any]:

@@ -39,8 +39,8 @@ CODES = {
 def four_bit(checkpoint: Quantised) -> Iterator[Derived | Unreadable]:
     """Weights with a quant_state beside them."""
     for name, info in checkpoint.weights.items():
-        weight, found, kind = name.rpartition(STATE)
-        if not found:
+        weight, marker, kind = name.rpartition(STATE)
+        if not marker:
             continue
         if kind not in CODES:
             names = [name] + [key for key in checkpoint.modules.get(weight, ()) if key != name]

@@ -102,20 +102,20 @@ def _is_scale(checkpoint: Quantised, name: str) -> bool:
 def _scales(checkpoint: Quantised, name: str) -> tuple[Weight | None, list[Weight], list[str]]:
     """A weight's scale, the scales of activations beside it, and what else is named like a scale of it."""
     leaf = name.rpartition(".")[2]
-    found: list[Weight] = []
+    scales: list[Weight] = []
     activations: list[Weight] = []
     unknown: list[str] = []
     for other in checkpoint.scales.get(name, ()):
         end = other.rpartition(".")[2]
         if end in (f"{leaf}_scale_inv", f"{leaf}_scale"):
-            found.append(checkpoint.weights[other])
+            scales.append(checkpoint.weights[other])
         elif end in ACTIVATIONS or end.removeprefix(f"{leaf}_") in ACTIVATIONS:
             activations.append(checkpoint.weights[other])
         else:
             unknown.append(other)
-    if len(found) > 1:
-        unknown += [info.name for info in found]
-    return (found[0] if found else None), activations, unknown
+    if len(scales) > 1:
+        unknown += [info.name for info in scales]
+    return (scales[0] if scales else None), activations, unknown
 
 
 def _block(checkpoint: Quantised, info: TensorInfo, scale: TensorInfo) -> tuple[int, int] | str:

@@ -67,10 +67,10 @@ class Quantised:
 
     def partner(self, info: TensorInfo, name: str) -> Weight:
         """A tensor that another needs; raises CorruptFileError where it is missing."""
-        found = self.weights.get(name)
-        if found is None:
+        partner = self.weights.get(name)
+        if partner is None:
             raise CorruptFileError(info.file, f"what belongs to it is missing: {name!r}", info.name)
-        return found
+        return partner
 
     def belonging(self, module: str, *but: str) -> tuple[str, ...]:
         """The names in a module, and in what lies within its weight, but its bias."""
@@ -140,9 +140,9 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a config.json says of its quantisation; {} where it says nothing."""
     for place in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
-            found = place.get(key) if isinstance(place, dict) else None
-            if isinstance(found, dict):
-                return found
+            settings = place.get(key) if isinstance(place, dict) else None
+            if isinstance(settings, dict):
+                return settings
     return {}
 
 
@@ -179,12 +179,12 @@ def small_bytes(info: TensorInfo) -> bytes:
     try:
         with info.file.open("rb") as file:
             file.seek(begin)
-            found = file.read(length)
+            data = file.read(length)
     except OSError as error:
         raise CorruptFileError(info.file, f"could not be read: {error.strerror or error}", info.name) from None
-    if len(found) != length:
+    if len(data) != length:
         raise CorruptFileError(info.file, "the file changed while it was being read", info.name)
-    return found
+    return data
 
 
 def _bytes_of(info: ForeignTensor) -> bytes:
