@@ -152,6 +152,15 @@ def test_importing_costs_nothing():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
 
 
+def test_help_loads_no_more_than_the_parser_needs():
+    """So that ``spectra --help`` answers within a tenth of a second."""
+    code = (
+        "import sys, spectra.cli; heavy = {'torch', 'numpy', 'dataclasses', 'zipfile', 'spectra.files.checkpoint'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_the_errors_are_drawn_as_they_are():
     classes = [
         item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, errors.SpectraError)

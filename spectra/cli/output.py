@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spectra.errors import MissingFileError, UsageError
-from spectra.files.checkpoint import write_whole
+from spectra.files.whole import write_whole
 
 # How what we write begins, in each of its formats.
 REPORT_MARKS = (

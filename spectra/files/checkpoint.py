@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +20,6 @@ from spectra.errors import (
     MissingFileError,
     SpectraError,
     UnsafeFileError,
-    UsageError,
 )
 from spectra.files.derived import Alternative, Derived, Unreadable, Weight, in_component, read_rows
 from spectra.files.fingerprints import Fingerprint, digest_of, digest_of_file, fingerprint_of
@@ -46,8 +44,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "BYTES_PER_ELEMENT", "PARTIAL", "PICKLE_SUFFIXES", "SINGLE_FILES", "Checkpoint", "Fingerprint", "TensorInfo",
-    "leads_out", "open_checkpoint", "read_header", "read_json", "write_whole",
+    "BYTES_PER_ELEMENT", "PICKLE_SUFFIXES", "SINGLE_FILES", "Checkpoint", "Fingerprint", "TensorInfo",
+    "leads_out", "open_checkpoint", "read_header", "read_json",
 ]  # fmt: skip
 
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -57,7 +55,6 @@ TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_stat
 SHARD = re.compile(r"-\d+-of-\d+\.")
 STEP = re.compile(r"checkpoint-\d+")  # a folder of a training run
 MLX_FILE = "adapters.safetensors"
-PARTIAL = ".part"  # how a file ends that is being written
 
 
 @dataclass(frozen=True)
@@ -421,29 +418,6 @@ def _open_sharded(index: Path, allow_pickle: bool = False) -> Checkpoint:
 
 def _config(folder: Path) -> dict[str, Any]:
     return read_json(check_within(folder / "config.json", folder))
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all, in a folder that is made if need be.
-
-    Raises
-    ------
-    UsageError : it could not be written.
-    """
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())  # or a power cut could leave the name without the content
-            temporary.replace(file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UsageError(f"{file}: could not be written: {error.strerror or error}") from None
 
 
 def _names(paths: Iterable[Path]) -> str:

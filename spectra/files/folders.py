@@ -15,7 +15,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from spectra.errors import CheckpointError, SpectraError, UsageError
-from spectra.files.checkpoint import PARTIAL, PICKLE_SUFFIXES, Checkpoint, leads_out, read_json
+from spectra.files.checkpoint import PICKLE_SUFFIXES, Checkpoint, leads_out, read_json
+from spectra.files.whole import PARTIAL
 
 RECORD = "spectra-mitigation.json"  # what a repaired folder says of how it was made
 CARD = "README.md"
