@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from spectra.records.repair import Mitigation, Verification
     from spectra.records.report import Report
     from spectra.render.records import to_text
-    from spectra.repair.repair import mitigate
-    from spectra.repair.sweep import mitigation_sweep
-    from spectra.repair.verify import verify_mitigation
+    from spectra.repairs.repair import mitigate
+    from spectra.repairs.sweep import mitigation_sweep
+    from spectra.repairs.verify import verify_mitigation
     from spectra.sources.live import Source, checkpoint_of
     from spectra.tasks.audit import audit, audit_many
     from spectra.tasks.cache import CachedBase, cache_base
@@ -47,13 +47,13 @@ _HOMES = {
     "extract_adapter": "spectra.tasks.extract",
     "find_intruders": "spectra.analysis.layer",
     "layer_spectra": "spectra.tasks.compare",
-    "mitigate": "spectra.repair.repair",
-    "mitigation_sweep": "spectra.repair.sweep",
+    "mitigate": "spectra.repairs.repair",
+    "mitigation_sweep": "spectra.repairs.sweep",
     "similarity_matrices": "spectra.tasks.similarity",
     "suggest_ranks": "spectra.tasks.ranks",
     "to_html": "spectra.page",
     "to_text": "spectra.render.records",
-    "verify_mitigation": "spectra.repair.verify",
+    "verify_mitigation": "spectra.repairs.verify",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from spectra.adapters.diffusers import METADATA
 from spectra.errors import AdapterError, UsageError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.pairing.pairs import pair_layers
-from spectra.repair.insertion import carried_beside
+from spectra.repairs.insertion import carried_beside
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
 from tests.test_dialects import draw, write

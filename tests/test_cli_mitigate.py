@@ -17,8 +17,8 @@ import pytest
 from spectra.cli import main
 from spectra.cli import mitigate as command
 from spectra.errors import UsageError
-from spectra.repair import repair as mitigating
-from spectra.repair import verify as checking
+from spectra.repairs import repair as mitigating
+from spectra.repairs import verify as checking
 from tests.conftest import ROOT
 from tests.test_mitigation_record import AMISS, audit, check, record
 

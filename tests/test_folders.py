@@ -28,7 +28,7 @@ from spectra.files.folders import (
     write_card,
     write_record,
 )
-from spectra.repair.merged import copy_checkpoint
+from spectra.repairs.merged import copy_checkpoint
 from spectra.updates.algebra import LowRank
 
 

@@ -16,7 +16,7 @@ from spectra.files.folders import RECORD, write_record
 from spectra.files.orientation import as_stored
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import pair_layers
-from spectra.repair.merged import beside, carried_tensors, copy_checkpoint
+from spectra.repairs.merged import beside, carried_tensors, copy_checkpoint
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -262,7 +262,7 @@ def test_only_the_bytes_of_a_tensor_change(tmp_path):
 
 
 def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch):
-    monkeypatch.setattr("spectra.repair.merged.SLAB_ELEMENTS", 10)
+    monkeypatch.setattr("spectra.repairs.merged.SLAB_ELEMENTS", 10)
     source = sharded(tmp_path / "source")
     (tmp_path / "out").mkdir()
     edited = copy_checkpoint(tmp_path / "out", source)

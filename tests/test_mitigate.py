@@ -343,11 +343,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 POINTS = (
     "spectra.files.folders.copy_file", "spectra.adapters.peft.repaired.save_file",
     "spectra.adapters.peft.repaired._write_config",
-    "spectra.adapters.peft.repaired.write_card", "spectra.repair.forms.write_repaired",
-    "spectra.repair.forms._with_audit",
-    "spectra.repair.forms.files_in", "spectra.repair.repair.write_record", "spectra.files.folders.os.fsync",
-    "spectra.repair.merged.copy_file", "spectra.repair.merged.EditedCheckpoint.put",
-    "spectra.repair.merged.EditedCheckpoint.finish",
+    "spectra.adapters.peft.repaired.write_card", "spectra.repairs.forms.write_repaired",
+    "spectra.repairs.forms._with_audit",
+    "spectra.repairs.forms.files_in", "spectra.repairs.repair.write_record", "spectra.files.folders.os.fsync",
+    "spectra.repairs.merged.copy_file", "spectra.repairs.merged.EditedCheckpoint.put",
+    "spectra.repairs.merged.EditedCheckpoint.finish",
 )  # fmt: skip
 
 

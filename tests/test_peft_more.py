@@ -20,7 +20,7 @@ from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, Wro
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
-from spectra.repair.insertion import carried_beside
+from spectra.repairs.insertion import carried_beside
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
 

@@ -16,7 +16,7 @@ import spectra
 from spectra import errors
 from spectra.analysis import layer as analysis
 from spectra.render import records
-from spectra.repair import repair as mitigating
+from spectra.repairs import repair as mitigating
 from spectra.tasks import compare as comparing
 from spectra.tasks import ranks as ranking
 from tests.conftest import ROOT
@@ -37,9 +37,9 @@ MAY_IMPORT = {
     "analysis": {"errors", "updates", "records", "adapters", "svd"},
     "runs": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis"},
     "tasks": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis", "runs"},
-    "repair": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis", "runs"},
+    "repairs": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis", "runs"},
     "training": {"errors", "files", "records", "sources", "svd", "analysis", "runs"},
-    "cli": {"errors", "files", "records", "sources", "render", "page", "plots", "runs", "tasks", "repair"},
+    "cli": {"errors", "files", "records", "sources", "render", "page", "plots", "runs", "tasks", "repairs"},
 }
 PACKAGE = ROOT / "spectra"
 MODULES = sorted(PACKAGE.rglob("*.py"))

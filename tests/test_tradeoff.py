@@ -15,8 +15,8 @@ from torch import nn
 from spectra import plots
 from spectra.errors import UsageError, WrongBaseError
 from spectra.plots.tradeoff import FACTS, VARIANTS
-from spectra.repair.repair import mitigate
-from spectra.repair.sweep import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sweep, neighbours
+from spectra.repairs.repair import mitigate
+from spectra.repairs.sweep import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sweep, neighbours
 from spectra.runs.jobs import Job
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings

@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     scale, which = _checked(options)
     return_freed_matrices()
 
-    from spectra.repair.repair import mitigate
+    from spectra.repairs.repair import mitigate
 
     with progress(options.quiet, options.verbose) as show:
         mitigation = mitigate(
@@ -167,7 +167,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise UsageError(f"--{option} is for making a repair; --verify OUT takes all that from the record in OUT")
     return_freed_matrices()
 
-    from spectra.repair.verify import verify_mitigation
+    from spectra.repairs.verify import verify_mitigation
 
     chosen = {name: getattr(options, name) for name in CHECKING}
     with progress(options.quiet, options.verbose) as show:
@@ -179,7 +179,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _checked(
     options: argparse.Namespace,
 ) -> tuple[float | dict[str, float], Literal["all", "top"] | dict[str, list[int]]]:
-    """(scale, which) as :func:`spectra.repair.repair.mitigate` takes them."""
+    """(scale, which) as :func:`spectra.repairs.repair.mitigate` takes them."""
     if options.tuned is None:
         raise UsageError("nothing to repair: name an adapter or a checkpoint")
     if not options.scale:

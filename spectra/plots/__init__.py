@@ -6,7 +6,7 @@ one column of a paper (3.4 in) or two (7 in).  Save it with :meth:`~matplotlib.f
 can tell apart, and markers, line styles and hatches say the same in black and white.
 
 ``kinds.KINDS`` lists the figures of records without loading matplotlib, :func:`mitigation_tradeoff` draws what
-:func:`spectra.repair.sweep.mitigation_sweep` measured and :func:`training_history` what a
+:func:`spectra.repairs.sweep.mitigation_sweep` measured and :func:`training_history` what a
 :class:`spectra.training.Monitor` saw; drawing one raises UsageError where it is not installed.
 """
 

@@ -66,7 +66,7 @@ def mitigation_tradeoff(
 
     Parameters
     ----------
-    sweep : from :func:`spectra.repair.sweep.mitigation_sweep`, of one fine-tune.
+    sweep : from :func:`spectra.repairs.sweep.mitigation_sweep`, of one fine-tune.
     metrics : its columns to draw; by default all numbers that ``evaluate`` returned.
     relative_to : draw differences from the fine-tune's or the base's value.
     title : over the panels, such as the fine-tune's name.

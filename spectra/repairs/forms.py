@@ -24,8 +24,8 @@ from spectra.files.orientation import as_stored
 from spectra.pairing.pairs import LEFT_OUT, LayerPair, pair_layers
 from spectra.records.repair import LayerRepair, Mitigation
 from spectra.records.report import LayerReport, Report
-from spectra.repair.choice import Edited, parameters_of, whole_weight
-from spectra.repair.merged import EditedCheckpoint, beside, carried_tensors, copy_checkpoint
+from spectra.repairs.choice import Edited, parameters_of, whole_weight
+from spectra.repairs.merged import EditedCheckpoint, beside, carried_tensors, copy_checkpoint
 from spectra.runs.jobs import read_weight
 from spectra.runs.reports import layer_report
 from spectra.runs.run import SingleRun, open_run

@@ -18,8 +18,8 @@ from spectra.files.folders import check_apart, check_folder, whole_folder, write
 from spectra.pairing.pairs import LayerPair
 from spectra.records.repair import LayerRepair, Mitigation
 from spectra.records.report import LayerReport
-from spectra.repair.choice import Choice, Scale, Which, edit
-from spectra.repair.forms import AdapterForm, Form, begin_checkpoint
+from spectra.repairs.choice import Choice, Scale, Which, edit
+from spectra.repairs.forms import AdapterForm, Form, begin_checkpoint
 from spectra.runs.jobs import Progress
 from spectra.runs.reports import Analysis, Result, layer_report, open_cache
 from spectra.runs.run import SingleRun, fingerprint, open_run

@@ -26,8 +26,8 @@ from spectra.files.orientation import as_stored
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import LayerPair, Pairing, pair_layers
 from spectra.records.schemas import as_dataframe
-from spectra.repair.choice import Choice, Which, triplets_of
-from spectra.repair.insertion import (
+from spectra.repairs.choice import Choice, Which, triplets_of
+from spectra.repairs.insertion import (
     ByName,
     Target,
     borrow_model,
@@ -82,7 +82,7 @@ def mitigation_sweep(
 ) -> pandas.DataFrame:
     """Evaluates a fine-tune with its intruder dimensions scaled by each λ, and controls of the same size.
 
-    The repair is that of :func:`spectra.repair.repair.mitigate`: W' = W1 + (λ − 1) Σ σ u vᵀ.  A gain says something of
+    The repair is that of :func:`spectra.repairs.repair.mitigate`: W' = W1 + (λ − 1) Σ σ u vᵀ.  A gain says something of
     intruders only where changes of the same size without them do not bring it, so each λ has controls beside it:
 
     - "neighbour": instead of each intruder the singular vector of the same W1, among the leading ``top_k``, that is
@@ -103,7 +103,7 @@ def mitigation_sweep(
         ``evaluate`` gets {name: tensor} of these, named and laid out as in the fine-tuned model, in float32 (float64
         where stored so), on ``device``.
     scales : the λ; 1 is the fine-tune itself, which is evaluated once and stands in the rows of all variants.
-    which : as for :func:`spectra.repair.repair.mitigate`.
+    which : as for :func:`spectra.repairs.repair.mitigate`.
     controls : some of the above, in the order of the result.
     seeds : random controls, with seeds from 0 on.
     include_base : also evaluate the base's own weights wherever the fine-tune changed them and the base has them.

@@ -21,8 +21,8 @@ from spectra.files.folders import CARD, RECORD, companions
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import LayerPair, pair_layers
 from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, Verification
-from spectra.repair.choice import Choice
-from spectra.repair.merged import beside, carried_tensors
+from spectra.repairs.choice import Choice
+from spectra.repairs.merged import beside, carried_tensors
 from spectra.runs.jobs import Job, Problem, Progress, as_finished
 from spectra.runs.run import Run, SingleRun, fingerprint, open_run
 from spectra.runs.settings import checked_settings
