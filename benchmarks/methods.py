@@ -23,7 +23,7 @@ from spectra.analysis.detect import detect
 from spectra.files.checkpoint import open_checkpoint
 from spectra.runs.cache import SpectrumCache
 from spectra.svd import ENGINES, Base, Question, Spectrum
-from spectra.tasks.cache import cache_base
+from spectra.tasks.cache import cache as cache_base
 
 TOP_K, EPSILON = 10, 0.5
 PATIENCE = 60.0  # seconds after which no further repetition is begun
@@ -156,7 +156,7 @@ def stored_spectrum(W0: torch.Tensor, folder: Path | None = None) -> Iterator[Ca
     with tempfile.TemporaryDirectory(dir=folder) as home:
         root = Path(home) / "cache"
         save_file({"layer.0.q.weight": W0.contiguous()}, Path(home) / "model.safetensors")
-        layer = cache_base(home, root=root).layers[0]
+        layer = cache_base(home, cache=root).layers[0]
         cache, base = SpectrumCache(root), open_checkpoint(Path(home))
         yield lambda: cache.load(base, layer.name, layer.pair.layout, W0.dtype)
 

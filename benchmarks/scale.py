@@ -160,7 +160,7 @@ def _adapters(home: Path, shapes: Shapes, layers: int, alone: float, startup: fl
             write_tuned(place / "adapters" / str(seed), range(1), one_of_each, rank, seed)
         for name, shape in one_of_each.items():
             started = time.perf_counter()
-            kept = spectra.cache_base(place / "base", root=place / "kept", include=[f"*{name}"])
+            kept = spectra.cache(place / "base", cache=place / "kept", include=[f"*{name}"])
             once += len(alike[shape]) * (time.perf_counter() - started)
             stored += len(alike[shape]) * kept.bytes
         tuned = [place / "adapters" / str(seed) for seed in range(TOGETHER)]

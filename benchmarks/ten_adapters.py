@@ -1,6 +1,6 @@
 """Ten LoRA adapters (rank 4 to 32) of one base, audited together: each base weight is read and decomposed once.
 
-``on disk`` has the base's spectra kept by ``spectra.cache_base`` before (its seconds are said below).
+``on disk`` has the base's spectra kept by ``spectra.cache`` before (its seconds are said below).
 ``exact`` is measured with one adapter and with two, and extrapolated; ``peft`` with one, times ten.
 """
 
@@ -84,7 +84,7 @@ def run(options: Options) -> Iterator[Row | str]:
         for method in ("krylov", "cached", "auto"):
             yield row(method, *audited(len(RANKS), method))
         started = time.perf_counter()
-        spectra.cache_base(base, root=root)
+        spectra.cache(base, cache=root)
         preparing = time.perf_counter() - started
         yield f"The spectra were put on disk in {preparing:.1f} s, once for all audits of this base."
         audited(1, "auto", root)

@@ -327,7 +327,7 @@ def training_run() -> Figure:
 @figure_function
 def repair() -> Figure:
     """The singular values of one layer before its intruders are scaled, and after."""
-    planned = spectra.mitigate(FIXTURES / "lora-r4", None, BASE, scale=0.5, include=[LAYER], threads=1)
+    planned = spectra.repair(FIXTURES / "lora-r4", None, BASE, scale=0.5, include=[LAYER], threads=1)
     values = layer_spectra()[0].tuned_values[:40]
     scaled = {vector.index: vector for layer in planned.layers for vector in layer.vectors}
     figure = new_figure(SINGLE * 1.4, 2.3)
@@ -344,12 +344,12 @@ def repair() -> Figure:
 
 
 def tradeoff() -> Figure:
-    """What fixtures/mitigation.csv measured of one member."""
+    """What fixtures/repair.csv measured of one member."""
     import pandas
 
-    measured = pandas.read_csv(FIXTURES / "mitigation.csv")
+    measured = pandas.read_csv(FIXTURES / "repair.csv")
     one = measured[measured["member"] == "lora-r4"].drop(columns="member")
-    return plots.mitigation_tradeoff(one, metrics=["accuracy", "pretraining_loss"])
+    return plots.repair_tradeoff(one, metrics=["accuracy", "pretraining_loss"])
 
 
 def training_history() -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -230,12 +231,13 @@ def check_device(device: str) -> None:
         raise UsageError(f"device = {device!r}, but torch finds no CUDA device here")
 
 
-def checked_question(top_k: int, epsilon: float, side: str) -> Question:
+def checked_question(top_k: Any, epsilon: Any, side: str) -> Question:
     """The question with its options checked; raises UsageError."""
-    if not isinstance(top_k, int) or top_k < 1:
-        raise UsageError(f"top-k = {top_k}; expected a whole number, at least 1")
-    if not 0 < epsilon <= 1:
-        raise UsageError(f"epsilon = {epsilon}; expected a cosine above 0, at most 1")
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
+        raise UsageError(f"top-k = {top_k!r:.80}; expected a whole number, at least 1")
+    if not isinstance(epsilon, Real) or isinstance(epsilon, bool) or not 0 < epsilon <= 1:
+        raise UsageError(f"epsilon = {epsilon!r:.80}; expected a cosine above 0, at most 1")
+    top_k, epsilon = int(top_k), float(epsilon)
     if side == "left":
         return Question(top_k, epsilon, "left")
     if side == "right":

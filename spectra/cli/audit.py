@@ -22,10 +22,9 @@ from spectra.cli.options import (
     add_base,
     add_computation,
     add_definition,
-    add_initial,
     add_layers,
     add_output,
-    add_split,
+    add_reading,
     add_tuned,
     announce,
     complain_of_layers,
@@ -60,22 +59,15 @@ def add(commands: Commands) -> None:
     )
     add_tuned(parser, several=True)
     add_base(parser)
-    add_initial(parser)
-    add_split(parser)
-    add_definition(parser)
-    add_layers(parser)
-    add_computation(parser)
-    long = parser.add_argument_group("long runs")
-    long.add_argument(
-        "--resume",
-        metavar="RUN.jsonl",
-        help="append each weight's results there as they come; given again after an end of any kind, the run goes on",
+    add_output(
+        parser,
+        formats=FORMATS,
+        format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line; "
+        "sarif is for code scanning",
+        verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
     )
-    long.add_argument(
-        "--dask",
-        metavar="ADDRESS",
-        help="have the workers of a Dask cluster do it, e.g. tcp://host:8786; they read the same paths",
-    )
+    add_model_card(parser)
+    add_page(parser)
     gate = parser.add_argument_group("gate")
     gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
     gate.add_argument(
@@ -89,15 +81,21 @@ def add(commands: Commands) -> None:
         metavar="REPORT.json",
         help="an earlier report; unless --fail-above says otherwise, any new intruder fails",
     )
-    add_output(
-        parser,
-        formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line; "
-        "sarif is for code scanning",
-        verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
+    add_definition(parser)
+    add_layers(parser)
+    add_reading(parser)
+    add_computation(parser)
+    long = parser.add_argument_group("long runs")
+    long.add_argument(
+        "--resume",
+        metavar="RUN.jsonl",
+        help="append each weight's results there as they come; given again after an end of any kind, the run goes on",
     )
-    add_model_card(parser)
-    add_page(parser)
+    long.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="have the workers of a Dask cluster do it, e.g. tcp://host:8786; they read the same paths",
+    )
     parser.set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from functools import partial
 
-from spectra.cli.options import BAD, DTYPES, OK, Commands, add_layers, complain, return_freed_matrices
+from spectra.cli.options import BAD, DTYPES, OK, Commands, add_access, add_layers, complain, return_freed_matrices
 from spectra.cli.output import emit, progress
 
 
@@ -23,7 +23,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "base", metavar="BASE", help="checkpoint folder, .safetensors file, or ORG/NAME on the Hugging Face hub"
     )
-    add_layers(parser, as_for="audit")
+    add_layers(parser)
+    add_access(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that of the audits (default: float32)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the cores")
@@ -39,17 +40,17 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Says how much there is to do and does it; returns the exit code."""
-    from spectra.tasks.cache import cache_base, readable_size
+    from spectra.tasks.cache import cache, readable_size
 
     prepare = partial(
-        cache_base,
+        cache,
         options.base,
         include=options.include,
         exclude=options.exclude,
         dtype=options.dtype,
         device=options.device,
         threads=options.threads,
-        root=options.cache,
+        cache=options.cache,
         allow_pickle=options.allow_pickle,
         local_files_only=options.local_files_only,
     )

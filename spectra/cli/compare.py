@@ -15,10 +15,9 @@ from spectra.cli.options import (
     add_base,
     add_computation,
     add_definition,
-    add_initial,
     add_layers,
     add_output,
-    add_split,
+    add_reading,
     announce,
     complain_of_layers,
     format_of,
@@ -46,9 +45,6 @@ def add(commands: Commands) -> None:
         "random updates, and how much the updates have in common. A folder of checkpoint-N folders is a training run.",
     )
     add_compared(parser)
-    add_definition(parser)
-    add_layers(parser)
-    add_computation(parser, engine="cached")
     add_output(
         parser,
         formats=FORMATS,
@@ -56,6 +52,10 @@ def add(commands: Commands) -> None:
         verbose_help="add each layer's counts",
     )
     add_page(parser)
+    add_definition(parser)
+    add_layers(parser)
+    add_reading(parser)
+    add_computation(parser, engine="cached")
     parser.set_defaults(run=run)
 
 
@@ -71,8 +71,6 @@ def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
         help="one more column: these fine-tunes merged with their weights (default: 1) (repeatable)",
     )
     add_base(parser)
-    add_initial(parser)
-    add_split(parser)
     depth = parser.add_argument_group("how thoroughly")
     depth.add_argument(
         "--draws",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from spectra.cli.options import BAD, OK, READING, TUNED, Commands, add_initial, add_layers, add_split, complain
+from spectra.cli.options import BAD, OK, READING, TUNED, Commands, add_layers, add_reading, complain
 from spectra.cli.output import emit
 from spectra.errors import SpectraError, UsageError
 
@@ -17,13 +17,12 @@ def add(commands: Commands) -> None:
         description="Says what each path holds, how it would be read, and which base it belongs to. "
         "Reads headers and configs only.",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help=TUNED)
+    parser.add_argument("tuned", nargs="+", metavar="TUNED", help=TUNED)
     parser.add_argument(
         "--base", metavar="BASE", help="match against this base (default: the one the adapter's config names)"
     )
-    add_initial(parser)
-    add_split(parser)
-    add_layers(parser, as_for="audit")
+    add_layers(parser)
+    add_reading(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
     parser.set_defaults(run=run)
@@ -34,10 +33,10 @@ def run(options: argparse.Namespace) -> int:
     from spectra.render.inspection import render_inspection, to_json
     from spectra.tasks.inspect import inspect
 
-    if options.initial_adapter is not None and len(options.paths) > 1:
-        raise UsageError("--initial-adapter is the initial adapter of one fine-tune; give one PATH")
+    if options.initial_adapter is not None and len(options.tuned) > 1:
+        raise UsageError("--initial-adapter is the initial adapter of one fine-tune; give one TUNED")
     inspections, code = [], OK
-    for path in options.paths:
+    for path in options.tuned:
         try:
             inspections.append(inspect(path, options.base, **{name: getattr(options, name) for name in READING}))
         except SpectraError as error:

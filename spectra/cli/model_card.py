@@ -52,10 +52,10 @@ def write_card(report: Report, target: Path | None, options: argparse.Namespace)
     """Prints the section, or puts it into the card that :func:`checked_card` gave."""
     from importlib.metadata import version
 
-    from spectra.render.card import model_card, with_section
+    from spectra.render.card import to_model_card, with_section
 
     versions = {"torch": version("torch")}
-    section = model_card(
+    section = to_model_card(
         report,
         root=public_root(),
         url=home(),

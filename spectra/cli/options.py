@@ -39,8 +39,8 @@ TUNED = (
 DTYPES = ("float32", "float64")
 
 READING = ("include", "exclude", "split_fused", "allow_pickle", "local_files_only", "initial_adapter")
-COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "verify")
-# The options of add_definition, add_layers, add_pickles and add_computation, by the names that the pipeline gives them.
+COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "hash_contents")
+# The options of add_definition, add_layers, add_reading and add_computation, by the names that the verbs give them.
 SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
 
 
@@ -54,26 +54,6 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     """The base of all fine-tunes: ``options.base``, None where their configs shall say."""
     parser.add_argument(
         "--base", metavar="BASE", help="the model it was tuned from (default: the one the adapter's config names)"
-    )
-
-
-def add_initial(parser: argparse.ArgumentParser) -> None:
-    """The adapter before training, of one fine-tune: ``options.initial_adapter``."""
-    parser.add_argument(
-        "--initial-adapter",
-        metavar="DIR",
-        help="the adapter as it was saved before training, where its initialisation changed the base and that cannot "
-        "be computed again (pissa_niter, corda, lora_ga)",
-    )
-
-
-def add_split(parser: argparse.ArgumentParser) -> None:
-    """Whether projections that share a matrix are analysed apart: ``options.split_fused``."""
-    parser.add_argument(
-        "--split-fused",
-        action="store_true",
-        help="split matrices that hold several projections (qkv_proj, query_key_value, c_attn, gate_up_proj) into "
-        "these, as config.json says (default: as they are stored)",
     )
 
 
@@ -104,36 +84,55 @@ def add_definition(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_layers(parser: argparse.ArgumentParser, *, as_for: str | None = None) -> None:
-    """Which layers: ``options.include``, ``.exclude``, lists of patterns.
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Which layers: ``options.include``, ``.exclude``, lists of patterns."""
+    layers = parser.add_argument_group("which layers")
+    layers.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only modules whose name matches, e.g. 'layers.*.q_proj' (repeatable)",
+    )
+    layers.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out modules whose name matches (repeatable)",
+    )
 
-    With ``as_for``, the name of a command, they stand among the command's other options and their
-    help points to that command.
-    """
-    place: argparse.ArgumentParser | argparse._ArgumentGroup
-    if as_for is None:
-        place = parser.add_argument_group("which layers")
-        include = "only modules whose name matches, e.g. 'layers.*.q_proj' (repeatable)"
-        exclude = "leave out modules whose name matches (repeatable)"
-    else:
-        place = parser
-        include = exclude = f"as for {as_for}"
-    place.add_argument("--include", action="append", default=[], metavar="PATTERN", help=include)
-    place.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
-    add_pickles(parser)
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How files are read: ``options.split_fused``, ``.initial_adapter``, and what :func:`add_access` adds."""
+    reading = parser.add_argument_group("how files are read")
+    reading.add_argument(
+        "--split-fused",
+        action="store_true",
+        help="split matrices that hold several projections (qkv_proj, query_key_value, c_attn, gate_up_proj) into "
+        "these, as config.json says (default: as they are stored)",
+    )
+    reading.add_argument(
+        "--initial-adapter",
+        metavar="DIR",
+        help="the adapter as it was saved before training, where its initialisation changed the base and that cannot "
+        "be computed again (pissa_niter, corda, lora_ga)",
+    )
+    add_access(parser, reading)
 
 
-def add_pickles(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_access(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup | None = None) -> None:
     """What may be read: ``options.allow_pickle``, ``.local_files_only``."""
-    parser.add_argument(
+    reading = parser.add_argument_group("how files are read") if group is None else group
+    reading.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="also read weights that torch.save wrote (.bin, .pt), where there are no others; runs nothing of them",
+        help="also read weights that torch.save wrote (.bin, .pt), where there are no others; nothing is executed",
     )
-    parser.add_argument(
+    reading.add_argument(
         "--local-files-only",
         action="store_true",
-        help="download nothing: of ORG/NAME take what this machine's hub cache holds (as HF_HUB_OFFLINE=1 does)",
+        help="download nothing: for ORG/NAME take what this machine's hub cache holds (as HF_HUB_OFFLINE=1 does)",
     )
 
 
@@ -148,7 +147,7 @@ def add_computation(
 
     def option(name: str, **how_parsed: Any) -> None:
         if name in names:
-            how.add_argument(f"--{name}", **how_parsed)
+            how.add_argument(f"--{name.replace('_', '-')}", **how_parsed)
 
     option("engine", choices=("auto", "exact", "krylov", "cached"), default=engine, help=f"default: {engine}")
     option("dtype", choices=DTYPES, default="float32", help="precision of the decompositions (default: float32)")
@@ -162,7 +161,7 @@ def add_computation(
             "--cache", metavar="DIR", help="where `spectra cache` kept the base's spectra (default: its own default)"
         )
         kept.add_argument("--no-cache", dest="cache", action="store_false", default=None, help="use no kept spectra")
-    option("verify", action="store_true", help="hash every byte of the files into the fingerprints")
+    option("hash_contents", action="store_true", help="hash every byte of the files into the fingerprints")
 
 
 def add_output(parser: argparse.ArgumentParser, *, formats: Sequence[str], format_help: str, verbose_help: str) -> None:

@@ -58,20 +58,9 @@ def progress(quiet: bool, verbose: bool = False) -> Iterator[Callable[[float, fl
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from tqdm import tqdm
+    from spectra.runs.progress import progress_bar
 
-    # The unit is arithmetic work, not layers, so that the estimate holds with unequal layers.
-    with tqdm(
-        total=1.0,
-        file=sys.stderr,
-        leave=False,
-        bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} left  {desc}",
-    ) as bar:
-
-        def show(done: float, work: float, layer: str) -> None:
-            bar.set_description_str(layer, refresh=False)
-            bar.update(done / work - bar.n)
-
+    with progress_bar() as show:
         yield show
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import glob
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from spectra.cli.options import (
     add_computation,
     add_definition,
     add_layers,
+    add_reading,
     announce,
     complain_of_layers,
     return_freed_matrices,
@@ -42,7 +43,6 @@ LAYER_SETTINGS = (
     "top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads", "allow_pickle", "local_files_only",
     "initial_adapter",
 )  # fmt: skip
-PANELS = 3  # layers of one fine-tune that are drawn side by side where none are named
 
 
 def add(commands: Commands) -> None:
@@ -56,9 +56,6 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help="what to draw: one of the kinds above")
     add_compared(parser, draws=0)
-    add_definition(parser)
-    add_layers(parser)
-    add_computation(parser, engine="cached")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--size",
@@ -70,6 +67,10 @@ def add(commands: Commands) -> None:
     output.add_argument("-o", "--output", metavar="FILE", help="write there (default: spectra-KIND.png)")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
     output.add_argument("--verbose", action="store_true", help="on standard error a line a weight, with the memory")
+    add_definition(parser)
+    add_layers(parser)
+    add_reading(parser)
+    add_computation(parser, engine="cached")
     parser.set_defaults(run=run)
 
 
@@ -83,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
     if changed:
         option = changed[0].replace("_", "-")
         raise UsageError(f"{kept[0]}: a comparison is drawn as it was made; --{option} is for fine-tunes")
+    if kept and kind.needs == "layers":
+        raise UsageError(f"{kept[0]}: a comparison holds no singular vectors; name the fine-tunes themselves")
     target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}", picture=True)
     assert target is not None
 
@@ -94,8 +97,6 @@ def run(options: argparse.Namespace) -> int:
     unreadable = Unreadable()
     source: Any
     if kind.needs == "layers":
-        if kept:
-            raise UsageError(f"{kept[0]}: a comparison holds no singular vectors; name the fine-tunes themselves")
         source, failed = _layers(options)
     else:
         source = load_comparison(kept[0]) if kept else _comparison(options, unreadable)
@@ -145,18 +146,14 @@ def _layers(options: argparse.Namespace) -> tuple[Sequence[LayerSpectra], bool]:
 
 
 def _worst(tuned: Sequence[str | Path], options: argparse.Namespace) -> tuple[list[str], bool]:
-    """The layers with the most intruders: some of a single fine-tune, the one of several; and whether any failed."""
+    """The layers with the most intruders; and whether any failed."""
     from spectra.tasks.audit import audit_many
+    from spectra.tasks.plot import worst_of
 
     with progress(options.quiet, options.verbose) as show:
         reports = audit_many(tuned, options.base, **(settings(options) | {"engine": "auto"}), progress=show)
-    failed = complain_of_layers(reports)
-    totals: dict[str, int] = {}
-    for report in reports:
-        for layer in report.layers:
-            if layer.vectors:
-                totals[layer.name] = totals.get(layer.name, 0) + layer.intruders
-    if not totals:
-        raise UsageError(f"{tuned[0]}: nothing to draw: no layer was changed")
-    names = sorted(totals, key=lambda name: -totals[name])[: PANELS if len(reports) == 1 else 1]
-    return [glob.escape(name) for name in names], failed
+    failed, patterns = complain_of_layers(reports), worst_of(reports)
+    if not options.quiet:
+        names = ", ".join(pattern.replace("[[]", "[") for pattern in patterns)
+        print(f"spectra: drawing {names}; others with --include", file=sys.stderr)
+    return patterns, failed

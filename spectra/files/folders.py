@@ -18,7 +18,7 @@ from spectra.errors import CheckpointError, SpectraError, UsageError
 from spectra.files.checkpoint import PICKLE_SUFFIXES, Checkpoint, leads_out, read_json
 from spectra.files.whole import PARTIAL
 
-RECORD = "spectra-mitigation.json"  # what a repaired folder says of how it was made
+RECORD = "spectra-repair.json"  # what a repaired folder says of how it was made
 CARD = "README.md"
 
 # Why a folder that is there may not be replaced, or None.

@@ -5,8 +5,8 @@ one column of a paper (3.4 in) or two (7 in).  Save it with :meth:`~matplotlib.f
 :func:`save`, or take its bytes from :func:`render`.  Colours are those of Okabe & Ito, which the colour-blind
 can tell apart, and markers, line styles and hatches say the same in black and white.
 
-``kinds.KINDS`` lists the figures of records without loading matplotlib, :func:`mitigation_tradeoff` draws what
-:func:`spectra.repairs.sweep.mitigation_sweep` measured and :func:`training_history` what a
+``kinds.KINDS`` lists the figures of records without loading matplotlib, :func:`repair_tradeoff` draws what
+:func:`spectra.repairs.sweep.sweep` measured and :func:`training_history` what a
 :class:`spectra.training.Monitor` saw; drawing one raises UsageError where it is not installed.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spectra.plots.fine_tunes import counts_by_rank, overlap_matrix, size_and_intruders, trajectory
     from spectra.plots.layers import cosine_profile, similarity_matrix, spectra
     from spectra.plots.style import FORMATS, file_format, render, save
-    from spectra.plots.tradeoff import mitigation_tradeoff
+    from spectra.plots.tradeoff import repair_tradeoff
     from spectra.plots.watched import training_history
 
 _HOMES = {
@@ -30,7 +30,7 @@ _HOMES = {
     "file_format": "style",
     "render": "style",
     "save": "style",
-    "mitigation_tradeoff": "tradeoff",
+    "repair_tradeoff": "tradeoff",
     "training_history": "watched",
     **{kind.function: kind.module for kind in KINDS.values()},
 }
@@ -45,9 +45,9 @@ __all__ = [
     "epsilon_sweep",
     "file_format",
     "layer_index_counts",
-    "mitigation_tradeoff",
     "overlap_matrix",
     "render",
+    "repair_tradeoff",
     "save",
     "similarity_matrix",
     "size_and_intruders",

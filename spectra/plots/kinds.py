@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from spectra.errors import UsageError
+from spectra.records.comparison import Comparison
+from spectra.records.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +34,29 @@ class Kind(NamedTuple):
         """The figure of what it ``needs``; raises UsageError where something is missing for it."""
         figure: Figure = getattr(import_module(f"spectra.plots.{self.module}"), self.function)(source)
         return figure
+
+
+def figure_of(source: Comparison | Sequence[Report], kind: str) -> Figure:
+    """The figure of a comparison, or of reports side by side.
+
+    Raises
+    ------
+    UsageError : no such kind, or one that needs singular vectors, which records do not hold.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"kind = {kind!r:.80}; expected one of {', '.join(KINDS)}")
+    if KINDS[kind].needs == "layers":
+        drawn = ", ".join(name for name, one in KINDS.items() if one.needs != "layers")
+        raise UsageError(
+            f"{kind}: needs singular vectors, which a record does not hold; use spectra.plot(tuned, kind={kind!r}), or "
+            f"one of {drawn}"
+        )
+    if not hasattr(source, "reports"):
+        from spectra.records.comparison import Comparison
+
+        reports = tuple(source)
+        source = Comparison(reports, (), reports[0].spectra_version)
+    return KINDS[kind].draw(source)
 
 
 KINDS = {

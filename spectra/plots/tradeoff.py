@@ -50,7 +50,7 @@ WHAT = {"fine-tune": "over the fine-tune", "base": "over the base"}
 
 
 @figure_function
-def mitigation_tradeoff(
+def repair_tradeoff(
     sweep: pandas.DataFrame,
     *,
     metrics: Sequence[str] | None = None,
@@ -66,7 +66,7 @@ def mitigation_tradeoff(
 
     Parameters
     ----------
-    sweep : from :func:`spectra.repairs.sweep.mitigation_sweep`, of one fine-tune.
+    sweep : from :func:`spectra.repairs.sweep.sweep`, of one fine-tune.
     metrics : its columns to draw; by default all numbers that ``evaluate`` returned.
     relative_to : draw differences from the fine-tune's or the base's value.
     title : over the panels, such as the fine-tune's name.
@@ -102,7 +102,7 @@ def mitigation_tradeoff(
 def _rows(sweep: pandas.DataFrame) -> list[dict[str, Any]]:
     missing = [name for name in ("variant", "scale", "seed") if name not in getattr(sweep, "columns", ())]
     if missing:
-        raise UsageError(f"no column {missing[0]!r}; expected what mitigation_sweep returns")
+        raise UsageError(f"no column {missing[0]!r}; expected what sweep returns")
     rows: list[dict[str, Any]] = sweep.to_dict("records")
     if not any(row["variant"] != "base" for row in rows):
         raise UsageError("nothing to draw: the sweep has no row")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,11 @@ from spectra.errors import UsageError
 from spectra.records import sweeps
 from spectra.records.report import Report
 from spectra.records.schemas import as_dataframe, read_schema
+from spectra.records.shown import MissingLayerError, Shown
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 SCHEMA = "spectra.comparison/1"
 STEP = re.compile(r"checkpoint-(\d+)$")  # as transformers names them
@@ -34,7 +36,7 @@ MEANS = (
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Shown):
     """Fine-tunes of one base side by side.
 
     Attributes
@@ -56,6 +58,32 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"<Comparison of {', '.join(self.labels)}>"
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def __iter__(self) -> Iterator[Report]:
+        return iter(self.reports)
+
+    def __getitem__(self, key: str | int) -> Report:
+        """The report of that label, or at that place; raises UsageError (also a KeyError) or IndexError."""
+        if not isinstance(key, str):
+            return self.reports[key]
+        if key not in self.labels:
+            raise MissingLayerError(f"no fine-tune is called {key!r:.120}; there are {', '.join(self.labels)}")
+        return self.reports[self.labels.index(key)]
+
+    def to_html(self) -> str:
+        """The page: one self-contained HTML file, as ``spectra compare --html`` writes it."""
+        import spectra
+
+        return spectra.to_html(self)
+
+    def plot(self, kind: str = "layers") -> Figure:
+        """A figure of this comparison; raises UsageError for kinds that need more than a comparison holds."""
+        import spectra
+
+        return spectra.figure_of(self, kind)
 
     @property
     def base(self) -> Mapping[str, Any]:

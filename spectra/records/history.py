@@ -11,6 +11,7 @@ from spectra.records.sweeps import decided, free_weight, mean_measure, mean_upda
 
 PREFIX = "spectra/"
 IN_TYPE = f"{PREFIX}intruders_in/"
+BEGINS = '{"step": '  # how a history, one record a line, begins
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from spectra.records.shown import Shown
 
-@dataclass(frozen=True)
-class Inspection:
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """What was found at a path.
 
     ``updates`` are the layers an audit would analyse, with the base weight each belongs to where a
@@ -31,3 +33,6 @@ class Inspection:
     problem: str | None
     caveat: str | None = None
     beside: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Inspection of {self.path}: {self.format}, {len(self.updates)} updates>"

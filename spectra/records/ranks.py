@@ -15,6 +15,7 @@ import numpy as np
 from spectra.errors import UsageError
 from spectra.records.energy import break_even_rank, norm_fro, rank_of_energy
 from spectra.records.schemas import as_dataframe, known_fields
+from spectra.records.shown import OfLayers
 
 if TYPE_CHECKING:
     import pandas
@@ -188,7 +189,7 @@ ROW_COLUMNS = (
 
 
 @dataclass(frozen=True, repr=False)
-class RankReport:
+class RankReport(OfLayers[LayerRank]):
     """The ranks that one fine-tune uses, layer by layer, and the LoRA config they suggest.
 
     ``base``, ``tuned``, ``settings``, ``skipped``, ``spectra_version`` and ``seconds`` are as in a

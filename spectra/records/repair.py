@@ -1,6 +1,6 @@
 """The record of a repair: which singular vectors were scaled, what that changed, and how exactly it was written.
 
-``mitigation.schema.json`` beside this file describes its JSON form (``spectra.mitigation/1``) and that of the
+``repair.schema.json`` beside this file describes its JSON form (``spectra.repair/1``) and that of the
 check of a written repair (``spectra.verification/1``).
 """
 
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import UsageError
 from spectra.records.report import DECIDED_STATUSES, Report
 from spectra.records.schemas import as_dataframe, known_fields, read_schema
+from spectra.records.shown import OfLayers
 
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = "spectra.mitigation/1"
+SCHEMA = "spectra.repair/1"
 VERIFICATION_SCHEMA = "spectra.verification/1"
 
 
@@ -112,7 +113,7 @@ ROW_COLUMNS = (
 
 
 @dataclass(frozen=True, repr=False)
-class Mitigation:
+class Repair(OfLayers[LayerRepair]):
     """What a repair did to one fine-tune.
 
     Attributes
@@ -142,7 +143,7 @@ class Mitigation:
     seconds: float | None = None
 
     def __repr__(self) -> str:
-        return f"<Mitigation of {self.source.get('path')}: {len(self.scaled)} vectors in {len(self.changed)} layers>"
+        return f"<Repair of {self.source.get('path')}: {len(self.scaled)} vectors in {len(self.changed)} layers>"
 
     @property
     def changed(self) -> tuple[LayerRepair, ...]:
@@ -168,7 +169,7 @@ class Mitigation:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Totals over the changed layers; see ``mitigation.schema.json`` for each field."""
+        """Totals over the changed layers; see ``repair.schema.json`` for each field."""
         changed, scaled = self.changed, self.scaled
         return {
             "vectors_scaled": len(scaled),
@@ -187,7 +188,7 @@ class Mitigation:
         }
 
     def to_dict(self, *, canonical: bool = False) -> dict[str, Any]:
-        """JSON-ready objects (schema ``spectra.mitigation/1``); ``canonical`` as for reports."""
+        """JSON-ready objects (schema ``spectra.repair/1``); ``canonical`` as for reports."""
         value: dict[str, Any] = {
             "schema": SCHEMA,
             "spectra_version": self.spectra_version,
@@ -216,7 +217,7 @@ class Mitigation:
         return json.dumps(self.to_dict(canonical=canonical), indent=indent, allow_nan=False, default=list)
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Mitigation:
+    def from_dict(cls, value: Mapping[str, Any]) -> Repair:
         """The record that :meth:`to_dict` made (canonical or not); raises UsageError for another schema."""
         if value.get("schema") != SCHEMA:
             raise UsageError(f"not a record of a repair, schema {SCHEMA} (its schema is {value.get('schema')!r})")
@@ -273,7 +274,7 @@ class LayerCheck:
 
 
 @dataclass(frozen=True, repr=False)
-class Verification:
+class Verification(OfLayers[LayerCheck]):
     """Whether a folder holds the repair that its record describes.
 
     Attributes
@@ -309,17 +310,25 @@ class Verification:
         """The same as JSON text."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Verification:
+        """The check that :meth:`to_dict` made; raises UsageError for another schema."""
+        if value.get("schema") != VERIFICATION_SCHEMA:
+            raise UsageError(f"not a check of schema {VERIFICATION_SCHEMA} (its schema is {value.get('schema')!r})")
+        layers = tuple(LayerCheck(**known_fields(LayerCheck, layer)) for layer in value["layers"])
+        return cls(**{**known_fields(cls, value), "layers": layers})
+
     def rows(self) -> list[dict[str, Any]]:
         """The table behind the CSV: one row a layer."""
         return [{"folder": self.folder, "layer": item.pop("name"), **item} for item in map(asdict, self.layers)]
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of :meth:`Mitigation.to_dict`; it refers to the reports' own.
+    """The JSON Schema of :meth:`Repair.to_dict`; it refers to the reports' own.
 
     That of :meth:`Verification.to_dict` is its ``$defs.verification``.
     """
-    return read_schema("mitigation.schema.json")
+    return read_schema("repair.schema.json")
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

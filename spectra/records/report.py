@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import UsageError
 from spectra.records.layer import Vector
 from spectra.records.schemas import as_dataframe, known_fields, read_schema
+from spectra.records.shown import OfLayers
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 
 SCHEMA = "spectra.report/1"
@@ -75,7 +77,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(OfLayers[LayerReport]):
     """What one fine-tune did to the spectrum of its base."""
 
     base: Mapping[str, Any]
@@ -284,6 +286,30 @@ class Report:
             seconds=value.get("seconds"),
             baseline=value.get("baseline"),
         )
+
+    def to_html(self) -> str:
+        """The page: one self-contained HTML file, as ``spectra audit --html`` writes it, without matrices."""
+        import spectra
+
+        return spectra.to_html(self)
+
+    def to_sarif(self) -> str:
+        """A SARIF log, as JSON text, for whatever shows findings of static analysis."""
+        import spectra
+
+        return spectra.to_sarif([self])
+
+    def to_model_card(self) -> str:
+        """A section for a model card, in Markdown."""
+        import spectra
+
+        return spectra.to_model_card(self)
+
+    def plot(self, kind: str = "layers") -> Figure:
+        """A figure of this report; raises UsageError for kinds that need more than a report holds."""
+        import spectra
+
+        return spectra.figure_of([self], kind)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per compared vector, with its layer's columns; needs pandas.

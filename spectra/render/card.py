@@ -34,7 +34,7 @@ WORDS = (
 )
 
 
-def model_card(
+def to_model_card(
     report: Report,
     *,
     root: str | Path | None = None,

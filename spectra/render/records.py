@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from spectra.records.comparison import Comparison
+from spectra.records.inspection import Inspection
 from spectra.records.ranks import RankReport
-from spectra.records.repair import Mitigation, Verification
+from spectra.records.repair import Repair, Verification
 from spectra.records.report import Report
 from spectra.render.comparison import render_comparison
+from spectra.render.inspection import render_inspection
 from spectra.render.ranks import render_ranks
-from spectra.render.repair import render_mitigation, render_verification
+from spectra.render.repair import render_repair, render_verification
 from spectra.render.text import render_report, render_summary
 
-Record: TypeAlias = Report | Comparison | RankReport | Mitigation | Verification
+Record: TypeAlias = Report | Comparison | RankReport | Repair | Verification | Inspection
 
 
 def to_text(record: Record | Sequence[Report], *, verbose: bool = False) -> str:
@@ -30,10 +32,12 @@ def to_text(record: Record | Sequence[Report], *, verbose: bool = False) -> str:
         return render_comparison(record, verbose=verbose)
     if isinstance(record, RankReport):
         return render_ranks(record, verbose=verbose)
-    if isinstance(record, Mitigation):
-        return render_mitigation(record, verbose=verbose)
+    if isinstance(record, Repair):
+        return render_repair(record, verbose=verbose)
     if isinstance(record, Verification):
         return render_verification(record, verbose=verbose)
+    if isinstance(record, Inspection):
+        return render_inspection([record], verbose=verbose)
     if isinstance(record, Report):
         return render_report(record, verbose=verbose)
     return render_summary(record)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from textwrap import fill
 from typing import Any
 
-from spectra.records.repair import ROW_COLUMNS, LayerRepair, Mitigation, ScaledVector, Verification
+from spectra.records.repair import ROW_COLUMNS, LayerRepair, Repair, ScaledVector, Verification
 from spectra.render.columns import decimals, in_ascii, number, plural, table
 from spectra.render.table import as_csv
 
@@ -31,15 +31,15 @@ NOTES = {
 }
 
 
-def render_mitigation(mitigation: Mitigation, *, verbose: bool = False, ascii_only: bool = False) -> str:
+def render_repair(record: Repair, *, verbose: bool = False, ascii_only: bool = False) -> str:
     """What was scaled and what came of it, the facts, the vectors layer by layer, what to know."""
     sections = [
-        _verdict(mitigation),
-        _facts(mitigation),
-        _problems(mitigation),
-        _vectors(mitigation, verbose),
-        _notes(mitigation, verbose),
-        _left_behind(mitigation.left_behind, verbose),
+        _verdict(record),
+        _facts(record),
+        _problems(record),
+        _vectors(record, verbose),
+        _notes(record, verbose),
+        _left_behind(record.left_behind, verbose),
     ]
     return _joined(sections, ascii_only)
 
@@ -59,9 +59,9 @@ def render_verification(verification: Verification, *, verbose: bool = False, as
     return _joined(sections, ascii_only)
 
 
-def to_csv(record: Mitigation | Verification) -> str:
+def to_csv(record: Repair | Verification) -> str:
     """One row a chosen vector; of a check, one row a layer."""
-    return as_csv(ROW_COLUMNS if isinstance(record, Mitigation) else CHECK_COLUMNS, record.rows())
+    return as_csv(ROW_COLUMNS if isinstance(record, Repair) else CHECK_COLUMNS, record.rows())
 
 
 def _joined(sections: Iterable[str], ascii_only: bool) -> str:
@@ -69,11 +69,11 @@ def _joined(sections: Iterable[str], ascii_only: bool) -> str:
     return in_ascii(text) if ascii_only else text
 
 
-def _verdict(mitigation: Mitigation) -> str:
-    dry, summary = mitigation.output is None, mitigation.summary
+def _verdict(record: Repair) -> str:
+    dry, summary = record.output is None, record.summary
     start = "Dry run: " if dry else "Repaired: "
-    if not mitigation.scaled:
-        what = "the weights stay what they are" if mitigation.settings["merged"] else "every file stays what it is"
+    if not record.scaled:
+        what = "the weights stay what they are" if record.settings["merged"] else "every file stays what it is"
         return f"{start if dry else 'Unchanged: '}no singular vector was chosen with a scale other than 1, so {what}."
     count, intruders = summary["vectors_scaled"], summary["intruders_scaled"]
     what = plural(count, "intruder dimension")
@@ -81,7 +81,7 @@ def _verdict(mitigation: Mitigation) -> str:
         what = f"{plural(count, 'singular vector')}, {intruders} of them intruder dimensions,"
     layers, decided = summary["layers_changed"], summary["layers_decided"]
     where = plural(layers, "layer") if decided is None else f"{layers} of {plural(decided, 'layer')}"
-    scales = {vector.scale for vector in mitigation.scaled}
+    scales = {vector.scale for vector in record.scaled}
     done = "removed" if scales == {0} else f"scaled by {_span(scales, '{:g}')}"
     before = plural(summary["intruders_before"], "intruder")
     return (
@@ -90,14 +90,14 @@ def _verdict(mitigation: Mitigation) -> str:
     )
 
 
-def _facts(mitigation: Mitigation) -> str:
-    settings, summary, changed = mitigation.settings, mitigation.summary, mitigation.changed
-    output = mitigation.output
+def _facts(record: Repair) -> str:
+    settings, summary, changed = record.settings, record.summary, record.changed
+    output = record.output
     target = "none: a dry run writes nothing" if output is None else f"{output.get('path')}  ({output['format']})"
     rows = [
-        ("source", f"{mitigation.source.get('path')}  ({_method(mitigation.source)})"),
-        ("base", str(mitigation.base.get("path"))),
-        *([("", f"note: {mitigation.base['caveat']}")] if mitigation.base.get("caveat") else []),
+        ("source", f"{record.source.get('path')}  ({_method(record.source)})"),
+        ("base", str(record.base.get("path"))),
+        *([("", f"note: {record.base['caveat']}")] if record.base.get("caveat") else []),
         ("output", target),
         ("chosen", _chosen(settings)),
     ]
@@ -105,11 +105,11 @@ def _facts(mitigation: Mitigation) -> str:
         rows.append(("scale", "; ".join(f"{pattern}: {value:g}" for pattern, value in settings["scale"].items())))
     if changed:
         rows.append(("update", f"changed by {_percent(summary['update_change'])} (‖dW'−dW‖/‖dW‖ over these layers)"))
-        rows.append(("precision", _precision(mitigation)))
+        rows.append(("precision", _precision(record)))
         if settings["keep_rank"]:
-            reached = _span((vector.scale_achieved for vector in mitigation.scaled), "{:.3g}")
+            reached = _span((vector.scale_achieved for vector in record.scaled), "{:.3g}")
             rows.append(("", f"(the rank is kept, by the best approximation of that rank; scales reached: {reached})"))
-        rows.append(("size", _size(mitigation)))
+        rows.append(("size", _size(record)))
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
 
@@ -131,16 +131,16 @@ def _chosen(settings: Mapping[str, Any]) -> str:
     return f"by index: {named}"
 
 
-def _precision(mitigation: Mitigation) -> str:
-    summary = mitigation.summary
-    text = f"{', '.join(sorted({layer.dtype for layer in mitigation.changed}))}, off the formula by at most "
+def _precision(record: Repair) -> str:
+    summary = record.summary
+    text = f"{', '.join(sorted({layer.dtype for layer in record.changed}))}, off the formula by at most "
     sizes = ((summary["weight_error"], "of ‖W'‖"), (summary["update_error"], "of ‖dW'‖"))
     text += " and ".join(f"{error:.1g} {of}" for error, of in sizes if error is not None) or "nothing that was measured"
     return f"{text}; scales by at most {summary['scale_error']:.1g}"
 
 
-def _size(mitigation: Mitigation) -> str:
-    summary, changed = mitigation.summary, mitigation.changed
+def _size(record: Repair) -> str:
+    summary, changed = record.summary, record.changed
     before = [layer.rank for layer in changed if layer.rank is not None]
     after = [layer.rank_after for layer in changed if layer.rank_after is not None]
     text = f"{_change(summary['parameters'], summary['parameters_after'], '{:,}')} values stored for these layers"
@@ -151,13 +151,13 @@ def _size(mitigation: Mitigation) -> str:
     return text
 
 
-def _problems(mitigation: Mitigation) -> str:
-    failed = mitigation.audit.failed if mitigation.audit is not None else ()
+def _problems(record: Repair) -> str:
+    failed = record.audit.failed if record.audit is not None else ()
     return "\n".join(f"{layer.status}: {layer.name}: {layer.error}" for layer in failed)
 
 
-def _vectors(mitigation: Mitigation, verbose: bool) -> str:
-    layers = mitigation.layers if verbose else mitigation.changed
+def _vectors(record: Repair, verbose: bool) -> str:
+    layers = record.layers if verbose else record.changed
     if not layers:
         return ""
     shown, hidden = layers, ""
@@ -165,7 +165,7 @@ def _vectors(mitigation: Mitigation, verbose: bool) -> str:
         most = sorted(layers, key=lambda layer: -(layer.update_change or 0))[:SHOWN_LAYERS]
         shown = tuple(layer for layer in layers if layer in most)
         hidden = f"({plural(len(layers) - len(shown), 'more layer')}, which changed less; --verbose lists all)"
-    columns = _columns(mitigation)
+    columns = _columns(record)
     rows = [
         [get(layer, vector) if place == 0 or not of_layer else "" for _, of_layer, get in columns]
         for layer in shown
@@ -175,12 +175,12 @@ def _vectors(mitigation: Mitigation, verbose: bool) -> str:
     return "\n\n".join(["\n".join(line for line in (text, hidden) if line), fill(NOTES["table"], WIDTH)])
 
 
-def _columns(mitigation: Mitigation) -> list[tuple[str, bool, Callable[[LayerRepair, ScaledVector], str]]]:
+def _columns(record: Repair) -> list[tuple[str, bool, Callable[[LayerRepair, ScaledVector], str]]]:
     """(title, whether it tells of the layer rather than the vector, cell); without those that would say nothing."""
-    vectors = [vector for layer in mitigation.layers for vector in layer.vectors]
+    vectors = [vector for layer in record.layers for vector in layer.vectors]
     mixed = len({vector.intruder for vector in vectors}) > 1
     missed = any(abs(vector.scale_achieved - vector.scale) > 5e-4 for vector in vectors)
-    ranked = any(layer.rank is not None for layer in mitigation.layers)
+    ranked = any(layer.rank is not None for layer in record.layers)
     columns: list[tuple[bool, str, bool, Callable[[LayerRepair, ScaledVector], str]]] = [
         (True, "layer", True, lambda layer, _: layer.name + (" *" if layer.noise_like_base else "")),
         (True, "index", False, lambda _, v: _to(str(v.index), _place(v))),
@@ -198,10 +198,10 @@ def _columns(mitigation: Mitigation) -> list[tuple[str, bool, Callable[[LayerRep
     return [(title, of_layer, get) for wanted, title, of_layer, get in columns if wanted]
 
 
-def _notes(mitigation: Mitigation, verbose: bool) -> str:
-    summary, lines = mitigation.summary, []
-    before, after, top_k = summary["intruders_before"], summary["intruders_after"], mitigation.settings["top_k"]
-    ranks = [None if _gone(vector) else vector.index_after for vector in mitigation.scaled if vector.intruder]
+def _notes(record: Repair, verbose: bool) -> str:
+    summary, lines = record.summary, []
+    before, after, top_k = summary["intruders_before"], summary["intruders_after"], record.settings["top_k"]
+    ranks = [None if _gone(vector) else vector.index_after for vector in record.scaled if vector.intruder]
     stayed = sum(index is not None and index < top_k for index in ranks)
     if stayed:
         still = f"{stayed} of {plural(len(ranks), 'scaled intruder')} {'is' if stayed == 1 else 'are'}"
@@ -211,9 +211,9 @@ def _notes(mitigation: Mitigation, verbose: bool) -> str:
     noisy = summary["layers_noise_like_base"]
     if noisy:
         lines.append(fill(NOTES["noise"].format(layers=plural(noisy, "layer")), WIDTH))
-    lines += [f"note: {remark}" for remark in mitigation.remarks]
+    lines += [f"note: {remark}" for remark in record.remarks]
     if verbose:
-        lines += [f"note: {layer.name}: {note}" for layer in mitigation.layers for note in layer.notes]
+        lines += [f"note: {layer.name}: {note}" for layer in record.layers for note in layer.notes]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
+from spectra import __version__
 from spectra.errors import in_one_line
 from spectra.records.report import FAILED_STATUSES, LayerReport, Report
 from spectra.render.columns import decimals, number, plural
@@ -36,7 +37,7 @@ _RULES = (
         "Leading singular vectors of a tuned weight are nearly orthogonal to every singular vector of the base weight.",
         "Intruder dimensions go with forgetting (Shuttleworth et al. 2024, arXiv 2410.21228). They show risk, not "
         "harm: evaluate on what the model must not forget, and compare with a lower learning rate, another rank or a "
-        "full fine-tune. The command 'spectra mitigate' scales them down.",
+        "full fine-tune. The command 'spectra repair' scales them down.",
     ),
     (
         BORDERLINE, "BorderlineCosine", "note", "numerics",
@@ -86,7 +87,7 @@ class Scanned:
     addresses: Mapping[str, str] = field(default_factory=dict)
 
 
-def to_sarif(reports: Sequence[Report], scanned: Scanned | None = None, *, version: str) -> str:
+def to_sarif(reports: Sequence[Report], scanned: Scanned | None = None, *, version: str = __version__) -> str:
     """A SARIF log of one run, as JSON text; the same reports give the same text, byte for byte."""
     return json.dumps(_Log(reports, scanned or Scanned(), version).log(), indent=1, allow_nan=False) + "\n"
 

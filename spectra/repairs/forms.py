@@ -22,7 +22,7 @@ from spectra.files.folders import RECORD, companions, files_in
 from spectra.files.headers import ForeignTensor
 from spectra.files.orientation import as_stored
 from spectra.pairing.pairs import LEFT_OUT, LayerPair, pair_layers
-from spectra.records.repair import LayerRepair, Mitigation
+from spectra.records.repair import LayerRepair, Repair
 from spectra.records.report import LayerReport, Report
 from spectra.repairs.choice import Edited, parameters_of, whole_weight
 from spectra.repairs.merged import EditedCheckpoint, beside, carried_tensors, copy_checkpoint
@@ -56,9 +56,7 @@ class Form(Protocol):
         """The records, with what storing changes of them."""
         ...
 
-    def finished(
-        self, record: Mitigation, before: Report, audited: Mapping[str, LayerReport], output: Path
-    ) -> Mitigation:
+    def finished(self, record: Repair, before: Report, audited: Mapping[str, LayerReport], output: Path) -> Repair:
         """Writes the rest; the record with what was written, and its audit.
 
         ``before`` is the source's audit, ``audited`` has the layers that are not as before, as they are stored.
@@ -124,14 +122,12 @@ class AdapterForm:
             records.append(repair)
         return records
 
-    def finished(
-        self, record: Mitigation, before: Report, audited: Mapping[str, LayerReport], output: Path
-    ) -> Mitigation:
+    def finished(self, record: Repair, before: Report, audited: Mapping[str, LayerReport], output: Path) -> Repair:
         assert self.home is not None
         remarks = card_section(record) if record.changed else ()
         write_repaired(self.home, self.run.tuned, self.run.plan, self.changed, whole=self.whole, remarks=remarks)
         # Adapters are small, so that every byte can enter the fingerprint.
-        written = open_run(self.home, self.run.base, replace(self.run.settings, verify=True))
+        written = open_run(self.home, self.run.base, replace(self.run.settings, hash_contents=True))
         return _audited_by_name(record, self.run, written, before, audited, self.home, output)
 
 
@@ -202,9 +198,7 @@ class CheckpointForm:
     def records(self, repairs: list[LayerRepair]) -> list[LayerRepair]:
         return repairs
 
-    def finished(
-        self, record: Mitigation, before: Report, audited: Mapping[str, LayerReport], output: Path
-    ) -> Mitigation:
+    def finished(self, record: Repair, before: Report, audited: Mapping[str, LayerReport], output: Path) -> Repair:
         assert self.home is not None
         if self.pairing is None:
             self.copy.finish(remarks=card_section(record) if record.changed else ())
@@ -245,9 +239,9 @@ def _carry(failed: Sequence[LayerReport]) -> str:
 
 
 def _audited_by_name(
-    record: Mitigation, run: SingleRun, written: SingleRun, before: Report, audited: Mapping[str, LayerReport],
+    record: Repair, run: SingleRun, written: SingleRun, before: Report, audited: Mapping[str, LayerReport],
     home: Path, output: Path,
-) -> Mitigation:  # fmt: skip
+) -> Repair:  # fmt: skip
     """Changed layers were analysed as they are stored, the others are as before."""
     pairs = {pair.name: pair for pair in written.pairs}
     layers = [
@@ -257,9 +251,9 @@ def _audited_by_name(
 
 
 def _with_audit(
-    record: Mitigation, run: SingleRun, written: SingleRun, before: Report, layers: Sequence[LayerReport],
+    record: Repair, run: SingleRun, written: SingleRun, before: Report, layers: Sequence[LayerReport],
     skipped: Sequence[Skipped], home: Path, output: Path,
-) -> Mitigation:  # fmt: skip
+) -> Repair:  # fmt: skip
     tuned = {**written.facts(), "path": str(output)}
     audit = replace(before, tuned=tuned, layers=tuple(layers), skipped=tuple(asdict(item) for item in skipped))
     here = {"source_from_here": (record.source, run.tuned), "base_from_here": (record.base, run.base)}
@@ -275,17 +269,17 @@ def _relative(path: str, home: Path) -> str | None:
         return None
 
 
-def card_section(mitigation: Mitigation) -> tuple[str, ...]:
+def card_section(record: Repair) -> tuple[str, ...]:
     """What the model card says of the repair, in paragraphs."""
-    summary, settings = mitigation.summary, mitigation.settings
+    summary, settings = record.summary, record.settings
     about = (
-        f"`{RECORD}` has the details; made by Spectra {mitigation.spectra_version}, and `spectra mitigate --verify` "
+        f"`{RECORD}` has the details; made by Spectra {record.spectra_version}, and `spectra repair --verify` "
         "checks it against what it was made from."
     )
     merged = ("## An adapter merged into its base",) if settings["merged"] else ()
-    if not mitigation.changed:
+    if not record.changed:
         return (*merged, about)
-    scales = sorted({vector.scale for vector in mitigation.scaled})
+    scales = sorted({vector.scale for vector in record.scaled})
     by = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
     change = summary["update_change"]
     what = (

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from spectra import __version__
 from spectra.adapters.peft.repaired import replaceable
@@ -16,45 +15,37 @@ from spectra.analysis.layer import LayerAnalysis
 from spectra.errors import UsageError
 from spectra.files.folders import check_apart, check_folder, whole_folder, write_record
 from spectra.pairing.pairs import LayerPair
-from spectra.records.repair import LayerRepair, Mitigation
+from spectra.records.repair import LayerRepair, Repair
 from spectra.records.report import LayerReport
 from spectra.repairs.choice import Choice, Scale, Which, edit
 from spectra.repairs.forms import AdapterForm, Form, begin_checkpoint
-from spectra.runs.jobs import Progress
+from spectra.runs.options import AuditOptions, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, Result, layer_report, open_cache
 from spectra.runs.run import SingleRun, fingerprint, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
 from spectra.updates.algebra import TunedWeight
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}  # of what is written
+METHODS = ("intruders",)
+STORE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
-def mitigate(
+@takes_options(AuditOptions)
+def repair(
     tuned: Source,
-    output: str | Path | None,
     base: Source | None = None,
     *,
     scale: Scale,
+    to: str | Path | None = None,
+    method: Literal["intruders"] = "intruders",
     which: Which = "all",
     keep_rank: bool = False,
     merged: bool = False,
-    dtype: str | None = None,
+    store_dtype: str | None = None,
     force: bool = False,
-    top_k: int = 10,
-    epsilon: float = 0.5,
-    side: str = "left",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    engine: str = "auto",
-    device: str = "cpu",
-    workers: int = 1,
-    threads: int | None = None,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    cache: str | Path | Literal[False] | None = None,
-    progress: Progress | None = None,
-) -> Mitigation:
+    **options: Unpack[AuditOptions],
+) -> Repair:
     """Scales a fine-tune's intruder dimensions and writes the result, as an adapter or a checkpoint of its own.
 
     In each weight W1 = W0 + dW the chosen singular values σ become scale·σ; all others, and all singular vectors, stay
@@ -63,77 +54,77 @@ def mitigate(
     Parameters
     ----------
     tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
-    output : the folder to write; it appears whole or not at all.  None writes nothing.  Of models in memory adapters
-        are written, not whole checkpoints.
-    scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last that matches
-        counts.
+    scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last that matches counts.
+    to : the folder to write; it appears whole or not at all.  None writes nothing and only says what would be done.
+        From models in memory adapters are written, not whole checkpoints.
+    method : what is repaired; "intruders" is the only one.
     which : "all" intruders among the top ``top_k`` vectors, the "top" one of each weight (as in the paper), or
         {pattern: indices} for vectors by name, intruders or not.
     keep_rank : keep the adapter's rank r, by the best approximation of that rank; else a changed layer with q chosen
         vectors has rank r + q, and is exact.
     merged : write an adapter's result into a copy of the base, laid out and stored as the base is.
-    dtype : of the factors of changed layers: "float32" (default; "float64" where the adapter is stored so),
-        "bfloat16", "float16".  Checkpoints keep theirs.
+    store_dtype : the precision in which the factors of changed layers are written: "float32" (default; "float64" where
+        the adapter is stored so), "bfloat16", "float16".  Checkpoints keep theirs.
     force : replace an adapter folder, or an earlier result, that is there already.
-    include, exclude : layers left out are carried over as they are.
-    top_k, epsilon, side, engine, device, workers, threads, allow_pickle, local_files_only, cache,
-    progress :
-        as for :func:`spectra.audit_many`.
+    {options}
+
+    Layers that ``include`` and ``exclude`` leave out are carried over as they are.
 
     Returns
     -------
-    Mitigation : what was scaled, what that changed and how exactly, and the audit of the result.
+    Repair : what was scaled, what that changed and how exactly, and the audit of the result.
 
     Raises
     ------
     UsageError : bad options, a folder that is there already, an output that cannot hold the result.
-    SpectraError : as for :func:`spectra.audit_many`; also where a layer could not be analysed.
+    SpectraError : as for :func:`spectra.audit`; also where a layer could not be analysed.
 
     Examples
     --------
     >>> import spectra
-    >>> planned = spectra.mitigate("fixtures/lora-r4", None, "fixtures/base", scale=0.5)
+    >>> planned = spectra.repair("fixtures/lora-r4", "fixtures/base", scale=0.5)
     >>> planned.intruders_before, len(planned.scaled)
     (35, 35)
     """
     started = time.perf_counter()
-    if output is not None:
-        check_folder(output, force=force, ours=replaceable)
+    if method not in METHODS:
+        raise UsageError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
+    if to is not None:
+        check_folder(to, force=force, ours=replaceable)
     choice = Choice(scale, which)
-    settings = checked_settings(
-        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        workers=workers, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
-    )  # fmt: skip
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPES)}")
+    settings = checked_settings(**options)
+    if store_dtype is not None and store_dtype not in STORE_DTYPES:
+        raise UsageError(f"store_dtype = {store_dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
     run = open_run(tuned, base, settings)
     choice.check(run.pairs)
     with ExitStack() as stack:
         home = None
-        if output is not None:
-            check_apart(output, run.tuned, run.base)
-            home = stack.enter_context(whole_folder(output, force=force, ours=replaceable))
+        if to is not None:
+            check_apart(to, run.tuned, run.base)
+            home = stack.enter_context(whole_folder(to, force=force, ours=replaceable))
         form: Form
         if run.plan.format == "full" or merged:
-            if keep_rank or dtype is not None:
-                given = "keep-rank" if keep_rank else "dtype"
+            if keep_rank or store_dtype is not None:
+                given = "keep-rank" if keep_rank else "store-dtype"
                 raise UsageError(f"{given} is for adapters: a checkpoint has no rank, and each weight keeps its dtype")
             form = begin_checkpoint(run, home, merged=run.plan.format != "full")
         else:
-            form = AdapterForm(run, home, None if dtype is None else STORED[DTYPES[dtype]], keep_rank)
+            form = AdapterForm(run, home, None if store_dtype is None else STORED[STORE_DTYPES[store_dtype]], keep_rank)
         work = _Repairs(run, choice, form, keep_rank)
-        analysis = Analysis(settings, open_cache(cache), visit=work.visit)
-        before = analysis.reports([run], started, progress)[0]
+        analysis = Analysis(settings, open_cache(options["cache"]), visit=work.visit)
+        with shown(options["progress"]) as progress:
+            before = analysis.reports([run], started, progress)[0]
         if before.failed:
             problems = "; ".join(str(layer.error) for layer in before.failed)
             raise UsageError(f"{problems}{form.advice(before.failed)}")
         repairs = form.records([work.repairs[layer.name] for layer in before.layers if layer.name in work.repairs])
-        mitigation = Mitigation(
+        record = Repair(
             base=before.base,
-            source={**before.tuned, **fingerprint(run.tuned, verify=run.plan.format != "full")},
+            source={**before.tuned, **fingerprint(run.tuned, hash_contents=run.plan.format != "full")},
             output=None,
             settings={
-                **choice.record(), "keep_rank": keep_rank, "merged": form.merged, **settings.record(), "dtype": dtype,
+                "method": method, **choice.record(), "keep_rank": keep_rank, "merged": form.merged,
+                "store_dtype": store_dtype, **settings.record(),
             },
             layers=tuple(repairs),
             audit=None,
@@ -142,12 +133,12 @@ def mitigate(
             spectra_version=__version__,
         )  # fmt: skip
         if home is not None:
-            assert output is not None
-            mitigation = form.finished(mitigation, before, work.audited, Path(output))
-        mitigation = replace(mitigation, seconds=round(time.perf_counter() - started, 3))
+            assert to is not None
+            record = form.finished(record, before, work.audited, Path(to))
+        record = replace(record, seconds=round(time.perf_counter() - started, 3))
         if home is not None:
-            write_record(home, mitigation.to_json())
-    return mitigation
+            write_record(home, record.to_json())
+    return record
 
 
 class _Repairs:

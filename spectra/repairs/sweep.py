@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -36,7 +35,9 @@ from spectra.repairs.insertion import (
     name_in_model,
     working,
 )
-from spectra.runs.jobs import Job, Progress, read_weight
+from spectra.runs.jobs import Job, read_weight
+from spectra.runs.options import AuditOptions, Progress, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, Result, open_cache
 from spectra.runs.run import SingleRun, open_run
 from spectra.runs.settings import checked_settings
@@ -56,7 +57,8 @@ COLUMNS = ("variant", "scale", "seed", "vectors", "layers", "change_norm", "upda
 Evaluate: TypeAlias = Callable[[Any], float | Mapping[str, float]]
 
 
-def mitigation_sweep(
+@takes_options(AuditOptions)
+def sweep(
     tuned: Source,
     base: Source | None = None,
     *,
@@ -67,22 +69,11 @@ def mitigation_sweep(
     controls: Sequence[str] = CONTROLS[:3],
     seeds: int = 1,
     include_base: bool = True,
-    top_k: int = 10,
-    epsilon: float = 0.5,
-    side: str = "left",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    engine: str = "auto",
-    device: str = "cpu",
-    threads: int | None = None,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    cache: str | Path | Literal[False] | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[AuditOptions],
 ) -> pandas.DataFrame:
     """Evaluates a fine-tune with its intruder dimensions scaled by each λ, and controls of the same size.
 
-    The repair is that of :func:`spectra.repairs.repair.mitigate`: W' = W1 + (λ − 1) Σ σ u vᵀ.  A gain says something of
+    The repair is that of :func:`spectra.repairs.repair.repair`: W' = W1 + (λ − 1) Σ σ u vᵀ.  A gain says something of
     intruders only where changes of the same size without them do not bring it, so each λ has controls beside it:
 
     - "neighbour": instead of each intruder the singular vector of the same W1, among the leading ``top_k``, that is
@@ -103,14 +94,14 @@ def mitigation_sweep(
         ``evaluate`` gets {name: tensor} of these, named and laid out as in the fine-tuned model, in float32 (float64
         where stored so), on ``device``.
     scales : the λ; 1 is the fine-tune itself, which is evaluated once and stands in the rows of all variants.
-    which : as for :func:`spectra.repairs.repair.mitigate`.
+    which : as for :func:`spectra.repairs.repair.repair`.
     controls : some of the above, in the order of the result.
     seeds : random controls, with seeds from 0 on.
     include_base : also evaluate the base's own weights wherever the fine-tune changed them and the base has them.
-    include, exclude : layers left out stay as the fine-tune has them.
-    top_k, epsilon, side, engine, device, threads, allow_pickle, local_files_only,
-    cache : as for :func:`spectra.audit_many`.
-    progress : called after each layer and, counting anew, after each evaluation.
+    {options}
+
+    Layers that ``include`` and ``exclude`` leave out stay as the fine-tune has them.  ``progress`` is called after each
+    layer and, counting anew, after each evaluation.
 
     Returns
     -------
@@ -126,15 +117,13 @@ def mitigation_sweep(
     as_dataframe([], COLUMNS)  # before the work: is pandas there?
     scales, controls = _checked(scales, controls, seeds)
     choice = Choice(0.0, which)
-    settings = checked_settings(
-        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, device=device,
-        threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only,
-    )  # fmt: skip
+    settings = checked_settings(**options)
     run = open_run(tuned, base, settings)
     choice.check(run.pairs)
     pairing = pair_layers(run.base, run.tuned, run.plan)
     carried = carried_beside(run, pairing)
     with ExitStack() as stack:
+        progress = stack.enter_context(shown(options["progress"]))
         target: Target = ByName()
         if model is not None:
             _check_apart(model, run)
@@ -142,7 +131,8 @@ def mitigation_sweep(
             stack.callback(target.restore)
         trial = _Trial(run, pairing, carried, choice, target, controls, seeds)
         trial.put_beside()
-        report = Analysis(settings, open_cache(cache), visit=trial.visit).reports([run], time.perf_counter(), progress)
+        analysis = Analysis(settings, open_cache(options["cache"]), visit=trial.visit)
+        report = analysis.reports([run], time.perf_counter(), progress)
         for layer in report[0].failed:
             raise UsageError(f"{layer.error}; exclude {layer.name!r} to keep this layer as it is")
         if not trial.layers:

@@ -6,7 +6,7 @@ import filecmp
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,14 +20,16 @@ from spectra.files.checkpoint import Checkpoint
 from spectra.files.folders import CARD, RECORD, companions
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import LayerPair, pair_layers
-from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, Verification
+from spectra.records.repair import LayerCheck, LayerRepair, Repair, Verification
 from spectra.repairs.choice import Choice
 from spectra.repairs.merged import beside, carried_tensors
-from spectra.runs.jobs import Job, Problem, Progress, as_finished
+from spectra.runs.jobs import Job, Problem, as_finished
+from spectra.runs.options import CheckOptions, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.run import Run, SingleRun, fingerprint, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
-from spectra.sources.saved import load_mitigation
+from spectra.sources.saved import load_repair
 from spectra.svd import Base
 from spectra.svd.triplets import Triplets, leading_triplets
 from spectra.updates.algebra import ALL, DenseWeight, FactoredWeight, TunedWeight, slabs
@@ -40,18 +42,11 @@ RECORDED = 1e-3  # how far a record's singular values and scales may lie from th
 CHOSEN = ("rank_pattern", "alpha_pattern")  # what a repair changes of an adapter's config
 
 
-def verify_mitigation(
-    folder: str | Path,
-    source: Source | None = None,
-    base: Source | None = None,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    progress: Progress | None = None,
+@takes_options(CheckOptions)
+def verify(
+    tuned: str | Path, base: Source | None = None, *, source: Source | None = None, **options: Unpack[CheckOptions]
 ) -> Verification:
-    """Checks a folder that :func:`spectra.mitigate` wrote against the fine-tune it was made from.
+    """Checks a folder that :func:`spectra.repair` wrote against the fine-tune it was made from.
 
     Every changed weight is computed anew, from the source, by the formula and with the vectors and scales of the
     folder's record, and compared; every other tensor and file must be the source's, bit by bit, but for the model card,
@@ -60,19 +55,18 @@ def verify_mitigation(
 
     Parameters
     ----------
-    folder : the repaired adapter or checkpoint, with its record.
-    source, base : where the fine-tune and its base lie; by default where the record says.  A base is told from another
+    tuned : the repaired adapter or checkpoint, with its record.
+    base, source : where the base and the fine-tune lie; by default where the record says.  A base is told from another
         by the names and shapes of its tensors, and by what the changed weights come to.
+    {options}
 
     Raises
     ------
     SpectraError : no such record, or something that cannot be read.
     """
-    folder = Path(folder)
-    record = load_mitigation(folder)
-    settings = checked_settings(
-        device=device, threads=threads, allow_pickle=allow_pickle, local_files_only=local_files_only
-    )
+    folder = Path(tuned)
+    record = load_repair(folder)
+    settings = checked_settings(**options)
     before = open_run(_place(source, record, folder, "source"), _place(base, record, folder, "base"), settings)
     after = open_run(folder, before.base, settings)
     check = _Check(record, before, after)
@@ -81,12 +75,14 @@ def verify_mitigation(
         *_identity(before.base, record.base, "the base"),
         *_identity(after.tuned, record.output or {}, "the result"),
     ]
-    layers = list(as_finished([Job(((before, pair),)) for pair in before.pairs], settings, check.layer, progress))
+    jobs = [Job(((before, pair),)) for pair in before.pairs]
+    with shown(options["progress"]) as progress:
+        layers = list(as_finished(jobs, settings, check.layer, progress))
     problems += check.problems()
     return Verification(str(folder), str(before.tuned.path), tuple(layers), tuple(problems))
 
 
-def _place(given: Source | None, record: Mitigation, folder: Path, what: str) -> Source:
+def _place(given: Source | None, record: Repair, folder: Path, what: str) -> Source:
     """Where the source or the base lies: as the caller says, as the record says, or from the folder as it was then."""
     if given is not None:
         return given
@@ -96,7 +92,7 @@ def _place(given: Source | None, record: Mitigation, folder: Path, what: str) ->
     for place in places:
         if place.exists():
             return place
-    how = "SOURCE after --verify OUT" if what == "source" else "--base"
+    how = f"--{what}"
     raise MissingFileError(str(path), f"the {what} that the record names is not there; say where it is ({how})")
 
 
@@ -122,7 +118,7 @@ class _Meant:
 class _Check:
     """The tensors of a written repair, and the weights made of them."""
 
-    def __init__(self, record: Mitigation, before: SingleRun, after: SingleRun):
+    def __init__(self, record: Repair, before: SingleRun, after: SingleRun):
         self.record, self.before, self.after = record, before, after
         self.repairs = {layer.name: layer for layer in record.layers}
         self.merged = before.plan.format != "full" and after.plan.format == "full"

@@ -20,12 +20,11 @@ from spectra.analysis.layer import DTYPES, ieee_arithmetic, using_threads
 from spectra.errors import LAYER_ERRORS
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.pairs import LayerPair
+from spectra.runs.options import Progress
 from spectra.runs.run import Run, explain
 from spectra.runs.settings import Settings
 from spectra.updates.algebra import TunedWeight
 
-# Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
-Progress = Callable[[float, float, str], None]
 T = TypeVar("T")
 Prepared = TypeVar("Prepared")
 Found = TypeVar("Found")

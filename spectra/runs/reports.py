@@ -17,7 +17,8 @@ from spectra.analysis.study import Study
 from spectra.pairing.pairs import LayerPair
 from spectra.records.report import LayerReport, Report, module_type
 from spectra.runs.cache import Spectra, SpectrumCache
-from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of
+from spectra.runs.jobs import Job, Problem, as_finished, jobs_of
+from spectra.runs.options import Progress
 from spectra.runs.run import Run, base_facts
 from spectra.runs.settings import Settings
 from spectra.svd import Spectrum, choose_engine
@@ -30,7 +31,7 @@ REMARKS = {
 
 
 def open_cache(cache: str | Path | Literal[False] | None) -> SpectrumCache | None:
-    """The spectra that :func:`spectra.cache_base` kept, where they are wanted."""
+    """The spectra that :func:`spectra.cache` kept, where they are wanted."""
     return None if cache is False else SpectrumCache(cache)
 
 

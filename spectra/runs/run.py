@@ -74,7 +74,7 @@ class SingleRun:
         return {
             "path": str(self.tuned.path),
             "format": self.plan.format,
-            **fingerprint(self.tuned, self.settings.verify),
+            **fingerprint(self.tuned, self.settings.hash_contents),
             **self.plan.facts,
         }
 
@@ -231,9 +231,9 @@ def check_one_base(runs: Sequence[Run]) -> None:
         )
 
 
-def fingerprint(checkpoint: Checkpoint, verify: bool) -> dict[str, Any]:
+def fingerprint(checkpoint: Checkpoint, hash_contents: bool) -> dict[str, Any]:
     """The report's fields for what identifies a checkpoint."""
-    made = checkpoint.fingerprint(verify=verify)
+    made = checkpoint.fingerprint(verify=hash_contents)
     where = {"in_memory": True} if checkpoint.in_memory else {}
     return {**where, "fingerprint": made.value, "fingerprint_covers": made.covers, "fingerprint_headers": made.headers}
 
@@ -243,7 +243,7 @@ def base_facts(run: Run) -> dict[str, Any]:
     return {
         "path": str(run.base.path),
         "format": run.base.layout,
-        **fingerprint(run.base, run.settings.verify),
+        **fingerprint(run.base, run.settings.hash_contents),
         "named_by_adapter": named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None,
         "quantised": quantised_as(run.base),
         "caveat": caveat(run.base, run.tuned, run.plan) if isinstance(run, SingleRun) else caveat(run.base),

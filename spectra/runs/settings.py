@@ -1,8 +1,8 @@
-"""How a run is done: the options of the verbs, checked once, and what the report records of them."""
+"""How a run is done: the options of a verb, checked, and what the report records of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from spectra.analysis.layer import DTYPES, check_device, checked_question
 from spectra.errors import UsageError
+from spectra.runs.options import AuditOptions, defaults_of
 from spectra.sources.live import Source
 from spectra.sources.resolve import ANYWHERE, Access
 from spectra.svd import choose_engine
@@ -28,7 +29,7 @@ class Settings:
     workers: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-    verify: bool
+    hash_contents: bool
     split_fused: bool = False  # recorded where it is asked for
     access: Access = ANYWHERE  # no part of the record: it changes no result
     initial_adapter: Source | None = None  # nor is this: the layers' notes say where it was used
@@ -41,30 +42,54 @@ class Settings:
         return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
 
 
-def checked_settings(
-    *, top_k: int = 10, epsilon: float = 0.5, side: str = "left", include: Iterable[str] = (),
-    exclude: Iterable[str] = (), engine: str = "auto", dtype: str = "float32", device: str = "cpu",
-    workers: int = 1, threads: int | None = None, verify: bool = False, split_fused: bool = False,
-    allow_pickle: bool = False, local_files_only: bool = False, initial_adapter: Source | None = None,
-) -> Settings:  # fmt: skip
-    """The options of :func:`spectra.audit_many`, checked; raises UsageError."""
-    choose_engine(engine)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
-    check_device(device)
+def checked_settings(**given: Any) -> Settings:
+    """The settings among the options of a verb, checked; those that are not given are as by default.
+
+    Raises
+    ------
+    UsageError : an option of another type or value than it can have; it is named, with what was expected.
+    """
+    options = {**defaults_of(AuditOptions), **given}
+    _expect(options, ("workers",), int, "a whole number, at least 1")
+    _expect(options, ("side", "engine", "dtype", "device"), str, "a string")
+    _expect(options, ("hash_contents", "split_fused", "allow_pickle", "local_files_only"), bool, "True or False")
+    if options["threads"] is not None:
+        _expect(options, ("threads",), int, "a whole number, at least 1, or None")
+    workers, threads = options["workers"], options["threads"]
+    choose_engine(options["engine"])
+    if options["dtype"] not in DTYPES:
+        raise UsageError(f"dtype = {options['dtype']!r}; expected float32 or float64")
+    check_device(options["device"])
     if workers < 1 or (threads is not None and threads < 1):
         raise UsageError("workers and threads are at least 1")
     return Settings(
-        question=checked_question(top_k, epsilon, side),
-        engine=engine,
-        dtype=dtype,
-        device=device,
+        question=checked_question(options["top_k"], options["epsilon"], options["side"]),
+        engine=options["engine"],
+        dtype=options["dtype"],
+        device=options["device"],
         threads=threads or max(1, torch.get_num_threads() // workers),
         workers=workers,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        verify=verify,
-        split_fused=split_fused,
-        access=Access(allow_pickle, local_files_only),
-        initial_adapter=initial_adapter,
+        include=patterns_of("include", options["include"]),
+        exclude=patterns_of("exclude", options["exclude"]),
+        hash_contents=options["hash_contents"],
+        split_fused=options["split_fused"],
+        access=Access(options["allow_pickle"], options["local_files_only"]),
+        initial_adapter=options["initial_adapter"],
     )
+
+
+def _expect(options: Mapping[str, Any], names: Iterable[str], kind: type, words: str) -> None:
+    for name in names:
+        value = options[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"{name} = {value!r:.80}; expected {words}")
+
+
+def patterns_of(name: str, given: Any) -> tuple[str, ...]:
+    """Patterns over module names: one string is one pattern, never its letters; raises UsageError for anything else."""
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"{name} = {given!r:.80}; expected a pattern over module names, or several")
+    return patterns

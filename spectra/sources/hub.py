@@ -97,7 +97,7 @@ def _why(error: Exception) -> str:
 def fetch_url(url: str, *, as_base: bool, allow_pickle: bool) -> Path:
     """The local copy of a file or folder that fsspec reaches (``s3://``, ``gs://``, ``https://``, …), for reading.
 
-    Copies lie beside the kept spectra (:func:`spectra.cache_base`), those of a folder by its address and the names in
+    Copies lie beside the kept spectra (:func:`spectra.cache`), those of a folder by its address and the names in
     it, and are fetched anew where the original changed.  Of a folder the top is read alone.
 
     Raises

@@ -10,13 +10,49 @@ from typing import Any, TypeVar
 
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.files.folders import RECORD
+from spectra.records import comparison, ranks, repair, report
 from spectra.records.comparison import Comparison
-from spectra.records.history import Record
-from spectra.records.repair import Mitigation, ScaledVector
+from spectra.records.history import BEGINS, Record
+from spectra.records.ranks import RankReport
+from spectra.records.repair import Repair, ScaledVector, Verification
 from spectra.records.report import Report
 
 Saved = TypeVar("Saved")
 MAX_RECORD_BYTES = 256_000_000  # of a report or a comparison; one of a hundred fine-tunes has some 50 MB
+HINT = "not a record of Spectra's in JSON; make one with: spectra audit TUNED -o FILE.json"
+
+
+def load(path: str | Path) -> Any:
+    """Any record that was saved, as the object that it was.
+
+    Parameters
+    ----------
+    path : a report, a comparison, a rank report, the record of a repair (or the repaired folder), that of its check, or
+        the history that a monitor wrote.
+
+    Returns
+    -------
+    Report, Comparison, RankReport, Repair or Verification; or a list : of a file with several as JSON lines, and of the
+    records of a training.
+
+    Raises
+    ------
+    MissingFileError, CorruptFileError : it cannot be read, or is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_repair(path)
+
+    def made(text: str) -> Any:
+        if text.startswith(BEGINS):
+            return None
+        try:
+            return _record(json.loads(text))
+        except json.JSONDecodeError:  # several, a line each
+            return [_record(json.loads(line)) for line in text.splitlines()]
+
+    record = _read(path, made, HINT)
+    return load_history(path) if record is None else record
 
 
 def load_report(path: str | Path) -> Report:
@@ -26,32 +62,32 @@ def load_report(path: str | Path) -> Report:
     ------
     MissingFileError, CorruptFileError
     """
-
-    def made(value: Any) -> Report:
-        report = Report.from_dict(value)
-        # What a comparison needs must be there and make sense.
-        _ = report.summary, report.base["fingerprint_headers"], report.base["fingerprint_covers"], dict(report.tuned)
-        _ = [report.settings[key] for key in ("top_k", "epsilon", "side")]
-        return report
-
     hint = "not one report in JSON; make one with: spectra audit TUNED --format json -o FILE"
-    return load_record(path, made, hint)
+    return _read(path, lambda text: _report(json.loads(text)), hint)
 
 
-def load_record(path: str | Path, made: Callable[[Any], Saved], hint: str) -> Saved:
-    """What ``made`` makes of a JSON file; ``hint`` says what the file should have been.
+def load_comparison(path: str | Path) -> Comparison:
+    """Reads a comparison that was written as JSON; raises as :func:`load_report` does."""
+    hint = "not a comparison in JSON; make one with: spectra compare -o FILE"
+    return _read(path, lambda text: _comparison(json.loads(text)), hint)
 
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
+
+def load_repair(path: str | Path) -> Repair:
+    """Reads the record of a repair; ``path`` may be the folder that holds it; raises as :func:`load_report` does."""
+    path = Path(path)
+    hint = "not the record of a repair, as spectra repair writes it into its folder"
+    return _read(path / RECORD if path.is_dir() else path, lambda text: _repair(json.loads(text)), hint)
+
+
+def _read(path: str | Path, made: Callable[[str], Saved], hint: str) -> Saved:
+    """What ``made`` makes of a file's text; ``hint`` says what the file should have been."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise MissingFileError(path, "could not be read: no regular file")
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise CorruptFileError(path, f"over {MAX_RECORD_BYTES:,} bytes; {hint}")
-        return made(json.loads(path.read_text(encoding="utf-8")))
+        return made(path.read_text(encoding="utf-8"))
     except (MissingFileError, CorruptFileError):
         raise
     except OSError as error:
@@ -62,49 +98,41 @@ def load_record(path: str | Path, made: Callable[[Any], Saved], hint: str) -> Sa
         raise CorruptFileError(path, hint) from None
 
 
-def load_comparison(path: str | Path) -> Comparison:
-    """Reads a comparison that was written as JSON.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-
-    def made(value: Any) -> Comparison:
-        comparison = Comparison.from_dict(value)
-        # What tables and figures need must be there and make sense.
-        _ = (
-            comparison.rows(),
-            [report.settings[key] for report in comparison.reports for key in ("top_k", "epsilon", "side")],
-        )
-        for item in comparison.overlaps:
-            _ = comparison.reports[item["a"]], comparison.reports[item["b"]], item["overlap"] + item["random"]
-        return comparison
-
-    return load_record(path, made, "not a comparison in JSON; make one with: spectra compare -o FILE")
+def _record(value: Any) -> Any:
+    """The record of a JSON object, by its schema."""
+    makers: dict[str, Callable[[Any], Any]] = {
+        report.SCHEMA: _report, comparison.SCHEMA: _comparison, ranks.SCHEMA: RankReport.from_dict,
+        repair.SCHEMA: _repair, repair.VERIFICATION_SCHEMA: Verification.from_dict,
+    }  # fmt: skip
+    return makers[value["schema"]](value)
 
 
-def load_mitigation(path: str | Path) -> Mitigation:
-    """Reads a record that was written as JSON; ``path`` may be the folder of the repair that holds it.
+def _report(value: Any) -> Report:
+    made = Report.from_dict(value)
+    # What a comparison needs must be there and make sense.
+    _ = made.summary, made.base["fingerprint_headers"], made.base["fingerprint_covers"], dict(made.tuned)
+    _ = [made.settings[key] for key in ("top_k", "epsilon", "side")]
+    return made
 
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
 
-    def made(value: Any) -> Mitigation:
-        repair = Mitigation.from_dict(value)
-        # What tables and a check need must be there and make sense.
-        _ = repair.summary, repair.rows(), dict(repair.base), dict(repair.source), dict(repair.left_behind)
-        _ = [repair.settings[key] for key in ("scale", "which", "keep_rank", "merged", "top_k", "epsilon", "side")]
-        for layer in repair.layers:
-            if not isinstance(layer.name, str) or not layer.vectors or not all(map(_makes_sense, layer.vectors)):
-                raise ValueError(layer.name)
-        return repair
+def _comparison(value: Any) -> Comparison:
+    made = Comparison.from_dict(value)
+    # What tables and figures need must be there and make sense.
+    _ = made.rows(), [one.settings[key] for one in made.reports for key in ("top_k", "epsilon", "side")]
+    for item in made.overlaps:
+        _ = made.reports[item["a"]], made.reports[item["b"]], item["overlap"] + item["random"]
+    return made
 
-    path = Path(path)
-    hint = "not the record of a repair, as spectra mitigate writes it into its folder"
-    return load_record(path / RECORD if path.is_dir() else path, made, hint)
+
+def _repair(value: Any) -> Repair:
+    made = Repair.from_dict(value)
+    # What tables and a check need must be there and make sense.
+    _ = made.summary, made.rows(), dict(made.base), dict(made.source), dict(made.left_behind)
+    _ = [made.settings[key] for key in ("scale", "which", "keep_rank", "merged", "top_k", "epsilon", "side")]
+    for layer in made.layers:
+        if not isinstance(layer.name, str) or not layer.vectors or not all(map(_makes_sense, layer.vectors)):
+            raise ValueError(layer.name)
+    return made
 
 
 def _makes_sense(vector: ScaledVector) -> bool:

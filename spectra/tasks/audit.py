@@ -10,127 +10,88 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from spectra import __version__
 from spectra.analysis.layer import using_threads
 from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint
 from spectra.records.report import LayerReport, Report
-from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of
+from spectra.runs.jobs import Job, Problem, as_finished, jobs_of
 from spectra.runs.journal import Finished, Journal, open_journal
+from spectra.runs.options import AuditOptions, CacheFolder, Progress, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, failure, open_cache
 from spectra.runs.run import SingleRun, open_run, opened
 from spectra.runs.settings import Settings, checked_settings
 from spectra.runs.workers import spread
-from spectra.sources.live import Source
+from spectra.sources.live import Source, several
 from spectra.sources.resolve import Bases
 
-CacheFolder = str | Path | Literal[False] | None
 
-
+@takes_options(AuditOptions)
 def audit(
     tuned: Source,
     base: Source | None = None,
     *,
-    top_k: int = 10,
-    epsilon: float = 0.5,
-    side: str = "left",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    engine: str = "auto",
-    dtype: str = "float32",
-    device: str = "cpu",
-    workers: int = 1,
-    threads: int | None = None,
-    verify: bool = False,
-    split_fused: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    initial_adapter: Source | None = None,
-    cache: str | Path | Literal[False] | None = None,
-    progress: Progress | None = None,
     resume: str | Path | None = None,
     executor: Executor | None = None,
+    **options: Unpack[AuditOptions],
 ) -> Report:
     """Flags the intruder dimensions of one fine-tune, layer by layer.
 
-    ``tuned`` is an adapter folder, a checkpoint folder, a file, or a model in memory; everything else is as for
-    :func:`audit_many`.
+    Parameters
+    ----------
+    tuned : an adapter folder, a checkpoint folder, a file, or a model in memory: whatever is a :data:`spectra.Source`.
+    base : its base, likewise; None takes the one that an adapter's config names, or the model that it is in.
+    resume : a file to which each base weight's results are appended as soon as they are there, and from which a run
+        that was ended continues.  The report is that of an uninterrupted run.
+    executor : works on the base weights instead of this process: anything with the interface of
+        ``concurrent.futures``, such as a Dask client's.  Its workers read the files themselves, by the same paths.
+    {options}
+
+    Returns
+    -------
+    Report : what was found.
+
+    Raises
+    ------
+    SpectraError : bad options, unreadable or mismatched files.  A layer whose values cannot be analysed raises nothing;
+        its status says so.
     """
-    return audit_many(
-        [tuned], base, top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine,
-        dtype=dtype, device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused, cache=cache,
-        progress=progress, resume=resume, executor=executor,
-    )[0]  # fmt: skip
+    if isinstance(tuned, list | tuple):
+        raise UsageError("audit takes one fine-tune; for several there is audit_many")
+    return audit_many([tuned], base, resume=resume, executor=executor, **options)[0]
 
 
+@takes_options(AuditOptions)
 def audit_many(
-    tuned: Sequence[Source],
+    tuned: Source | Sequence[Source],
     base: Source | None = None,
     *,
-    top_k: int = 10,
-    epsilon: float = 0.5,
-    side: str = "left",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    engine: str = "auto",
-    dtype: str = "float32",
-    device: str = "cpu",
-    workers: int = 1,
-    threads: int | None = None,
-    verify: bool = False,
-    split_fused: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    initial_adapter: Source | None = None,
-    cache: str | Path | Literal[False] | None = None,
-    progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
     resume: str | Path | None = None,
     executor: Executor | None = None,
+    **options: Unpack[AuditOptions],
 ) -> list[Report]:
-    """Flags the intruder dimensions of fine-tunes, layer by layer.
+    """Flags the intruder dimensions of several fine-tunes of one base or of many, layer by layer.
+
+    Each base weight is read and decomposed once, however many fine-tunes change it.
 
     Parameters
     ----------
     tuned : adapter folders, checkpoints or files, or models in memory: whatever is a :data:`spectra.Source`.
     base : the base of all of them, likewise; None takes each adapter's from its config, or the model that it is in.
-    top_k, epsilon, side : the definition; see :func:`spectra.find_intruders`.
-    include, exclude : shell patterns over module names.
-    engine : "auto", "exact", "krylov" or "cached"; the verdicts are the same.  Krylov decides large weights
-        without decomposing the base, and gives bounds where the others give cosines; cached decomposes
-        the base once for all fine-tunes, or takes what :func:`spectra.cache_base` kept.
-    dtype : "float32" or "float64", the precision of the decompositions; weights that are stored in
-        float64 are decomposed in float64 either way, since rounding them could hide the update.
-    device : "cpu" or "cuda", with an index if need be.
-    workers : how many base weights are worked on at a time (memory grows with it).
-    threads : threads for one weight; part of the settings, since it may change last digits.
-        By default torch's own number (which heeds OMP_NUM_THREADS), shared out among the workers.
-    verify : hash every byte of all files into the fingerprints.
-    split_fused : split matrices that hold several projections (qkv_proj, gate_up_proj, c_attn and others) into these,
-        as config.json says; on both sides, since a split weight is never compared with a fused one.
-    allow_pickle : also read weights that are pickled, where a folder has no others; nothing that a pickle would run
-        is run, and one that is more than a dictionary of tensors is refused.
-    local_files_only : download nothing: names of the hub's models stand for what its cache on this machine holds.
-    initial_adapter : the adapter as it was saved before training, for one whose initialisation changed the base in a
-        way that cannot be computed from it (``pissa_niter_*``, ``corda``, ``lora_ga``).
-    cache : the folder where :func:`spectra.cache_base` kept the bases' spectra; None for the usual one,
-        False to use none.
-    progress : called after each layer.
-    on_unreadable : called with the error of a fine-tune that cannot be read or matched, and the
-        others are audited; without it the error is raised.
-    resume : a file to which each base weight's results are appended as soon as they are there, and from which a run
-        that was ended goes on.  The report is the one of an uninterrupted run.
-    executor : works on the base weights instead of this process: anything with the interface of
-        ``concurrent.futures``, such as a Dask client's.  Its workers read the files themselves, by the same paths.
+    on_unreadable : called with the error of a fine-tune that cannot be read or matched, and the others are audited;
+        without it the error is raised.
+    resume, executor : as for :func:`spectra.audit`.
+    {options}
 
     Returns
     -------
@@ -138,22 +99,19 @@ def audit_many(
 
     Raises
     ------
-    SpectraError : bad options, unreadable or mismatched files.  What goes wrong with one layer's
-        values is no exception but that layer's status.
+    SpectraError : as for :func:`spectra.audit`.
     """
-    settings = checked_settings(
-        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
-        device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
-    )  # fmt: skip
+    settings = checked_settings(**options)
     started = time.perf_counter()
     bases = Bases(settings.access)
-    runs = opened((partial(open_run, path, base, settings, bases) for path in tuned), on_unreadable)
+    runs = opened((partial(open_run, path, base, settings, bases) for path in several(tuned)), on_unreadable)
+    cache = options["cache"]
     analysis = Analysis(settings, open_cache(cache))
     for option, given in (("resume", resume), ("executor", executor)):
         if given is not None:
             _check_on_disk(runs, option)
-    with nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings)) as journal:
+    journaling = nullcontext() if resume is None else open_journal(resume, identity_of(runs, settings))
+    with shown(options["progress"]) as progress, journaling as journal:
         steps = _Steps(analysis, runs, cache, journal, executor)
         return analysis.assembled(runs, steps.layers(progress), started)
 

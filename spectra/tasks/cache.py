@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from spectra.adapters import Skipped
 from spectra.adapters.full import FullCheckpoint
@@ -14,6 +14,9 @@ from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.pairs import LayerPair, pair_layers
 from spectra.runs.cache import SpectrumCache
+from spectra.runs.options import CacheOptions, takes_options
+from spectra.runs.progress import shown
+from spectra.runs.settings import patterns_of
 from spectra.sources.live import Source
 from spectra.sources.resolve import Access, open_base
 
@@ -49,7 +52,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class CachedBase:
-    """What :func:`cache_base` did, or on a dry run would do.
+    """What :func:`cache` did, or on a dry run would do.
 
     Attributes
     ----------
@@ -94,45 +97,36 @@ def plan_cache(
     return list(layers.values()), pairing.skipped
 
 
-def cache_base(
-    base: Source,
-    *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    dtype: str = "float32",
-    device: str = "cpu",
-    threads: int | None = None,
-    root: str | Path | None = None,
-    dry_run: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    progress: Callable[[float, float, str], None] | None = None,
+@takes_options(CacheOptions)
+def cache(
+    base: Source, *, cache: str | Path | None = None, dry_run: bool = False, **options: Unpack[CacheOptions]
 ) -> CachedBase:
     """Decomposes the weights of a base once and keeps their spectra for later audits.
 
-    Layers that are there already are checked against the weights and kept, so an interrupted run
-    goes on where it ended.
+    Layers that are there already are checked against the weights and kept, so an interrupted run continues where it
+    ended.
 
     Parameters
     ----------
     base : a checkpoint, the name of a model on the hub, or a model in memory, of which all of the same form share a
         place.
-    include, exclude, dtype, device, threads, allow_pickle, local_files_only : as for :func:`spectra.audit`.
-    root : the folder to keep them in; by default the one that audits look into.
+    cache : the folder to keep them in; by default the one that audits look into.
     dry_run : plan from headers, write nothing.
-    progress : called after each layer.
+    {options}
 
     Raises
     ------
-    SpectraError : bad options, unreadable files, too little room on the disk.  A weight that cannot
-        be decomposed is no exception but in ``failed``.
+    SpectraError : bad options, unreadable files, too little room on the disk.  A weight that cannot be decomposed
+        raises nothing; it is in ``failed``.
     """
+    dtype, threads = options["dtype"], options["threads"]
     if dtype not in BYTES:
         raise UsageError(f"dtype = {dtype!r}; expected float32 or float64")
     if threads is not None and threads < 1:
         raise UsageError("threads are at least 1")
-    opened = open_base(base, Access(allow_pickle, local_files_only))
-    layers, skipped = plan_cache(opened, tuple(include), tuple(exclude), dtype)
+    include, exclude = (patterns_of(name, options[name]) for name in ("include", "exclude"))
+    opened = open_base(base, Access(options["allow_pickle"], options["local_files_only"]))
+    layers, skipped = plan_cache(opened, include, exclude, dtype)
     if not layers:
         reasons = sorted({item.reason for item in skipped})
         raise UsageError(f"{opened.path}: nothing to decompose ({'; '.join(reasons[:3]) or 'no tensors'})")
@@ -141,19 +135,19 @@ def cache_base(
 
     from spectra.analysis.layer import check_device, using_threads
 
-    check_device(device)
-    cache = SpectrumCache(root)
-    decomposer = _Decomposer(opened, cache, device)
+    check_device(options["device"])
+    kept = SpectrumCache(cache)
+    decomposer = _Decomposer(opened, kept, options["device"])
     there = {layer.name for layer in layers if decomposer.stored(layer) is not None}
     written: set[str] = set()
     failed: list[Skipped] = []
-    _check_room(cache.folder(opened), sum(layer.bytes for layer in layers if layer.name not in there))
+    _check_room(kept.folder(opened), sum(layer.bytes for layer in layers if layer.name not in there))
     if not dry_run:
-        cache.clean(opened)
-        cache.remember(opened)
+        kept.clean(opened)
+        kept.remember(opened)
         efforts = [_effort(layer, known=layer.name in there) for layer in layers]
         done = 0.0
-        with using_threads(threads or torch.get_num_threads()):
+        with shown(options["progress"]) as progress, using_threads(threads or torch.get_num_threads()):
             for layer, effort in zip(layers, efforts, strict=True):
                 try:
                     spectrum = decomposer.compute(layer)
@@ -161,7 +155,7 @@ def cache_base(
                     failed.append(Skipped(layer.name, _explain(error, layer)))
                 else:
                     if spectrum is not None:
-                        cache.store(opened, layer.name, layer.pair.layout, decomposer.dtype(layer), spectrum)
+                        kept.store(opened, layer.name, layer.pair.layout, decomposer.dtype(layer), spectrum)
                         written.add(layer.name)
                     del spectrum
                 done += effort
@@ -170,13 +164,13 @@ def cache_base(
         there -= written | {item.name for item in failed}
     return CachedBase(
         base=opened.path,
-        folder=cache.folder(opened),
+        folder=kept.folder(opened),
         layers=tuple(layers),
         there=tuple(layer for layer in layers if layer.name in there),
         written=tuple(layer for layer in layers if layer.name in written),
         failed=tuple(failed),
         skipped=skipped,
-        stale=cache.stale_for(opened),
+        stale=kept.stale_for(opened),
     )
 
 

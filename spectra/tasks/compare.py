@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -23,11 +23,13 @@ from spectra.pairing.pairs import LayerPair
 from spectra.records.comparison import Comparison, short_names
 from spectra.records.layer import LayerSpectra
 from spectra.records.report import Report, module_type
-from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of
+from spectra.runs.jobs import Job, Problem, as_finished, jobs_of
+from spectra.runs.options import AuditOptions, LayerOptions, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, Result, open_cache
 from spectra.runs.run import MergedRun, Run, check_one_base, open_run, opened
 from spectra.runs.settings import Settings, checked_settings
-from spectra.sources.live import Source
+from spectra.sources.live import Source, several
 from spectra.sources.resolve import checkpoints_of
 from spectra.svd import Base, check_finite
 from spectra.updates.algebra import TunedWeight
@@ -36,31 +38,16 @@ Merge = Sequence[tuple[float, Source]]
 SIZE = 256  # singular vectors of a similarity matrix, where no number is given
 
 
+@takes_options(AuditOptions, engine="cached")
 def compare(
-    tuned: Sequence[Source],
+    tuned: Source | Sequence[Source],
     base: Source | None = None,
     *,
     merge: Sequence[Merge] = (),
     draws: int = 20,
     quick: bool = False,
-    top_k: int = 10,
-    epsilon: float = 0.5,
-    side: str = "left",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    engine: str = "cached",
-    dtype: str = "float32",
-    device: str = "cpu",
-    workers: int = 1,
-    threads: int | None = None,
-    verify: bool = False,
-    split_fused: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    initial_adapter: Source | None = None,
-    cache: str | Path | Literal[False] | None = None,
-    progress: Progress | None = None,
     on_unreadable: Callable[[SpectraError], None] | None = None,
+    **options: Unpack[AuditOptions],
 ) -> Comparison:
     """Compares fine-tunes of one base, each weight of which is decomposed once for all of them.
 
@@ -70,14 +57,18 @@ def compare(
         nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.
     base : the base of all of them; None takes the one that the adapters' configs name.
     merge : further columns, each a list of (weight, path): W0 + Σ weight·dW.
-    draws : random updates with dW's singular values, per layer, against which the count of
-        intruders is held; the smallest p-value is 1/(1 + draws).
-    quick : leave out what takes many more decompositions: random updates, the count as a function of
-        the adapter's weight, and the shift of the spectrum.
-    engine : "cached", or "exact"; "krylov" and "auto" leave cosines out, and what needs them.
+    draws : random updates with dW's singular values, per layer, against which the count of intruders is held; the
+        smallest p-value is 1/(1 + draws).
+    quick : leave out what takes many more decompositions: random updates, the count as a function of the adapter's
+        weight, and the shift of the spectrum.
+    on_unreadable : as for :func:`spectra.audit_many`.
+    {options}
 
-    The rest is as for :func:`spectra.audit_many`, and so are the errors; fine-tunes of different bases
-    are a UsageError.
+    Raises
+    ------
+    UsageError : fine-tunes of different bases; bad options.  With the engines "krylov" and "auto" cosines are left out,
+        and whatever needs them.
+    SpectraError : as for :func:`spectra.audit`.
 
     Examples
     --------
@@ -86,13 +77,9 @@ def compare(
     >>> [(row["label"], row["intruders"]) for row in comparison.rows()]
     [('lora-r4', 35), ('full', 5)]
     """
-    if draws < 0:
-        raise UsageError(f"draws = {draws}; expected a whole number, at least 0")
-    settings = checked_settings(
-        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, engine=engine, dtype=dtype,
-        device=device, workers=workers, threads=threads, verify=verify, allow_pickle=allow_pickle,
-        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
-    )  # fmt: skip
+    if not isinstance(draws, int) or draws < 0:
+        raise UsageError(f"draws = {draws!r}; expected a whole number, at least 0")
+    settings = checked_settings(**options)
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
     study = Study(draws=0 if quick else draws, weights=not quick, shift=not quick)
@@ -102,7 +89,8 @@ def compare(
         for pair, overlap in _overlaps(runs, results):
             overlaps[pair].append(overlap)
 
-    reports = Analysis(settings, open_cache(cache), study).reports(runs, started, progress, overlapping)
+    with shown(options["progress"]) as progress:
+        reports = Analysis(settings, open_cache(options["cache"]), study).reports(runs, started, progress, overlapping)
     return Comparison(
         reports=tuple(reports),
         overlaps=tuple(_mean_overlap(*pair, reports[pair[0]], overlaps[pair]) for pair in sorted(overlaps)),
@@ -111,24 +99,9 @@ def compare(
     )
 
 
+@takes_options(LayerOptions)
 def layer_spectra(
-    tuned: Sequence[Source],
-    base: Source | None = None,
-    *,
-    size: int = SIZE,
-    top_k: int = 10,
-    epsilon: float = 0.5,
-    side: str = "left",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    dtype: str = "float32",
-    device: str = "cpu",
-    threads: int | None = None,
-    split_fused: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    initial_adapter: Source | None = None,
-    progress: Progress | None = None,
+    tuned: Source | Sequence[Source], base: Source | None = None, *, size: int = SIZE, **options: Unpack[LayerOptions]
 ) -> list[LayerSpectra]:
     """All singular values of W0, W1 and dW of each chosen layer, and how W1's singular vectors relate to W0's.
 
@@ -136,8 +109,9 @@ def layer_spectra(
 
     Parameters
     ----------
-    tuned, base, include, exclude : as for :func:`compare`.
+    tuned, base : as for :func:`spectra.compare`.
     size : how many leading vectors of W0 and of W1 the similarity matrices have.
+    {options}
 
     Returns
     -------
@@ -147,13 +121,9 @@ def layer_spectra(
     ------
     SpectraError : unreadable or mismatched files, values that are not finite.
     """
-    if size < 1:
-        raise UsageError(f"size = {size}; expected a whole number, at least 1")
-    settings = checked_settings(
-        top_k=top_k, epsilon=epsilon, side=side, include=include, exclude=exclude, dtype=dtype, device=device,
-        threads=threads, allow_pickle=allow_pickle,
-        local_files_only=local_files_only, initial_adapter=initial_adapter, split_fused=split_fused,
-    )  # fmt: skip
+    if not isinstance(size, int) or size < 1:
+        raise UsageError(f"size = {size!r}; expected a whole number, at least 1")
+    settings = checked_settings(**options)
     runs = _open_all(tuned, base, (), settings, None)
     labels = dict(zip(map(id, runs), short_names([run.facts()["path"] for run in runs]), strict=True))
 
@@ -175,19 +145,19 @@ def layer_spectra(
             layers.append(outcome)
         return layers
 
-    return [layer for layers in as_finished(jobs_of(runs), settings, of_job, progress) for layer in layers]
+    with shown(options["progress"]) as progress:
+        return [layer for layers in as_finished(jobs_of(runs), settings, of_job, progress) for layer in layers]
 
 
 def _open_all(
-    tuned: Sequence[Source],
+    tuned: Source | Sequence[Source],
     base: Source | None,
     merge: Sequence[Merge],
     settings: Settings,
     on_unreadable: Callable[[SpectraError], None] | None,
 ) -> list[Run]:
-    named = tuned if isinstance(tuned, Sequence) and not isinstance(tuned, str) else [tuned]
     paths: list[Source] = []
-    for item in named:
+    for item in several(tuned):
         paths += checkpoints_of(item) if isinstance(item, str | Path) else [item]
     singles = [partial(open_run, path, base, settings) for path in paths]
     merges = [partial(_merge, parts, base, settings) for parts in merge]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ from spectra.adapters.peft.writing import (
     whole_modules,
     write_adapter,
 )
+from spectra.analysis.ranks import ENERGY
 from spectra.errors import UsageError
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived
 from spectra.files.folders import check_apart
 from spectra.pairing.pairs import LEFT_OUT
 from spectra.records.ranks import RankReport
-from spectra.runs.jobs import Progress
+from spectra.runs.options import ExtractOptions, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.run import SingleRun, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.hub import URL
@@ -63,25 +66,20 @@ class Extraction:
     remarks: tuple[str, ...] = ()
 
 
-def extract_adapter(
+@takes_options(ExtractOptions)
+def extract(
     tuned: Source,
-    output: str | Path,
     base: Source | None = None,
     *,
-    energy: float = 0.9,
+    to: str | Path,
+    energy: float = ENERGY,
     max_rank: int | None = None,
     by: str = "layer",
     use_rslora: bool = False,
     alpha: str | float | None = None,
     whole: bool = True,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    device: str = "cpu",
-    threads: int | None = None,
     force: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[ExtractOptions],
 ) -> Extraction:
     """Writes the suggested low-rank adapter of a full fine-tune, in PEFT's format.
 
@@ -90,30 +88,24 @@ def extract_adapter(
     Parameters
     ----------
     tuned, base : a full fine-tune and the model it was made from, paths or in memory.
-    output : the folder to write; it appears whole or not at all.
-    energy, max_rank, by, use_rslora, alpha : as for :func:`suggest_ranks`.
-    whole : carry what factors cannot (norms, biases, embeddings, new heads) in ``modules_to_save``; else it
-        stays as in the base, and is listed in ``left_out``.
+    to : the folder to write; it appears whole or not at all.
+    energy, max_rank, by, use_rslora, alpha : as for :func:`spectra.ranks`.
+    whole : carry what factors cannot (norms, biases, embeddings, new heads) in ``modules_to_save``; else it stays as in
+        the base, and is listed in ``left_out``.
     force : replace an adapter folder that is there already.
+    {options}
 
     Raises
     ------
     UsageError : ``tuned`` is an adapter already, nothing would be in the result, or the folder is there.
-    SpectraError : as for :func:`spectra.audit_many`; also where a layer's values are not finite.
+    SpectraError : as for :func:`spectra.audit`; also where a layer's values are not finite.
     """
-    check_folder(output, force=force)
-    settings = checked_settings(
-        include=include,
-        exclude=exclude,
-        device=device,
-        threads=threads,
-        allow_pickle=allow_pickle,
-        local_files_only=local_files_only,
-    )
+    check_folder(to, force=force)
+    settings = checked_settings(**options)
     run = open_run(tuned, base, settings)
     if run.plan.format != "full":
         raise UsageError(f"{run.tuned.path}: this is an adapter already ({run.plan.format})")
-    check_apart(output, run.tuned, run.base)
+    check_apart(to, run.tuned, run.base)
     for pair in run.pairs:
         if isinstance(pair.update, WholeTensor) and isinstance(pair.update.info, Derived) and pair.update.info.part_of:
             raise UsageError(
@@ -123,7 +115,8 @@ def extract_adapter(
     ranking = Ranking(
         run, {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}, factors=True
     )
-    report = ranking.report(progress)
+    with shown(options["progress"]) as progress:
+        report = ranking.report(progress)
     for item in report.failed:
         raise UsageError(f"{item['error']}; an adapter without this layer would not be the fine-tune's")
     if report.suggestion is None:
@@ -152,7 +145,7 @@ def extract_adapter(
         config["revision"] = revision
     about = f"Over all layers with factors it differs from the fine-tune's change by {overall:.1%} (Frobenius norm)."
     remarks = _resized(run, along)
-    folder = write_adapter(output, config=config, tensors=tensors(), remarks=[about, *remarks], force=force)
+    folder = write_adapter(to, config=config, tensors=tensors(), remarks=[about, *remarks], force=force)
     return Extraction(folder, report, errors, along.modules, left_out, remarks)
 
 

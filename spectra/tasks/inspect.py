@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Unpack
 
 from spectra.adapters import formula_of, plan_updates, uses_initial
 from spectra.errors import CorruptFileError, SpectraError, UnsafeFileError, UsageError
@@ -15,29 +15,29 @@ from spectra.pairing.fused import split_apart
 from spectra.pairing.pairs import pair_layers
 from spectra.pairing.precision import caveat, quantised_as
 from spectra.records.inspection import Inspection
+from spectra.runs.options import InspectOptions, takes_options
+from spectra.runs.settings import patterns_of
 from spectra.sources.live import Source, said_of
 from spectra.sources.resolve import Access, open_base, open_base_of, open_tuned
 
 
-def inspect(
-    path: Source,
-    base: Source | None = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    split_fused: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    initial_adapter: Source | None = None,
-) -> Inspection:
-    """Reads headers and configs of a path, or what a model in memory has of them, and of its base where there is one.
+@takes_options(InspectOptions)
+def inspect(tuned: Source, base: Source | None = None, **options: Unpack[InspectOptions]) -> Inspection:
+    """What a fine-tune or a model holds and how it would be read, from headers and configs alone.
+
+    Parameters
+    ----------
+    tuned, base : as for :func:`spectra.audit`; where a base is named or found, updates are matched with its weights.
+    {options}
 
     Raises
     ------
     SpectraError : the path itself cannot be read, or holds a method that cannot be.
     """
-    access = Access(allow_pickle, local_files_only)
-    checkpoint = open_tuned(path, access)
+    access = Access(options["allow_pickle"], options["local_files_only"])
+    initial_adapter, split_fused = options["initial_adapter"], options["split_fused"]
+    include, exclude = (patterns_of(name, options[name]) for name in ("include", "exclude"))
+    checkpoint = open_tuned(tuned, access)
     initial = open_tuned(initial_adapter, access) if initial_adapter is not None else None
     if split_fused:
         checkpoint = split_apart(checkpoint, checkpoint)[1]

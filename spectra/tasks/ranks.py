@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from spectra import __version__
 from spectra.adapters import rescales_base
 from spectra.adapters.peft.replication import copies, ranges_of
 from spectra.analysis.measures import update_singular_values
-from spectra.analysis.ranks import layer_rank, own_rank, suggest, why_not
+from spectra.analysis.ranks import ENERGY, layer_rank, own_rank, suggest, why_not
 from spectra.analysis.truncation import Factors, low_rank_factors
 from spectra.files.derived import Alternative, Derived
 from spectra.pairing.pairs import LayerPair
 from spectra.records.ranks import LayerRank, RankReport
-from spectra.runs.jobs import Job, Problem, Progress, as_finished, jobs_of, read_weight
+from spectra.runs.jobs import Job, Problem, as_finished, jobs_of, read_weight
+from spectra.runs.options import Progress, RankOptions, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.run import Run, SingleRun, base_facts, check_initial, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
@@ -34,54 +36,50 @@ PARAMETER = "a parameter that is no module's weight: PEFT takes it by target_par
 OTHER_FORM = "a weight that the base has under another name, or with others: no module that a config could name"
 
 
-def suggest_ranks(
+@takes_options(RankOptions)
+def ranks(
     tuned: Source,
     base: Source | None = None,
     *,
-    energy: float = 0.9,
+    energy: float = ENERGY,
     max_rank: int | None = None,
     by: str = "layer",
     use_rslora: bool = False,
     alpha: str | float | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    dtype: str = "float32",
-    device: str = "cpu",
-    workers: int = 1,
-    threads: int | None = None,
-    verify: bool = False,
-    split_fused: bool = False,
-    allow_pickle: bool = False,
-    local_files_only: bool = False,
-    initial_adapter: Source | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[RankOptions],
 ) -> RankReport:
     """What rank each layer of a fine-tune really uses, and the LoRA config that would hold its change.
 
+    The base is read, not decomposed.
+
     Parameters
     ----------
-    tuned : an adapter or a full fine-tune, a path or in memory.
-    energy, max_rank, by, use_rslora, alpha : how ranks and alphas are chosen; see
-        :func:`spectra.analysis.ranks.suggest`.
+    tuned, base : an adapter or a full fine-tune and the model it was made from, as for :func:`spectra.audit`.
+    energy : the share of each layer's ‖dW‖_F² that its rank is to hold, in (0, 1].
+    max_rank : no rank above this; None leaves the break-even rank as the limit.
+    by : which layers get the same rank, the highest that one of them needs: none ("layer"), those of a module "type",
+        or all ("model").
+    use_rslora : scale by alpha/√r (Kalajdzievski 2023, arXiv 2312.03732).
+    alpha : a number, or a multiple of each layer's rank such as "2r".  None stands for "2r"; with rsLoRA, for the whole
+        number, one for all layers, that brings the most common rank's scaling closest to 2.
+    {options}
 
-    The rest is as for :func:`spectra.audit_many`, and so are the errors.  The base is read, not decomposed.
+    Raises
+    ------
+    SpectraError : as for :func:`spectra.audit`.
 
     Examples
     --------
     >>> import spectra
-    >>> report = spectra.suggest_ranks("fixtures/full", "fixtures/base", by="type")
+    >>> report = spectra.ranks("fixtures/full", "fixtures/base", by="type")
     >>> report.suggestion.peft_config()["use_rslora"]
     False
     """
-    settings = checked_settings(
-        include=include, exclude=exclude, dtype=dtype, device=device, workers=workers, threads=threads, verify=verify,
-        allow_pickle=allow_pickle, local_files_only=local_files_only, initial_adapter=initial_adapter,
-        split_fused=split_fused,
-    )  # fmt: skip
-    run = open_run(tuned, base, settings)
+    run = open_run(tuned, base, checked_settings(**options))
     check_initial([run])
-    options = {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}
-    return Ranking(run, options).report(progress)
+    choice = {"energy": energy, "max_rank": max_rank, "by": by, "use_rslora": use_rslora, "alpha": alpha}
+    with shown(options["progress"]) as progress:
+        return Ranking(run, choice).report(progress)
 
 
 class Ranking:
@@ -116,7 +114,7 @@ class Ranking:
         if suggestion is not None and ranges:  # whose layers the names are
             suggestion = replace(suggestion, layer_replication=ranges)
         settings = run.settings.record()
-        kept = ("dtype", "device", "threads", "workers", "include", "exclude", "verify")
+        kept = ("dtype", "device", "threads", "workers", "include", "exclude", "hash_contents")
         return RankReport(
             base=base_facts(run),
             tuned=run.facts(),

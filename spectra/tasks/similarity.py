@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
@@ -18,9 +19,12 @@ from spectra.pairing.pairs import LayerPair
 from spectra.records.comparison import report_labels
 from spectra.records.layer import Similarity
 from spectra.records.report import Report, worst_layers
-from spectra.runs.jobs import Job, Progress, as_finished, jobs_of
+from spectra.runs.jobs import Job, as_finished, jobs_of
+from spectra.runs.options import CheckOptions, takes_options
+from spectra.runs.progress import shown
 from spectra.runs.run import Run, open_run
 from spectra.runs.settings import checked_settings
+from spectra.sources.live import Source
 from spectra.svd import Base, check_finite
 from spectra.svd.base import ROOMY
 from spectra.svd.decompose import decompose_gram
@@ -33,16 +37,14 @@ LARGE = 32  # the same of weights from ROOMY on, where 64 took three times as lo
 ACCURACY = 1e-3  # of a direction from Lanczos: a cosine is then off by less than a shade of the picture
 
 
+@takes_options(CheckOptions)
 def similarity_matrices(
     reports: Report | Sequence[Report],
     *,
     number: int = NUMBER,
     size: int = SIZE,
-    allow_pickle: bool = False,
-    initial_adapter: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    progress: Progress | None = None,
+    initial_adapter: Source | None = None,
+    **options: Unpack[CheckOptions],
 ) -> list[Similarity]:
     """How the leading singular vectors of the worst layers of each report relate to the base's.
 
@@ -52,12 +54,13 @@ def similarity_matrices(
         left out.  Nothing is downloaded: what the audit took from a hub is in its cache.
     number : how many layers of each report, those with the most intruders first.
     size : how many leading vectors of W0 and of W1; of weights from 1024 on at most 32.
-    allow_pickle, initial_adapter, device, threads : as for :func:`spectra.audit`.
+    initial_adapter : as for :func:`spectra.audit`.
+    {options}
 
     Returns
     -------
-    list of Similarity : of those layers for which ``size`` vectors, or else the ``top_k`` compared ones, could be had
-        cheaply; a weight whose leading values lie too close together for Lanczos is left out.
+    list of Similarity : of those layers for which ``size`` vectors, or else the ``top_k`` compared ones, could be
+        computed cheaply; a weight whose leading values lie too close together for Lanczos is left out.
 
     Raises
     ------
@@ -71,9 +74,8 @@ def similarity_matrices(
             continue
         chosen = report.settings
         settings = checked_settings(
-            top_k=chosen["top_k"], epsilon=chosen["epsilon"], side=chosen["side"], device=device, threads=threads,
-            split_fused=bool(chosen.get("split_fused")), allow_pickle=allow_pickle, initial_adapter=initial_adapter,
-            local_files_only=True,
+            **{**options, "local_files_only": True}, top_k=chosen["top_k"], epsilon=chosen["epsilon"],
+            side=chosen["side"], split_fused=bool(chosen.get("split_fused")), initial_adapter=initial_adapter,
         )  # fmt: skip
         run = open_run(report.tuned["path"], report.base["path"], settings)
         run = replace(run, pairs=tuple(pair for pair in run.pairs if pair.name in names))
@@ -82,7 +84,8 @@ def similarity_matrices(
     if not runs:
         return []
     of_job = partial(_of_job, labels=wanted, size=size)
-    matrices = [one for some in as_finished(jobs_of(runs), runs[0].settings, of_job, progress) for one in some]
+    with shown(options["progress"]) as progress:
+        matrices = [one for some in as_finished(jobs_of(runs), runs[0].settings, of_job, progress) for one in some]
     order = {
         (label, layer.name): place
         for label, report in zip(report_labels(reports), reports, strict=True)

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 
 from spectra.errors import UsageError
-from spectra.records.history import Record
-
-BEGINS = b'{"step": '  # a history
+from spectra.records.history import BEGINS, Record
 
 
 def begin_history(path: Path) -> None:
@@ -22,7 +20,7 @@ def begin_history(path: Path) -> None:
         if not path.exists():
             return
         with path.open("r+b") as file:
-            start = file.read(len(BEGINS))
+            start = file.read(len(BEGINS)).decode(errors="replace")
             if not BEGINS.startswith(start):
                 raise UsageError(f"{path}: exists and is no history of a training, so nothing is appended to it")
             whole = file.seek(0)

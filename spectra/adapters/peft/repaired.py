@@ -37,7 +37,7 @@ def replaceable(folder: Path) -> str | None:
     """
     written = recorded_files(folder)
     if written is None:
-        return "exists and is no earlier result of spectra mitigate"
+        return "exists and is no earlier result of spectra repair"
     others = sorted(
         path.name for path in folder.iterdir()
         if path.name not in {*written, RECORD} or path.is_symlink() or not path.is_file()
@@ -48,12 +48,12 @@ def replaceable(folder: Path) -> str | None:
 def why_no_adapter(plan: Plan) -> str | None:
     """Why no adapter can be written as this fine-tune is one, or None."""
     if plan.format not in ("peft-lora", "peft-rslora", "peft-dora"):
-        return f"mitigate writes LoRA and DoRA of PEFT, not {plan.format}"
+        return f"repair writes LoRA and DoRA of PEFT, not {plan.format}"
     if any(isinstance(update, StackUpdate) for update in plan.updates):
-        return "mitigate writes LoRA and DoRA of PEFT's modules, not of parameters (target_parameters)"
+        return "repair writes LoRA and DoRA of PEFT's modules, not of parameters (target_parameters)"
     kinds = {type(update) for update in plan.updates}
     if TokensUpdate in kinds and not any(issubclass(kind, LoraUpdate) for kind in kinds):
-        return "mitigate writes LoRA and DoRA of PEFT, not rows of tokens alone"
+        return "repair writes LoRA and DoRA of PEFT, not rows of tokens alone"
     return None
 
 

@@ -8,7 +8,7 @@ model that was loaded from it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -88,6 +88,20 @@ def base_checkpoint_of(source: Source) -> Checkpoint:
     model = _module(source)
     wrappers = None if model is None else _wrappers_in(model)
     return checkpoint_of(source) if model is None or wrappers is None else wrappers.base_of(model)
+
+
+def several(sources: Source | Iterable[Source]) -> list[Source]:
+    """What was named, as a list: one path, model or state dict is one, never its parts.
+
+    Raises
+    ------
+    UsageError : nothing that models could be named by.
+    """
+    if isinstance(sources, str | Path | Mapping | Checkpoint) or _module(sources) is not None:
+        return [sources]  # type: ignore[list-item]  # the check of a module needs torch to be loaded
+    if not isinstance(sources, Iterable):
+        raise UsageError(f"{type(sources).__name__} is no model; expected a path, a model in memory, or a list of them")
+    return list(sources)
 
 
 def said_of(source: Source) -> str:

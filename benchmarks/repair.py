@@ -1,4 +1,4 @@
-"""One layer's intruders scaled: spectra.mitigate against peft's reduce_intruder_dimension, seconds and error.
+"""One layer's intruders scaled: spectra.repair against peft's reduce_intruder_dimension, seconds and error.
 
 ``spectra`` reads base and adapter from disk, finds the intruders, writes the repaired adapter and audits it; ``peft``
 is the call on a model in memory, which does none of that but find and change.  ``factors`` is the step from the
@@ -62,7 +62,7 @@ def _ours(
     times = []
     for i in range(options.repeat + 1):
         started = time.perf_counter()
-        mitigation = spectra.mitigate(
+        repaired = spectra.repair(
             home / "adapter", home / f"out{i}", home / "base", scale=SCALE, top_k=TOP_K, epsilon=EPSILON, cache=False
         )
         times.append(time.perf_counter() - started)
@@ -72,11 +72,11 @@ def _ours(
     error = _error(problem.W0.double() + B @ A, wanted, problem)  # alpha / r is 1, and stays so
     yield {
         "shape": problem.shape, "method": "spectra", "seconds": seconds, "× peft": theirs / seconds,
-        "intruders": len(mitigation.scaled), "rank": A.shape[0], "error": error,
-        "agrees": len(mitigation.scaled) == intruders and (error is None or error <= 1e-5),
+        "intruders": len(repaired.scaled), "rank": A.shape[0], "error": error,
+        "agrees": len(repaired.scaled) == intruders and (error is None or error <= 1e-5),
     }  # fmt: skip
     weight = problem.update.tuned(problem.W0)
-    indices = [vector.index for vector in mitigation.scaled]
+    indices = [vector.index for vector in repaired.scaled]
     triplets = leading_triplets(Base(problem.W0), weight, max(indices, default=0) + 1).take(indices)
     change, times = scaled(triplets, np.full(len(indices), SCALE)), []
     for _ in range(10):

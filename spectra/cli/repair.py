@@ -1,4 +1,4 @@
-"""``spectra mitigate``: scales the intruder dimensions of a fine-tune, and checks a repair that was written."""
+"""``spectra repair``: scales the intruder dimensions of a fine-tune, and checks a repair that was written."""
 
 from __future__ import annotations
 
@@ -6,49 +6,42 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from spectra.cli.options import (
     BAD,
-    GATE,
     OK,
+    TUNED,
     Commands,
     add_base,
     add_computation,
     add_definition,
     add_layers,
+    add_reading,
     complain_of_layers,
     is_unicode,
     return_freed_matrices,
 )
-from spectra.cli.output import emit, progress
+from spectra.cli.output import check_output, emit, progress
 from spectra.errors import UsageError
 
 if TYPE_CHECKING:
-    from spectra.records.repair import Mitigation, Verification
+    from spectra.records.repair import Repair
 
 Value = TypeVar("Value")
 
 FORMATS = ("table", "json", "jsonl", "csv")
 WRITTEN = ("float32", "bfloat16", "float16")
-# The options that mitigate() takes as they are, and those of them that verify_mitigation() takes.
+# The options that repair() takes as they are.
 PASSED = (
-    "keep_rank", "merged", "dtype", "force", "top_k", "epsilon", "side", "include", "exclude", "engine", "device",
-    "workers", "threads", "cache", "allow_pickle", "local_files_only",
+    "method", "keep_rank", "merged", "store_dtype", "force", "top_k", "epsilon", "side", "include", "exclude",
+    "split_fused", "initial_adapter", "allow_pickle", "local_files_only", "engine", "dtype", "device", "workers",
+    "threads", "cache",
 )  # fmt: skip
-CHECKING = ("device", "threads", "allow_pickle", "local_files_only")
-# What says how to make a repair, and so has no place beside --verify; what each is by itself.
-MAKING: dict[str, Any] = {
-    "scale": [], "which": None, "vectors": [], "keep_rank": False, "merged": False, "dtype": None, "folder": None,
-    "dry_run": False, "force": False, "top_k": 10, "epsilon": 0.5, "side": "left", "include": [], "exclude": [],
-    "engine": "auto", "workers": 1, "cache": None,
-}  # fmt: skip
-WRITTEN_AS = {"folder": "output", "cache": "cache or --no-cache"}  # options whose name is another
 LONGEST = 1 << 16  # of a range of indices
 
 EXIT_CODES = """exit codes:
   0  done
-  1  --verify: the folder is not the repair that its record describes
   2  bad usage, unreadable input, or a layer that could not be analysed
 """
 
@@ -56,7 +49,7 @@ EXIT_CODES = """exit codes:
 def add(commands: Commands) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
-        "mitigate",
+        "repair",
         help="scale the intruder dimensions of a fine-tune, and write it in the format that it has",
         description="Scales singular vectors of the fine-tuned weights, by default their intruder\n"
         "dimensions, and writes the result to a new folder: an adapter as an adapter, a\ncheckpoint as a checkpoint. "
@@ -65,30 +58,30 @@ def add(commands: Commands) -> None:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "tuned",
-        nargs="?",
-        metavar="ADAPTER",
-        help="adapter or checkpoint folder, .safetensors file, or ORG/NAME on the Hugging Face hub",
-    )
+    parser.add_argument("tuned", metavar="TUNED", help=TUNED)
     add_base(parser)
     _add_repair(parser)
+    _add_result(parser)
     add_definition(parser)
     add_layers(parser)
-    add_computation(parser, names=("engine", "device", "workers", "threads", "cache"))
-    _add_result(parser)
-    parser.set_defaults(run=run, output=None)  # the report goes to standard output
+    add_reading(parser)
+    add_computation(parser, names=("engine", "dtype", "device", "workers", "threads", "cache"))
+    parser.set_defaults(run=run)
 
 
 def _add_repair(parser: argparse.ArgumentParser) -> None:
     repair = parser.add_argument_group("what to scale")
+    repair.add_argument(
+        "--method", choices=("intruders",), default="intruders", help="what is repaired (default: intruders)"
+    )
     repair.add_argument(
         "--scale",
         action="append",
         default=[],
         metavar="[PATTERN=]S",
         help="what the singular values are multiplied by, from 1 (no change) to 0 (removed); with PATTERN, in modules "
-        "whose name matches: the last that matches counts, and one without is for all others (repeatable)",
+        "whose name matches: the last that matches counts, and one without is for all others (repeatable). "
+        "--dry-run alone shows what 0 would do",
     )
     repair.add_argument(
         "--which",
@@ -107,7 +100,7 @@ def _add_repair(parser: argparse.ArgumentParser) -> None:
 
 def _add_result(parser: argparse.ArgumentParser) -> None:
     result = parser.add_argument_group("result")
-    result.add_argument("-o", "--output", dest="folder", metavar="OUT", help="the folder to write, which must be new")
+    result.add_argument("--to", metavar="OUT", help="the folder to write, which must be new")
     result.add_argument(
         "--force", action="store_true", help="replace an earlier result of this command that lies at OUT"
     )
@@ -119,12 +112,9 @@ def _add_result(parser: argparse.ArgumentParser) -> None:
     )
     result.add_argument("--merged", action="store_true", help="write an adapter merged into its base, as a checkpoint")
     result.add_argument(
-        "--dtype", choices=WRITTEN, help="of changed factors (default: float32, and float64 where stored so)"
-    )
-    result.add_argument(
-        "--verify",
-        metavar="OUT",
-        help="instead of all this, hold OUT, written before, to its record; ADAPTER says where its source lies now",
+        "--store-dtype",
+        choices=WRITTEN,
+        help="precision of the changed factors as written (default: float32, and float64 where stored so)",
     )
     result.add_argument(
         "--format",
@@ -132,66 +122,52 @@ def _add_result(parser: argparse.ArgumentParser) -> None:
         default="table",
         help="of the report (default: table); jsonl is the json in one line",
     )
+    result.add_argument("-o", "--output", metavar="FILE", help="write the report there instead of to standard output")
     result.add_argument("--quiet", action="store_true", help="no progress bar")
     result.add_argument("--verbose", action="store_true", help="list every layer and every file left behind")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Repairs, or checks a repair; returns the exit code."""
-    if options.verify is not None:
-        return _verify(options)
+    """Repairs; returns the exit code."""
+    target = check_output(options.output)
     scale, which = _checked(options)
     return_freed_matrices()
 
-    from spectra.repairs.repair import mitigate
+    from spectra.repairs.repair import repair
 
     with progress(options.quiet, options.verbose) as show:
-        mitigation = mitigate(
+        record = repair(
             options.tuned,
-            None if options.dry_run else options.folder,
             options.base,
             scale=scale,
+            to=None if options.dry_run else options.to,
             which=which,
             **{name: getattr(options, name) for name in PASSED},
             progress=show,
         )
-    emit(_rendered(mitigation, options), None)
-    _tell(mitigation, options)
-    return BAD if mitigation.audit is not None and complain_of_layers([mitigation.audit]) else OK
-
-
-def _verify(options: argparse.Namespace) -> int:
-    given = [name for name, default in MAKING.items() if getattr(options, name) != default]
-    if given:
-        option = WRITTEN_AS.get(given[0], given[0].replace("_", "-"))
-        raise UsageError(f"--{option} is for making a repair; --verify OUT takes all that from the record in OUT")
-    return_freed_matrices()
-
-    from spectra.repairs.verify import verify_mitigation
-
-    chosen = {name: getattr(options, name) for name in CHECKING}
-    with progress(options.quiet, options.verbose) as show:
-        verification = verify_mitigation(options.verify, options.tuned, options.base, **chosen, progress=show)
-    emit(_rendered(verification, options), None)
-    return OK if verification.holds else GATE
+    emit(_rendered(record, options), target)
+    _tell(record, options)
+    return BAD if record.audit is not None and complain_of_layers([record.audit]) else OK
 
 
 def _checked(
     options: argparse.Namespace,
 ) -> tuple[float | dict[str, float], Literal["all", "top"] | dict[str, list[int]]]:
-    """(scale, which) as :func:`spectra.repairs.repair.mitigate` takes them."""
-    if options.tuned is None:
-        raise UsageError("nothing to repair: name an adapter or a checkpoint")
-    if not options.scale:
+    """(scale, which) as :func:`spectra.repair` takes them."""
+    if not options.scale and not options.dry_run:
         raise UsageError("--scale is missing: say what to multiply by, e.g. --scale 0.7; 0 removes")
-    if options.folder is None and not options.dry_run:
-        raise UsageError("-o OUT is missing: name the folder to write, or try with --dry-run")
+    if options.to is None and not options.dry_run:
+        raise UsageError("--to OUT is missing: name the folder to write, or try with --dry-run")
+    if not options.scale:
+        options.scale = ["0"]
+        if not options.quiet:
+            print("spectra: note: without --scale this shows what 0, their removal, would do", file=sys.stderr)
     if options.which is not None and options.vectors:
         raise UsageError("--vectors names the singular vectors themselves and goes without --which")
     if options.merged and options.keep_rank:
         raise UsageError("--keep-rank is about an adapter's rank, and --merged writes no adapter")
-    if options.merged and options.dtype is not None:
-        raise UsageError("--dtype is about an adapter's factors; --merged writes each weight as the base has it")
+    if options.merged and options.store_dtype is not None:
+        raise UsageError("--store-dtype is about an adapter's factors; --merged writes each weight as the base has it")
     scales = _by_pattern("--scale", options.scale, _scale, bare="*")
     vectors = _by_pattern("--vectors", options.vectors, _indices)
     return scales["*"] if scales.keys() == {"*"} else scales, vectors or options.which or "all"
@@ -240,26 +216,22 @@ def _indices(text: str) -> list[int]:
     return sorted(indices)
 
 
-def _tell(mitigation: Mitigation, options: argparse.Namespace) -> None:
+def _tell(record: Repair, options: argparse.Namespace) -> None:
     """Says what was written; what the report does not show where it is CSV counts as a message even when quiet."""
-    if mitigation.output is not None and not options.quiet:
-        print(f"spectra: wrote {options.folder} ({mitigation.output['format']})", file=sys.stderr)
+    if record.output is not None and not options.quiet:
+        print(f"spectra: wrote {options.to} ({record.output['format']})", file=sys.stderr)
     if options.format == "csv":
-        for remark in mitigation.remarks:
+        for remark in record.remarks:
             print(f"spectra: note: {remark}", file=sys.stderr)
-        for name, reason in mitigation.left_behind.items():
+        for name, reason in record.left_behind.items():
             print(f"spectra: left behind: {name}: {reason}", file=sys.stderr)
 
 
-def _rendered(record: Mitigation | Verification, options: argparse.Namespace) -> str:
+def _rendered(record: Repair, options: argparse.Namespace) -> str:
     if options.format in ("json", "jsonl"):
         return record.to_json(indent=1 if options.format == "json" else None) + "\n"
-    from spectra.records.repair import Mitigation
-    from spectra.render.repair import render_mitigation, render_verification, to_csv
+    from spectra.render.repair import render_repair, to_csv
 
     if options.format == "csv":
         return to_csv(record)
-    chosen = {"verbose": options.verbose, "ascii_only": not is_unicode(options)}
-    if isinstance(record, Mitigation):
-        return render_mitigation(record, **chosen)
-    return render_verification(record, **chosen)
+    return render_repair(record, verbose=options.verbose, ascii_only=not is_unicode(options))

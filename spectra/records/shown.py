@@ -1,0 +1,92 @@
+"""What every record offers beside its own numbers: it shows itself, and goes through its layers.
+
+Text, pages and figures are made by what lies above records, so these methods go through the package's table of public
+names, which loads each when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from spectra.errors import UsageError
+
+NEAR = 3  # names that an error suggests
+
+
+class Named(Protocol):
+    """A layer."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Layer = TypeVar("Layer", bound=Named)
+
+
+class Shown:
+    """A record that prints and draws itself."""
+
+    def __bool__(self) -> bool:
+        return True  # also one without layers
+
+    def to_text(self, *, verbose: bool = False) -> str:
+        """What the command that makes such a record prints of it."""
+        import spectra
+
+        text: str = spectra.to_text(self, verbose=verbose)  # type: ignore[arg-type]  # of each record's own class
+        return text
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the headline and a small table."""
+        import spectra
+
+        shown: str = spectra.to_table_html(self)
+        return shown
+
+
+class OfLayers(Shown, Generic[Layer]):
+    """A record with layers: iterated over, counted, and found by name or place."""
+
+    layers: tuple[Layer, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __getitem__(self, key: str | int) -> Layer:
+        """The layer of that name, or at that place.
+
+        Raises
+        ------
+        UsageError : no such layer, which is also a KeyError; the nearest names are said.
+        IndexError : no such place.
+        """
+        if not isinstance(key, str):
+            return self.layers[key]
+        found = [layer for layer in self.layers if layer.name == key]
+        if not found:
+            raise MissingLayerError(missing(key, [layer.name for layer in self.layers]))
+        return found[0]
+
+
+class MissingLayerError(UsageError, KeyError):
+    """No layer of that name."""
+
+    __str__ = UsageError.__str__  # a KeyError would quote it
+
+
+def missing(key: str, names: list[str]) -> str:
+    """That no layer has this name, and which have a similar one."""
+    from difflib import get_close_matches
+
+    near = [name for name in names if key in name][:NEAR] or get_close_matches(key, names, NEAR, 0.5)
+    advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"no layer is called {key!r:.120}{advice}"
+
+
+def short(layers: Any) -> str:
+    """A tuple of layers in few words, for the repr of what holds it."""
+    return f"{len(layers)} layers"
