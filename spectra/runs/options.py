@@ -18,6 +18,11 @@ from spectra.sources.live import Source
 # Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
 Progress: TypeAlias = Callable[[float, float, str], None]
 CacheFolder: TypeAlias = str | Path | Literal[False] | None
+# How signatures show types whose own form is long.
+READABLE = {
+    "include": "str | Iterable[str]", "exclude": "str | Iterable[str]", "initial_adapter": "Source | None",
+    "cache": "str | Path | Literal[False] | None", "progress": "Progress | bool | None",
+}  # fmt: skip
 MARK = "{options}"  # where a docstring's parameters go on with the shared ones
 
 
@@ -209,7 +214,7 @@ def takes_options(group: type, **defaults: Any) -> Callable[[Verb], Verb]:
         parameters = [item for item in own.parameters.values() if item.kind is not kinds.VAR_KEYWORD]
         for name, (hint, option) in shared.items():
             default = defaults.get(name, option.default)
-            parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=default, annotation=hint))
+            parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=default, annotation=READABLE.get(name, hint)))
         signature = own.replace(parameters=parameters)
 
         @functools.wraps(verb)
