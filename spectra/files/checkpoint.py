@@ -183,17 +183,17 @@ class Checkpoint:
         whole = self.derived.get(info.part_of)
         return self._read_for(whole) if whole is not None and len(whole.shape) == 2 else []  # of a stack, some of each
 
-    def fingerprint(self, *, verify: bool = False) -> Fingerprint:
+    def fingerprint(self, *, hash_contents: bool = False) -> Fingerprint:
         """What identifies this checkpoint.
 
-        Contents are covered when every tensor was read with ``digest``, when ``verify`` asks for the rest to be hashed
-        now, or when the files are a hub cache's blobs.
+        Contents are covered when every tensor was read with ``digest``, when ``hash_contents`` asks for the rest to be
+        hashed now, or when the files are a hub cache's blobs.
 
         Raises
         ------
-        CorruptFileError : with ``verify``, a file changed or shrank since it was opened.
+        CorruptFileError : with ``hash_contents``, a file changed or shrank since it was opened.
         """
-        if verify:
+        if hash_contents:
             for name, info in self.tensors.items():
                 if name not in self._digests and info.as_stored:
                     self._digests[name] = digest_of_file(info)

@@ -273,7 +273,7 @@ def card_section(record: Repair) -> tuple[str, ...]:
     """What the model card says of the repair, in paragraphs."""
     summary, settings = record.summary, record.settings
     about = (
-        f"`{RECORD}` has the details; made by Spectra {record.spectra_version}, and `spectra repair --verify` "
+        f"`{RECORD}` has the details; made by Spectra {record.spectra_version}, and `spectra verify` "
         "checks it against what it was made from."
     )
     merged = ("## An adapter merged into its base",) if settings["merged"] else ()

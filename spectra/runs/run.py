@@ -233,7 +233,7 @@ def check_one_base(runs: Sequence[Run]) -> None:
 
 def fingerprint(checkpoint: Checkpoint, hash_contents: bool) -> dict[str, Any]:
     """The report's fields for what identifies a checkpoint."""
-    made = checkpoint.fingerprint(verify=hash_contents)
+    made = checkpoint.fingerprint(hash_contents=hash_contents)
     where = {"in_memory": True} if checkpoint.in_memory else {}
     return {**where, "fingerprint": made.value, "fingerprint_covers": made.covers, "fingerprint_headers": made.headers}
 

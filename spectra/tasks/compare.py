@@ -31,6 +31,7 @@ from spectra.runs.run import MergedRun, Run, check_one_base, open_run, opened
 from spectra.runs.settings import Settings, checked_settings
 from spectra.sources.live import Source, several
 from spectra.sources.resolve import checkpoints_of
+from spectra.sources.saved import load_report
 from spectra.svd import Base, check_finite
 from spectra.updates.algebra import TunedWeight
 
@@ -54,7 +55,9 @@ def compare(
     Parameters
     ----------
     tuned : adapter folders, checkpoints, files, or models in memory (:data:`spectra.Source`).  A folder that holds
-        nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.
+        nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.  Or reports,
+        or the JSON files that they were saved in: these are put side by side as they are, without the overlaps, random
+        updates and counts by weight that only a comparison of the fine-tunes themselves has.
     base : the base of all of them; None takes the one that the adapters' configs name.
     merge : further columns, each a list of (weight, path): W0 + Σ weight·dW.
     draws : random updates with dW's singular values, per layer, against which the count of intruders is held; the
@@ -80,6 +83,12 @@ def compare(
     if not isinstance(draws, int) or draws < 0:
         raise UsageError(f"draws = {draws!r}; expected a whole number, at least 0")
     settings = checked_settings(**options)
+    if saved := [one for one in several(tuned) if isinstance(one, Report) or is_saved(one)]:
+        if len(saved) < len(several(tuned)) or merge:
+            raise UsageError(
+                "saved reports are compared with saved reports; name the fine-tunes themselves, or reports"
+            )
+        return compared_reports([one if isinstance(one, Report) else load_report(one) for one in saved])
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
     study = Study(draws=0 if quick else draws, weights=not quick, shift=not quick)
@@ -97,6 +106,35 @@ def compare(
         spectra_version=__version__,
         seconds=reports[0].seconds,
     )
+
+
+def is_saved(source: object) -> bool:
+    """Whether this names a record in JSON rather than a model."""
+    return isinstance(source, str | Path) and str(source).endswith(".json") and not str(source).endswith(".index.json")
+
+
+def compared_reports(reports: Sequence[Report]) -> Comparison:
+    """Reports that were made before, side by side.
+
+    Raises
+    ------
+    UsageError : they are not about fine-tunes of one base, or do not count the same; what differs is said.
+    """
+    first = reports[0]
+    for report in reports[1:]:
+        if report.base["fingerprint_headers"] != first.base["fingerprint_headers"]:
+            raise UsageError(
+                f"{report.tuned.get('path')}: its report is on another base ({report.base.get('path')}) than that of "
+                f"{first.tuned.get('path')} ({first.base.get('path')})"
+            )
+        for name in ("top_k", "epsilon", "side"):
+            mine, other = report.settings[name], first.settings[name]
+            if mine != other:
+                raise UsageError(
+                    f"{report.tuned.get('path')}: its report was made with {name} = {mine}, that of "
+                    f"{first.tuned.get('path')} with {other}; audit one of them again"
+                )
+    return Comparison(tuple(reports), (), __version__)
 
 
 @takes_options(LayerOptions)

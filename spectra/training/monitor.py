@@ -160,7 +160,7 @@ class Monitor:
         self.seconds = 0.0
         self._model: torch.nn.Module | None = model
         self._mark: int | None = None
-        self._waiting = False
+        self._waiting = self._said_waiting = False
         check_whole(model)
         if self.plan.history_file is not None:
             begin_history(self.plan.history_file)
@@ -261,12 +261,14 @@ class Monitor:
             return True
         coming = 2 if self.plan.at_end else 1  # room is left for the last
         fits = self.seconds + coming * self._expected <= limit * self._own(self.seconds)
-        if not fits and not self._waiting:
-            self._waiting = True
-            logger.info(
-                "step %d: an audit takes about %.2g s, and waits until that is %.3g %% of the training",
+        if not fits and not self._waiting:  # said once in a training, and again only to who asked for details
+            logger.log(
+                logging.DEBUG if self._said_waiting else logging.WARNING,
+                "step %d: an audit is due, takes about %.2g s, and waits until audits fit %.3g %% of the training's time "
+                "(max_share; None never waits)",
                 step, self._expected, 100 * limit,
             )  # fmt: skip
+            self._waiting = self._said_waiting = True
         return fits
 
     def _write(self, record: Record) -> None:
