@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,9 +107,15 @@ def compared(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:
         raise UsageError("nothing to compare: name fine-tunes, or merge some with --merge")
     merge = [[_weighted(part) for part in parts] for parts in options.merge]
 
-    from spectra.tasks.compare import compare
+    from spectra.tasks.compare import compare, is_saved
 
     return_freed_matrices()
+    if not (options.quick or options.quiet) and options.draws and not any(map(is_saved, options.tuned)):
+        print(
+            f"spectra: with {options.draws} random updates a layer and counts at other weights, some three times the "
+            "work of --quick, which leaves them out",
+            file=sys.stderr,
+        )
     with progress(options.quiet, options.verbose) as show:
         return compare(
             options.tuned,

@@ -55,9 +55,9 @@ def compare(
     Parameters
     ----------
     tuned : adapter folders, checkpoints, files, or models in memory (:data:`spectra.Source`).  A folder that holds
-        nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.  Or reports,
-        or the JSON files that they were saved in: these are put side by side as they are, without the overlaps, random
-        updates and counts by weight that only a comparison of the fine-tunes themselves has.
+        nothing but a training run's ``checkpoint-N`` folders stands for these, in the order of their steps.  Or
+        reports, or the JSON files that they were saved in: these are put side by side as they are, without the
+        overlaps, random updates and counts by weight that only a comparison of the fine-tunes themselves has.
     base : the base of all of them; None takes the one that the adapters' configs name.
     merge : further columns, each a list of (weight, path): W0 + Σ weight·dW.
     draws : random updates with dW's singular values, per layer, against which the count of intruders is held; the
@@ -85,9 +85,7 @@ def compare(
     settings = checked_settings(**options)
     if saved := [one for one in several(tuned) if isinstance(one, Report) or is_saved(one)]:
         if len(saved) < len(several(tuned)) or merge:
-            raise UsageError(
-                "saved reports are compared with saved reports; name the fine-tunes themselves, or reports"
-            )
+            raise UsageError("saved reports are compared with saved reports alone; name these, or the fine-tunes")
         return compared_reports([one if isinstance(one, Report) else load_report(one) for one in saved])
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)

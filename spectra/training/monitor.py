@@ -264,8 +264,8 @@ class Monitor:
         if not fits and not self._waiting:  # said once in a training, and again only to who asked for details
             logger.log(
                 logging.DEBUG if self._said_waiting else logging.WARNING,
-                "step %d: an audit is due, takes about %.2g s, and waits until audits fit %.3g %% of the training's time "
-                "(max_share; None never waits)",
+                "step %d: an audit is due and takes about %.2g s; it waits until audits take no more than %.3g %% of "
+                "the training\'s time (max_share; None never waits)",
                 step, self._expected, 100 * limit,
             )  # fmt: skip
             self._waiting = self._said_waiting = True
