@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,6 @@ os.environ["SPECTRA_CACHE"] = os.devnull  # what a developer has cached is none 
 if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core; threads beyond that wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "fixtures"
-MEMBERS = ("lora-r1", "lora-r4", "lora-r16", "lora-r64", "rslora-r16", "dora-r16", "full")
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import spectra
 from spectra.adapters import plan_updates
 from spectra.files.checkpoint import open_checkpoint
 from spectra.pairing.pairs import pair_layers
-from tests import reference
-from tests.conftest import FIXTURES, MEMBERS
+from tests.support import reference
+from tests.support.paths import FIXTURES, MEMBERS
 
 
 def check_against_the_definition(tuned_path, base_path, side="left", include=()):

@@ -1,0 +1,116 @@
+"""Negative and positive controls: no false intruders where nothing is new, none missed where it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from spectra.analysis.detect import is_noise_like, random_floor
+from spectra.analysis.layer import find_intruders
+from tests.support import problems
+
+SHAPES = [(48, 48), (64, 32), (32, 64), (24, 24), (33, 31)]
+CLUSTERED = ("flat", "clusters of 4", "near ties", "rank deficient")
+
+
+def rotated_inside_clusters(rng, m, n):
+    """The same matrix twice, its clusters' vectors turned among themselves the second time.
+
+    Singular values in a cluster differ by less than rounding, so both are "the same" weight, but
+    one by one no vector of the second need resemble any of the first.
+    """
+    p = min(m, n)
+    sizes: list[int] = []
+    while sum(sizes) < p:
+        sizes.append(int(min(rng.integers(1, 9), p - sum(sizes))))
+    s = np.repeat(np.arange(len(sizes), 0, -1.0), sizes)
+    U, V = problems.orthonormal(rng, m, p), problems.orthonormal(rng, n, p)
+    turn = scipy.linalg.block_diag(*(problems.orthonormal(rng, size, size) for size in sizes))
+    jitter = 1 + 2e-8 * rng.uniform(-1, 1, size=p)
+    return (U * s) @ V.T, (U @ turn * (s * jitter)) @ (V @ turn).T
+
+
+KINDS = ("tiny update", "rounding to float32", "rounding in float32", "rotation inside clusters")
+
+
+def null_pair(trial):
+    """(W0, W1, side): the same weight twice, up to rounding or a rotation inside clusters."""
+    rng = np.random.default_rng([99, trial])
+    m, n = SHAPES[rng.integers(len(SHAPES))]
+    side = ("left", "right")[rng.integers(2)]
+    kind = KINDS[trial % len(KINDS)]
+    if kind == "rotation inside clusters":
+        return *rotated_inside_clusters(rng, m, n), side
+    W0 = problems.matrix(rng, sorted(problems.SPECTRA)[rng.integers(len(problems.SPECTRA))], (m, n))
+    if kind == "tiny update":
+        direction = np.outer(rng.normal(size=m), rng.normal(size=n))
+        return W0, W0 + 1e-8 * np.linalg.norm(W0, 2) * direction / np.linalg.norm(direction), side
+    if kind == "rounding to float32":
+        return W0, W0.astype(np.float32).astype(np.float64), side
+    W0 = W0.astype(np.float32)
+    return W0, (W0 * np.float32(1.1)) / np.float32(1.1), side
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_no_false_intruder_in_a_thousand_null_trials(part):
+    for trial in range(100 * part, 100 * part + 100):
+        W0, W1, side = null_pair(trial)
+        found = find_intruders(W0, W1, side=side)
+        assert found.intruders == (), f"trial {trial}"
+
+
+def test_the_plain_definition_fails_these_trials():
+    """What the controls are for: without care for clusters the paper's script flags rotations."""
+    from tests.support.reference import paper_count
+
+    rotations = [null_pair(trial) for trial in range(3, 200, 4)]
+    assert sum(paper_count(W0, W1, 10, 0.5) for W0, W1, _ in rotations) > 0
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_every_planted_intruder_is_found(part):
+    for trial in range(40 * part, 40 * part + 40):
+        rng = np.random.default_rng([7, trial])
+        shape = [(96, 96), (128, 64), (64, 128)][trial % 3]
+        W0, W1, index = problems.planted(rng, shape, cosine=rng.uniform(0.2, 0.499), sigma=5.0)
+        assert index in find_intruders(W0, W1).intruders, f"trial {trial}"
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_no_planted_non_intruder_is_flagged(part):
+    for trial in range(40 * part, 40 * part + 40):
+        rng = np.random.default_rng([8, trial])
+        shape = [(96, 96), (128, 64), (64, 128)][trial % 3]
+        W0, W1, index = problems.planted(rng, shape, cosine=rng.uniform(0.501, 0.99), sigma=5.0)
+        assert index not in find_intruders(W0, W1).intruders, f"trial {trial}"
+
+
+@pytest.mark.parametrize(("dimension", "count"), [(16, 16), (64, 64), (768, 768), (3072, 768)])
+def test_random_floor_against_simulation(dimension, count):
+    rng = np.random.default_rng(1)
+    y = rng.normal(size=(2000, dimension))
+    cosines = np.abs(y[:, :count]).max(1) / np.linalg.norm(y, axis=1)
+    assert random_floor(dimension, count) == pytest.approx(cosines.mean(), rel=0.02)
+
+
+def test_random_floor_at_the_ends():
+    assert random_floor(1, 1) == pytest.approx(1.0)
+    assert random_floor(8, 0) == 0.0
+    assert random_floor(4096, 4096) == pytest.approx(0.06, abs=0.003)
+
+
+def norms(W):
+    return float(np.linalg.norm(W)), float(np.linalg.norm(W, 2))
+
+
+def test_noise_like_bases_are_told_from_trained_ones(rng):
+    for shape in ((64, 64), (300, 100), (33, 200)):
+        for _ in range(20):
+            W = rng.normal(size=shape)
+            assert is_noise_like(shape, *norms(W))
+        W = problems.trained_like(rng, *shape)
+        assert not is_noise_like(shape, *norms(W))
+    small = rng.normal(size=(16, 16))
+    assert not is_noise_like((16, 16), *norms(small)), "too small to tell"
+    assert not is_noise_like((64, 64), 0.0, 0.0)

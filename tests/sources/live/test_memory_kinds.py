@@ -1,0 +1,269 @@
+"""What models in memory can hold: quantised, tied, stacked and initialised weights, and what reading them costs."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spectra
+from spectra.errors import MissingFileError, UnsupportedMethodError, UsageError
+from spectra.sources.live import base_checkpoint_of
+from spectra.sources.live.saving import saved_names
+from tests.support.paths import ROOT
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+from tests.adapters.peft.test_lora import randomise, tiny_gpt2, tiny_llama  # noqa: E402
+from tests.sources.live.test_memory import Unchanged, assert_same, but_for_where  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LAZY = """
+import sys, torch, spectra
+torch.manual_seed(0)
+base = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 10))
+tuned = {name: value + 0.1 * torch.randn_like(value) for name, value in base.state_dict().items()}
+assert len(spectra.audit(tuned, base).layers) == 2
+assert not {"peft", "transformers", "diffusers"} & set(sys.modules)
+"""
+
+# 24 weights of 4 MB on each side: what reading them takes at most is seen in the process's own high-water mark.
+PEAK = """
+import resource, sys, torch, spectra
+torch.set_num_threads(1)
+torch.manual_seed(0)
+base = torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False) for _ in range(24)])
+tuned = torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False) for _ in range(24)])
+small = [torch.nn.ModuleList([torch.nn.Linear(1024, 1024, bias=False)]) for _ in range(2)]
+spectra.audit(*small, engine="krylov")  # what the libraries take
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = spectra.audit(tuned, base, engine="krylov", verify=True)
+assert len(report.layers) == 24
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_not_used_is_not_loaded():
+    run(LAZY)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes there")
+def test_no_copy_of_the_weights_is_made():
+    assert int(run(PEAK)) < 40e6  # of 201 MB
+
+
+def test_what_is_read_is_the_model_itself():
+    model = tiny_llama()
+    checkpoint = spectra.checkpoint_of(model)
+    own = {value.data_ptr() for value in model.parameters()}
+    assert {checkpoint.load(name).data_ptr() for name in checkpoint.tensors} == own
+    adapter = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    own = {value.data_ptr() for value in adapter.parameters()}
+    for checkpoint in (spectra.checkpoint_of(adapter), base_checkpoint_of(adapter)):
+        assert {checkpoint.read(name).data_ptr() for name in checkpoint.tensors} <= own
+    model.model.embed_tokens.weight.data[3] = 7  # no snapshot: values are those at the time of reading
+    assert bool((spectra.checkpoint_of(model).load("model.embed_tokens.weight")[3] == 7).all())
+
+
+def test_nothing_of_a_model_outlives_the_audit():
+    model = tiny_llama()
+    kept = [value.detach().clone() for value in model.parameters()]
+    report = spectra.audit({name: value + 0.1 for name, value in model.state_dict().items()}, model, top_k=2)
+    assert report.layers
+    references = sys.getrefcount(model)
+    gc.collect()
+    assert sys.getrefcount(model) == references
+    assert all(torch.equal(one, other) for one, other in zip(kept, model.parameters(), strict=True))
+
+
+def adapted(model: nn.Module, config: Any, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    found = peft.get_peft_model(model, config)
+    if getattr(config, "init_lora_weights", None) in ("pissa", "olora"):  # from where training would begin
+        with torch.no_grad():
+            for name, value in found.named_parameters():
+                if "lora_" in name:
+                    value.mul_(1 + 0.1 * torch.rand_like(value))
+    else:
+        randomise(found, seed)
+    return found
+
+
+CONFIGS: dict[str, Any] = {
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 5], target_modules=["embed_tokens"]),
+    "lora and tokens": lambda: peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [2, 3]}
+    ),
+    "embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens", "k_proj"]),
+    "head": lambda: peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]),
+    "replicated": lambda: peft.LoraConfig(r=2, target_modules=["v_proj"], layer_replication=[[0, 2], [1, 2]]),
+    "whole": lambda: peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["layers.0.mlp.up_proj"]),
+    "dora": lambda: peft.LoraConfig(r=2, target_modules="all-linear", use_dora=True, use_rslora=True),
+    "olora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"),
+    "pissa": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_of_a_llama(tmp_path, name, tied):
+    torch.manual_seed(1)
+    config = tiny_llama().config
+    config.tie_word_embeddings = tied
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CONFIGS[name]())
+    model.save_pretrained(tmp_path / "adapter")
+    before = Unchanged(model)
+    found = spectra.audit(model, top_k=3)
+    before.check()
+    expected = spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=3)
+    assert_same(found, expected)
+
+
+def test_a_base_that_an_initialisation_changed_is_not_in_memory():
+    model = adapted(tiny_llama(), CONFIGS["pissa"]())
+    with pytest.raises(UsageError, match=r"took a part out of the base weights.*name it \(base=…\)"):
+        spectra.audit(model)
+    with pytest.raises(UsageError, match="took a part out of the base weights"):
+        spectra.audit(spectra.checkpoint_of(model), model)
+    torch.manual_seed(0)
+    original = tiny_llama()
+    assert spectra.audit(model, original, top_k=2).layers
+
+
+def test_parameters_without_a_module_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapted(net, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets))
+    model.save_pretrained(tmp_path / "adapter")
+    before = Unchanged(model)
+    found = spectra.audit(model, top_k=3)
+    before.check()
+    expected = spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=3)
+    assert [layer.name for layer in found.layers] == [layer.name for layer in expected.layers]
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert (one.status, one.intruder_indices, one.shape) == (other.status, other.intruder_indices, other.shape)
+
+
+def test_names_in_memory_that_are_not_those_of_the_files(tmp_path):
+    """transformers 5 renames what older checkpoints of models of pictures and text are made of."""
+    config = transformers.LlavaConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": 40, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 8,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = transformers.LlavaForConditionalGeneration(config)
+    net.save_pretrained(tmp_path / "base")
+    names = saved_names(net, net.state_dict())
+    assert any(new != name for name, new in names.items())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    net.save_pretrained(tmp_path / "full")
+    expected = spectra.audit(tmp_path / "full", tmp_path / "base", top_k=3)
+    assert_same(spectra.audit(net, tmp_path / "base", top_k=3), expected)
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert_same(spectra.audit(net, base, top_k=3), expected)
+    model = adapted(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=3)
+    assert_same(spectra.audit(model, top_k=3), expected)
+
+
+def test_four_bits_in_memory():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    stored = nn.Sequential(
+        bnb.nn.Linear4bit(64, 48, quant_type="nf4", compress_statistics=True), bnb.nn.Linear8bitLt(48, 64)
+    )
+    stored.load_state_dict(net.state_dict())
+    stored = stored.to("cpu")
+    weight: Any = stored[0].weight
+    expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    before = Unchanged(stored)
+    checkpoint = spectra.checkpoint_of(stored)
+    read = checkpoint.load("0.weight")
+    assert torch.allclose(read.double(), expected.double(), atol=1e-6)
+    model = adapted(stored, peft.LoraConfig(r=2, target_modules=["0"]))
+    found = spectra.audit(model, top_k=3)
+    assert found.base["quantised"] == "nf4"
+    assert [layer.status for layer in found.layers] == ["analysed"]
+    assert before.model is stored
+
+
+class Odd(torch.Tensor):
+    """Stands for the tensors of other libraries, whose values are not in the tensor itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func(*args, **(kwargs or {}))
+
+
+def test_tensors_of_other_libraries_are_refused_by_name():
+    odd = torch.ones(4, 4).as_subclass(Odd)
+    with pytest.raises(UnsupportedMethodError, match=r"'a.weight': a Odd, which is not read"):
+        spectra.audit({"a.weight": odd}, {"a.weight": torch.ones(4, 4)})
+    shared = torch.ones(0)
+    shared.ds_id = 3  # type: ignore[attr-defined]
+    with pytest.raises(MissingFileError, match="shared out by ZeRO-3"):
+        spectra.audit({"a.weight": shared}, {"a.weight": torch.ones(4, 4)})
+
+
+def test_models_within_what_runs_them():
+    torch.manual_seed(0)
+    base, tuned = tiny_llama(), tiny_llama()
+    expected = but_for_where(spectra.audit(tuned, base, top_k=2))
+    wrappers: list[Any] = [nn.DataParallel, torch.compile]
+    for wrap in wrappers:
+        assert but_for_where(spectra.audit(wrap(tuned), wrap(base), top_k=2)) == expected
+
+
+def test_single_modules_compiled_or_parametrised():
+    torch.manual_seed(0)
+    base, tuned = tiny_llama(), tiny_llama()
+    expected = but_for_where(spectra.audit(tuned, base, top_k=2))
+    compiled: Any = tuned
+    compiled.model.layers[1].mlp = torch.compile(compiled.model.layers[1].mlp)
+    assert but_for_where(spectra.audit(tuned, base, top_k=2)) == expected
+    normed: Any = tiny_llama()
+    torch.nn.utils.parametrizations.weight_norm(normed.model.layers[0].mlp.up_proj)
+    report = spectra.audit(normed, base, top_k=2)
+    assert "model.layers.0.mlp.up_proj" not in {layer.name for layer in report.layers}
+    assert sum("parametrisation" in item["reason"] for item in report.skipped) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    torch.manual_seed(0)
+    base, tuned = tiny_llama().cuda(), tiny_llama().cuda()
+    before = [Unchanged(base), Unchanged(tuned)]
+    one = spectra.audit(tuned, base, top_k=3, device="cuda")
+    other = spectra.audit(tuned.state_dict(), base.state_dict(), top_k=3)
+    for item in before:
+        item.check()
+    assert [layer.intruder_indices for layer in one.layers] == [layer.intruder_indices for layer in other.layers]
