@@ -8,50 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from spectra.adapters import plan_updates
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.orientation import as_matrix
-from spectra.pairing.pairs import pair_layers
 from spectra.sources.resolve import open_base_of
-from tests.adapters.test_kohya import draw, write
-
-SEEDS = range(20)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check(base: Any, tuned: Any, expected: dict[str, torch.Tensor], *, shared: bool = False) -> Any:
-    """Every weight of ``expected`` (base tensor → W1 as stored), and no other, is read with 1e-6 relative error."""
-    opened, checkpoint = open_checkpoint(base), open_checkpoint(tuned)
-    plan = plan_updates(checkpoint)
-    used = [name for update in plan.updates for name in update.tensors] + [item.name for item in plan.skipped]
-    used = sorted(set(used)) if shared else sorted(used)  # of stacked experts one tensor serves many
-    assert used == sorted(checkpoint.tensors), "a tensor is not accounted for, or is twice"
-    pairing = pair_layers(opened, checkpoint, plan)
-    assert {pair.base.name for pair in pairing.pairs} == set(expected)
-    for pair in pairing.pairs:
-        W0 = pair.read_base(opened, torch.float64, "cpu")
-        update = pair.read_update(checkpoint, torch.float64, "cpu").tuned(W0)
-        wanted = as_matrix(expected[pair.base.name].double(), pair.layout)
-        assert torch.linalg.norm(update.dense() - wanted) <= 1e-6 * torch.linalg.norm(wanted), pair.base.name
-        assert torch.linalg.norm(update.delta() - (wanted - W0)) <= 1e-6 * torch.linalg.norm(wanted - W0) + 1e-12
-    return pairing
-
-
-# diffusers
+from tests.support.dialects import check_any, draw, write
+from tests.support.diffusers_models import fused, randomise, unet
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
+
+# MLX
+
+mx = pytest.importorskip("mlx.core")
+from mlx.utils import tree_flatten  # noqa: E402  (after the oracles are known to be there)
+from mlx_lm.models import llama, qwen3_moe  # noqa: E402
+from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
+from mlx_lm.utils import save_config  # noqa: E402
+
+SEEDS = range(20)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-def unet(seed: int) -> Any:
-    torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4,
-    ).eval()  # fmt: skip
 
 
 def flux(seed: int) -> Any:
@@ -60,25 +37,6 @@ def flux(seed: int) -> Any:
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
     ).eval()  # fmt: skip
-
-
-def randomise(model: Any, rng: np.random.Generator, dtype: torch.dtype) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = draw(rng, *parameter.shape, dtype=dtype)
-            if "magnitude" in name:
-                parameter.data = parameter.data.abs() + 0.1
-
-
-def fused(model: Any) -> dict[str, torch.Tensor]:
-    """The weights that carry a LoRA, merged by peft in float64, by the model's own names."""
-    model.double()
-    found = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.merge()
-            found[f"{name}.weight"] = module.get_base_layer().weight.data.clone()
-    return found
 
 
 def configuration(rng: np.random.Generator, seed: int, targets: list[str]) -> Any:
@@ -109,8 +67,8 @@ def test_diffusers_as_its_pipelines_and_models_save(tmp_path, seed, kind):
     model.save_lora_adapter(tmp_path / "alone")
     expected = fused(model)
     assert len(expected) > 8
-    check(base, tmp_path / "lora", expected)
-    check(base, tmp_path / "alone", expected)
+    check_any(base, tmp_path / "lora", expected)
+    check_any(base, tmp_path / "alone", expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -142,7 +100,7 @@ def test_diffusers_before_peft(tmp_path, seed):
                 weights[f"{module}.weight"].double() + converted[f"{module}.lora_B.weight"].double() @ A.double()
             )
     assert len(expected) == len(keys) // 2
-    check(base, tmp_path / "lora", expected)
+    check_any(base, tmp_path / "lora", expected)
 
 
 # kohya's files as diffusers reads them
@@ -192,10 +150,10 @@ def test_kohya_as_diffusers_reads_it(tmp_path, seed):
     lora = tmp_path / "lora" / "mine.safetensors"
     of_unet = fused(model)
     assert set(of_unet) == set(denoiser)
-    check(base, lora, of_unet)
+    check_any(base, lora, of_unet)
     of_text = fused(text)
     assert set(of_text) == set(encoder)
-    check(text_base, lora, of_text)
+    check_any(text_base, lora, of_text)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -245,17 +203,10 @@ def test_kohya_s_flux_as_diffusers_reads_it(tmp_path, seed):
             for part in parts
         ]
         expected[f"{name}.weight"] = model[f"{name}.weight"].double() + torch.cat([B @ A for B, A in factors])
-    check(write(tmp_path / "base", model), tmp_path / "lora", expected)
+    check_any(write(tmp_path / "base", model), tmp_path / "lora", expected)
 
 
-# MLX
-
-mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
-from mlx.utils import tree_flatten  # noqa: E402  (after the oracles are known to be there)
-from mlx_lm.models import llama, qwen3_moe  # noqa: E402
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
-from mlx_lm.utils import save_config  # noqa: E402
 
 mx.set_default_device(mx.cpu)
 
@@ -344,6 +295,6 @@ def test_mlx_as_it_fuses(tmp_path, seed, kind):
         tuned = {f"{name}.weight": of_mlx(module.fuse().weight) for name, module in fused_modules.items()}
     expected = {key: part for name, value in tuned.items() for key, part in unstacked(name, value, True).items()}
     assert len(expected) > 2
-    pairing = check(base, tmp_path / "mlx", expected, shared=True)
+    pairing = check_any(base, tmp_path / "mlx", expected, shared=True)
     assert open_base_of(open_checkpoint(tmp_path / "mlx")).path.samefile(base)
     assert pairing

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
@@ -23,52 +22,10 @@ from spectra.errors import (
     WrongBaseError,
 )
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.orientation import as_matrix
-from spectra.pairing.pairs import pair_layers
-from spectra.updates.algebra import LowRank, RowScaled
+from tests.support.dialects import DTYPES, check, draw, read_all, write
 from tests.support.paths import ROOT
 
 SEEDS = range(24)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def draw(rng, *shape, dtype=torch.float32):
-    return torch.from_numpy(rng.normal(size=shape)).to(dtype)
-
-
-def write(folder, tensors, name="model.safetensors", **options):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name, **options)
-    return folder
-
-
-def read_all(base_folder, tuned_path):
-    """{base tensor: (W1 as stored, in float64, the pair)} of every pair, and what was skipped."""
-    base, tuned = open_checkpoint(base_folder), open_checkpoint(tuned_path)
-    plan = plan_updates(tuned)
-    used = [name for update in plan.updates for name in update.tensors] + [item.name for item in plan.skipped]
-    assert sorted(used) == sorted(tuned.tensors), "a tensor is not accounted for, or is twice"
-    pairing = pair_layers(base, tuned, plan)
-    found = {}
-    for pair in pairing.pairs:
-        W0 = pair.read_base(base, torch.float64, "cpu")
-        update = pair.read_update(tuned, torch.float64, "cpu")
-        assert isinstance(update, LowRank | RowScaled)
-        assert pair.update.shape == pair.shape == tuple(W0.shape)
-        assert update.B.shape[1] == update.A.shape[0] == pair.update.rank
-        assert update.scaling == pair.update.scaling
-        found[pair.base.name] = update.tuned(W0).dense(), pair
-    return found, pairing.skipped
-
-
-def check(base_folder, tuned_path, expected):
-    """Every weight of ``expected`` (name → W1 as stored), and no other, is read with 1e-6 relative error."""
-    found, skipped = read_all(base_folder, tuned_path)
-    assert set(found) == set(expected)
-    for name, (W1, pair) in found.items():
-        wanted = as_matrix(expected[name], pair.layout)
-        assert torch.linalg.norm(W1 - wanted) <= 1e-6 * torch.linalg.norm(wanted), name
-    return {name: pair for name, (_, pair) in found.items()}, skipped
 
 
 # kohya's sd-scripts, LyCORIS

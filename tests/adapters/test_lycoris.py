@@ -21,12 +21,11 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 from spectra.records.report import json_schema
+from tests.support.dialects import draw, write
 
 lycoris = pytest.importorskip("lycoris")
 from lycoris import modules as written  # noqa: E402  (after the oracle is known to be there)
 from lycoris.wrapper import LycorisNetwork  # noqa: E402
-
-from tests.adapters.test_kohya import draw, write  # noqa: E402
 
 SEEDS = range(20)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -14,34 +14,14 @@ import numpy as np
 import pytest
 
 from spectra.adapters.peft.naming import ModuleNames
-from spectra.analysis.ranks import layer_rank, suggest
+from spectra.analysis.ranks import layer_rank
 from spectra.errors import UsageError
 from spectra.records.ranks import ROW_COLUMNS, RankReport
 from spectra.render.ranks import about_alpha, render_ranks, to_csv
+from tests.support.ranks import model_of, of_matrix, report, suggested, with_rank
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-
-
-def of_matrix(dW, name="layers.0.q_proj", role="linear", kind="dense", trained_rank=None, parameters=None):
-    s = np.linalg.svd(dW, compute_uv=False)
-    return layer_rank(
-        s[:trained_rank], dW.shape, name=name, role=role, kind=kind, trained_rank=trained_rank,
-        parameters=dW.size if parameters is None else parameters, base_norm_fro=10.0,
-    )  # fmt: skip
-
-
-def with_rank(name, rank, shape=(64, 64), **changes):
-    """A layer whose ``rank`` equal directions are all it has, so that any energy above 1 − 1/rank needs them all."""
-    made = layer_rank(
-        np.ones(rank), shape, name=name, role="linear", kind="low_rank", trained_rank=rank,
-        parameters=rank * sum(shape), base_norm_fro=10.0,
-    )  # fmt: skip
-    return replace(made, **changes)
-
-
-def suggested(layers, **options):
-    return suggest(layers, **options)
 
 
 def truncated(dW, rank):
@@ -341,39 +321,7 @@ def test_peft_builds_what_was_meant(rng, kind, use_rslora, by):
     assert trainable == found.parameters
 
 
-def report(layers, suggestion, **changes):
-    made = RankReport(
-        base={"path": "base"},
-        tuned={"path": "tuned", "format": "full"},
-        settings={"energy": 0.9, "workers": 1},
-        layers=tuple(layers),
-        suggestion=suggestion,
-        skipped=({"name": "norm.weight", "reason": "not a matrix"},),
-        failed=(),
-        spectra_version="0",
-        seconds=1.5,
-    )
-    return replace(made, **changes)
-
-
-@pytest.fixture
-def model_of():
-    """A report on a model of so many layers, with ranks that differ from layer to layer."""
-
-    def make(count):
-        rng = np.random.default_rng(count)
-        layers = [
-            with_rank(f"model.layers.{i}.{kind}", int(rng.integers(2, 30)), (512, 512))
-            for i in range(count)
-            for kind in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
-        ]
-        layers.append(with_rank("model.embed_tokens", 3, role="embedding"))
-        return report(layers, suggested(layers))
-
-    return make
-
-
-def test_json_goes_round(model_of):
+def test_json_goes_round():
     made = model_of(3)
     value = json.loads(made.to_json())
     assert value["schema"] == "spectra.ranks/1"
@@ -392,7 +340,7 @@ def test_json_goes_round(model_of):
         RankReport.from_dict({"schema": "spectra.report/1"})
 
 
-def test_rows_csv_and_dataframe(model_of):
+def test_rows_csv_and_dataframe():
     made = model_of(2)
     rows = made.rows()
     assert len(rows) == 9
@@ -413,7 +361,7 @@ def config_in(text):
     return json.loads(text[text.index("config\n{") + len("config\n") :])
 
 
-def test_text_says_the_answer_first(model_of):
+def test_text_says_the_answer_first():
     made = model_of(2)
     text = render_ranks(made)
     suggestion = made.suggestion
@@ -427,7 +375,7 @@ def test_text_says_the_answer_first(model_of):
 
 
 @pytest.mark.parametrize("count", [28, 56])
-def test_text_of_a_large_model_is_short_unless_asked(model_of, count):
+def test_text_of_a_large_model_is_short_unless_asked(count):
     made = model_of(count)
     text = render_ranks(made)
     assert len(text.splitlines()) < 35

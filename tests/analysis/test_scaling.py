@@ -13,25 +13,13 @@ from spectra.svd import Base, Question, choose_engine
 from spectra.svd.triplets import leading_triplets
 from spectra.updates.algebra import ALL, Dense, DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
 from tests.support.problems import SHAPES, SPECTRA, matrix, orthonormal, planted, trained_like, with_spectrum
+from tests.support.reference import formula, values_after
 
 F64 = torch.float64
 
 
 def exact(weight):
     return weight.block(ALL, ALL).numpy()
-
-
-def formula(W1, chosen):
-    """W1 + (λ − 1) Σ σ u vᵀ by a full SVD."""
-    U, s, Vh = np.linalg.svd(W1, full_matrices=False)
-    return W1 + sum((scale - 1) * s[i] * np.outer(U[:, i], Vh[i]) for i, scale in chosen.items())
-
-
-def values_after(W1, chosen):
-    s = np.linalg.svd(W1, compute_uv=False)
-    for i, scale in chosen.items():
-        s[i] *= scale
-    return np.sort(s)[::-1]
 
 
 def an_update(rng, kind: str, W0: torch.Tensor, r: int = 3, scaling: float = 2.0):

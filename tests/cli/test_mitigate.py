@@ -19,8 +19,8 @@ from spectra.cli import mitigate as command
 from spectra.errors import UsageError
 from spectra.repairs import repair as mitigating
 from spectra.repairs import verify as checking
-from tests.records.test_repair import AMISS, audit, check, record
 from tests.support.paths import ROOT
+from tests.support.repairs import AMISS, audit, check, record
 
 WHAT = ("tuned", "--scale", "0.7")
 

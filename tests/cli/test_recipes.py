@@ -13,8 +13,8 @@ from pre_commit.yaml import yaml_load
 
 import spectra
 from spectra.cli import main
-from tests.render.test_sarif import checked
 from tests.support.paths import FIXTURES, ROOT
+from tests.support.sarif import checked
 
 ADAPTERS = ("lora-r1", "lora-r16")
 HOOKS = ROOT / ".pre-commit-hooks.yaml"

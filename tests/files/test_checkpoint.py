@@ -26,6 +26,7 @@ from spectra.errors import (
     UnsafeFileError,
 )
 from spectra.files.checkpoint import Checkpoint, open_checkpoint, read_header
+from tests.support.hostile import raw as raw_file
 from tests.support.paths import FIXTURES
 
 TENSORS = {
@@ -34,12 +35,6 @@ TENSORS = {
     "c.bias": torch.zeros(5, dtype=torch.float16),
     "d": torch.tensor(3.0, dtype=torch.float64),
 }
-
-
-def raw_file(path, header, data=b""):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
 
 
 @pytest.fixture

@@ -1,17 +1,11 @@
-"""GGUF files against gguf's own writer, its table of names, and the converter's order of rows.
-
-``python -m tests.files.test_gguf FOLDER RESULTS`` runs the files that are broken or made to harm.
-"""
+"""GGUF files against gguf's own writer, its table of names, and the converter's order of rows."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -23,79 +17,25 @@ from spectra.adapters import plan_updates
 from spectra.cli import main
 from spectra.errors import AdapterError, AmbiguousFilesError, SpectraError, UnsupportedMethodError, WrongBaseError
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.gguf import KEPT_ITEMS, MAX_ITEMS, MODULES, REORDERED, TYPES, in_order, read_gguf
+from spectra.files.gguf import KEPT_ITEMS, MODULES, TYPES, in_order, read_gguf
 from spectra.pairing.fused import split_apart
 from spectra.pairing.precision import quantised_as
-from tests.adapters.test_kohya import check, draw, write
 from tests.support import hostile
-from tests.support.hostile import Case
+from tests.support.dialects import check, draw, write
+from tests.support.gguf_files import (
+    ARCHITECTURES,
+    LORA,
+    STORED,
+    a_model,
+    heads_of,
+    lora_fields,
+    reordered,
+    small_base,
+    small_lora,
+    write_gguf,
+)
+from tests.support.hostile_gguf import CASES, a_file
 from tests.support.paths import ROOT
-
-LORA = "lora.gguf"
-ARCHITECTURES = tuple(sorted(MODULES))
-STORED = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16,
-          torch.float64: gguf.GGMLQuantizationType.F64, torch.bfloat16: gguf.GGMLQuantizationType.BF16}  # fmt: skip
-
-
-def reordered(weights, heads):
-    """The converter's ``LlamaModel.permute``, written out."""
-    return (
-        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2)
-        .reshape(weights.shape)
-    )  # fmt: skip
-
-
-def write_gguf(path, architecture, tensors, fields=(), *, alignment=None):
-    """A file by gguf's own writer; ``fields`` are (method, key, value)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, architecture)
-    if alignment is not None:
-        writer.add_custom_alignment(alignment)
-    for method, key, value in fields:
-        getattr(writer, f"add_{method}")(key, value)
-    for name, value in tensors.items():
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
-            raw = value.contiguous().view(torch.int16).numpy().view(np.uint8)
-            writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=STORED[value.dtype])
-        else:
-            writer.add_tensor(name, value.contiguous().numpy() if isinstance(value, torch.Tensor) else value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def lora_fields(alpha):
-    fields = [("string", "general.type", "adapter"), ("string", "adapter.type", "lora")]
-    return fields + ([] if alpha is None else [("float32", "adapter.lora.alpha", alpha)])
-
-
-def a_model(rng, architecture, dtype, heads, key_heads):
-    """{name in transformers: weight} of two layers, and how GGUF calls each module."""
-    width, hidden, inner, words = 4, 2 * heads * 2, int(rng.integers(5, 20)), int(rng.integers(20, 40))
-    shapes = {
-        "attn_q": (heads * width, hidden), "attn_k": (key_heads * width, hidden), "attn_v": (key_heads * width, hidden),
-        "attn_qkv": ((heads + 2 * key_heads) * width, hidden), "attn_output": (hidden, heads * width),
-        "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
-    }  # fmt: skip
-    weights = {"model.embed_tokens.weight": draw(rng, words, hidden, dtype=dtype)}
-    names = {"model.embed_tokens.weight": "token_embd", "lm_head.weight": "output"}
-    weights["lm_head.weight"] = draw(rng, words, hidden, dtype=dtype)
-    for layer in range(2):
-        for part, module in MODULES[architecture].items():
-            name = f"model.layers.{layer}.{module}.weight"
-            weights[name] = draw(rng, *shapes[part], dtype=dtype)
-            names[name] = f"blk.{layer}.{part}"
-    weights["model.norm.weight"] = draw(rng, hidden, dtype=dtype)
-    return weights, names
-
-
-def heads_of(architecture, name, heads, key_heads):
-    """How many heads the rows of a weight are reordered by, or None."""
-    part = name.rpartition(".")[2]
-    return {"attn_q": heads, "attn_k": key_heads}[part] if part in REORDERED.get(architecture, ()) else None
-
 
 # A LoRA
 
@@ -173,18 +113,6 @@ def test_the_order_of_rows_is_that_of_the_rotary_embedding(seed):
     assert torch.allclose(scores(neighbours, reordered(W, heads), reordered(V, heads)), ours, atol=1e-12)
     assert torch.equal(in_order(reordered(W, heads), heads), W)
     assert torch.equal(reordered(in_order(W, heads), heads), W)
-
-
-def small_lora(folder, architecture="llama", fields=None, **tensors):
-    shapes = {"blk.0.attn_q.weight.lora_a": (2, 8), "blk.0.attn_q.weight.lora_b": (8, 2)} | tensors
-    values = {name: np.ones(shape, np.float32) for name, shape in shapes.items() if shape is not None}
-    return write_gguf(folder / LORA, architecture, values, lora_fields(4.0) if fields is None else fields)
-
-
-def small_base(folder, **config):
-    write(folder, {"model.layers.0.self_attn.q_proj.weight": torch.eye(8), "lm_head.weight": torch.eye(8)})
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
-    return folder
 
 
 def test_a_lora_is_audited_and_told_of(tmp_path, capsys):
@@ -430,157 +358,11 @@ def test_headers_are_read_as_gguf_reads_them(tmp_path, seed):
         assert torch.equal(info.value(), torch.from_numpy(tensors[item.name]))  # type: ignore[attr-defined]
 
 
-# What is broken, or made to harm
-
-
-def text(value):
-    raw = value if isinstance(value, bytes) else value.encode()
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def field(key, kind=8, value=None):
-    return text(key) + struct.pack("<I", kind) + (text(value) if kind == 8 and value is not None else value or b"")
-
-
-def tensor(name="blk.0.attn_q.weight.lora_a", shape=(8, 2), kind=0, offset=0):
-    return (
-        text(name)
-        + struct.pack("<I", len(shape))
-        + struct.pack(f"<{len(shape)}Q", *shape)
-        + struct.pack("<IQ", kind, offset)
-    )
-
-
-ADAPTER = field("general.architecture", value="llama") + field("general.type", value="adapter")
-ADAPTER += field("adapter.type", value="lora")
-BOTH = tensor() + tensor("blk.0.attn_q.weight.lora_b", (2, 8), 0, 64)
-
-
-def a_file(fields=ADAPTER, tensors=BOTH, *, magic=b"GGUF", version=3, count=2, fields_count=3, data=128, alignment=32):
-    head = magic + struct.pack("<IQQ", version, count, fields_count) + fields + tensors
-    return head + b"\0" * (-len(head) % alignment) + b"\0" * data
-
-
-def array(inner, count, content=b""):
-    return struct.pack("<IQ", inner, count) + content
-
-
-CASES: dict[str, Case] = {}
-
-
-def case(name, words, content):
-    def build(box):
-        (box / LORA).write_bytes(content)
-
-    assert name not in CASES
-    CASES[name] = Case(name, build, (LORA, *words))
-
-
-HUGE = 2**64 - 1
-for _name, _words, _content in (
-    ("an empty file", ("truncated",), b""),
-    ("four letters", ("truncated",), b"GGUF"),
-    ("another file", ("no GGUF file",), b"\x7fELF" + b"\2" * 200),
-    ("a pickle", ("no GGUF file",), b"\x80\x04\x95" + b"\0" * 60),
-    ("version 1", ("version 1",), a_file(version=1)),
-    ("version 99", ("version 99",), a_file(version=99)),
-    ("big-endian", ("big-endian",), a_file(version=3 << 24)),
-    ("no tensors", ("no tensors",), a_file(tensors=b"", count=0)),
-    ("tensors, 2 to the 64th", ("tensors",), a_file(count=HUGE)),
-    ("tensors, a million", ("tensors",), a_file(count=10**6)),
-    ("fields, 2 to the 64th", ("fields",), a_file(fields_count=HUGE)),
-    ("fields, 20,000", ("fields",), a_file(fields=b"".join(field(f"{i}", 0, b"\1") for i in range(20_000)),
-                                           fields_count=20_000)),
-    ("half a header", ("truncated",), a_file()[:150]),
-    ("half of its values", ("truncated", "lora_b"), a_file(data=100)),
-    ("a key of 4 GB", ("a key of",), a_file(fields=struct.pack("<Q", 2**32) + b"x" * 60, fields_count=1)),
-    ("a key of nothing", ("a key of 0",), a_file(fields=field(""), fields_count=1)),
-    ("a key that is no text", ("no text",), a_file(fields=field(b"\xff\xfe", 0, b"\1"), fields_count=1)),
-    ("a key with a line of its own", ("no text",),
-     a_file(fields=field("a\nspectra: error: fine", 0, b"\1"), fields_count=1)),
-    ("a key twice", ("'general.type'", "twice"),
-     a_file(fields=ADAPTER + field("general.type", value="model"), fields_count=4)),
-    ("a text of 16 EB", ("truncated",), a_file(fields=text("x") + struct.pack("<IQ", 8, HUGE), fields_count=1)),
-    ("a value of type 77", ("type 77",), a_file(fields=field("x", 77, b"\1" * 8), fields_count=1)),
-    ("an array of 16 EB", ("truncated",), a_file(fields=field("x", 9, array(10, HUGE)), fields_count=1)),
-    ("an array of texts without end", ("texts",), a_file(fields=field("x", 9, array(8, HUGE)), fields_count=1)),
-    ("an array of empty texts", ("texts",), a_file(fields=field("x", 9, array(8, MAX_ITEMS + 1, b"\0" * 8 * MAX_ITEMS)),
-                                                   fields_count=1)),
-    ("as many empty texts as there may be", ("neither a model", "'x'"),
-     a_file(fields=field("x", 9, array(8, MAX_ITEMS, b"\0" * 8 * MAX_ITEMS)) + field("general.type", value="x"),
-            fields_count=2)),
-    ("texts that lead out", ("truncated",), a_file(fields=field("x", 9, array(8, 3, struct.pack("<QQQ", 5, 2**40, 1))),
-                                                   fields_count=1)),
-    ("arrays within arrays", ("arrays within",), a_file(fields=field("x", 9, array(9, 1) * 50), fields_count=1)),
-    ("arrays of many arrays", ("arrays within",), a_file(fields=field("x", 9, array(9, 10**9) * 2), fields_count=1)),
-    ("numbers, 9 million", ("general.architecture",),
-     a_file(fields=field("x", 9, array(10, 9 * 10**6, b"\0" * 72 * 10**6)) + field("general.type", value="adapter")
-            + field("adapter.type", value="lora"))),
-    ("a header of 120 MB", ("100,000,000",), a_file(fields=field("x", 9, array(10, 15 * 10**6, b"\0" * 120 * 10**6)))),
-    ("texts of 60 kB, a thousand of them", ("neither a model",),
-     a_file(fields=b"".join(field(f"x{i}", value="y" * 60_000) for i in range(1000)), fields_count=1000)),
-    ("short texts, 9,000 of them", ("neither a model",),
-     a_file(fields=b"".join(field(f"x{i}", value="y" * 255) for i in range(9000)) + field("general.type", value="x"),
-            fields_count=9001)),
-    ("a name that is no text", ("no text",), a_file(tensors=tensor(b"\xff\xfe\xfd") + BOTH, count=3)),
-    ("a name of a million letters", ("a tensor's name of",), a_file(tensors=tensor("x" * 10**6) + BOTH, count=3)),
-    ("a name twice", ("lora_a", "twice"), a_file(tensors=tensor() + tensor(offset=64))),
-    ("9 dimensions", ("9 dimensions",), a_file(tensors=tensor(shape=(1,) * 9) + BOTH, count=3)),
-    ("dimensions, 2 to the 32nd", ("dimensions",),
-     a_file(tensors=text("x") + struct.pack("<I", 2**32 - 1) + BOTH, count=3)),
-    ("an enormous shape", ("lora_a", "takes"), a_file(tensors=tensor(shape=(2**40, 2**40)), count=1)),
-    ("a shape that overflows", ("lora_a", "takes"), a_file(tensors=tensor(shape=(2**63, 2**63, 2)), count=1)),
-    ("a type nobody knows", ("lora_a", "type 99"), a_file(tensors=tensor(kind=99), count=1)),
-    ("a type that is gone", ("lora_a", "type 4"), a_file(tensors=tensor(kind=4), count=1)),
-    ("rows that are no blocks", ("lora_a", "blocks of 32"), a_file(tensors=tensor(kind=8), count=1)),
-    ("an offset that overlaps", ("lora_b", "begins at 32"), a_file(tensors=tensor() + tensor("lora_b", (2, 8), 0, 32))),
-    ("an offset that leaves a gap", ("lora_b", "begins at 96"),
-     a_file(tensors=tensor() + tensor("lora_b", (2, 8), 0, 96))),
-    ("an offset behind the end", ("lora_a", "begins at"), a_file(tensors=tensor(offset=HUGE - 31), count=1)),
-    ("an alignment of 3", ("alignment of 3",),
-     a_file(fields=ADAPTER + field("general.alignment", 4, b"\3\0\0\0"), fields_count=4)),
-    ("an alignment of 0", ("alignment of 0",),
-     a_file(fields=ADAPTER + field("general.alignment", 4, b"\0" * 4), fields_count=4)),
-    ("an alignment of 2 GB", ("alignment of",),
-     a_file(fields=ADAPTER + field("general.alignment", 4, b"\0\0\0\x80"), fields_count=4)),
-    ("an alignment that is a text", ("alignment of",),
-     a_file(fields=ADAPTER + field("general.alignment", value="32\n"), fields_count=4)),
-    ("an alpha that is NaN", ("adapter.lora.alpha",),
-     a_file(fields=ADAPTER + field("adapter.lora.alpha", 6, b"\0\0\xc0\x7f"), fields_count=4)),
-    ("an alpha that is a text", ("adapter.lora.alpha",),
-     a_file(fields=ADAPTER + field("adapter.lora.alpha", value="8"), fields_count=4)),
-    ("a kind with a line of its own", ("adapter.type",),
-     a_file(fields=field("general.type", value="adapter") + field("adapter.type", value="x\nspectra: error: fine"),
-            fields_count=2)),
-    ("an architecture with a line of its own", ("architecture",),
-     a_file(fields=field("general.architecture", value="x\x1b[2J\nspectra: error: fine")
-            + field("general.type", value="adapter") + field("adapter.type", value="lora"))),
-    ("an architecture that is a number", ("general.architecture",),
-     a_file(fields=field("general.architecture", 4, b"\7\0\0\0") + field("general.type", value="adapter")
-            + field("adapter.type", value="lora"))),
-    ("no module of the base", ("wrong base", "output"),
-     a_file(tensors=tensor("output.weight.lora_a") + tensor("output.weight.lora_b", (2, 8), 0, 64))),
-    ("a block of a million digits", ("a tensor's name of",),
-     a_file(tensors=tensor(f"blk.{'1' * 10**6}.attn_q.weight.lora_a"), count=1)),
-    ("a block of 400 digits", ("no module",), a_file(tensors=tensor(f"blk.{'1' * 400}.attn_q.weight.lora_a")
-     + tensor(f"blk.{'1' * 400}.attn_q.weight.lora_b", (2, 8), 0, 64))),
-):  # fmt: skip
-    case(_name, _words, _content)
-
-
-def _whole_file(box):
-    (box / LORA).write_bytes(a_file())
-
-
-_name = "a base that does not tell its heads"
-CASES[_name] = Case(_name, _whole_file, ("q_proj", "num_attention_heads"))
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     results = folder / "results.json"
-    command = [sys.executable, "-m", "tests.files.test_gguf", str(folder / "cases"), str(results)]
+    command = [sys.executable, "-m", "tests.support.hostile_gguf", str(folder / "cases"), str(results)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -624,11 +406,6 @@ def test_any_bytes_after_the_magic(tmp_path):
         except SpectraError as error:
             said = str(error)
         assert said.startswith(str(place))
-
-
-if __name__ == "__main__":
-    jobs = {name: partial(hostile.prepare, one=CASES[name]) for name in sys.argv[3:] or CASES}
-    Path(sys.argv[2]).write_text(json.dumps(dict(hostile.run_all(Path(sys.argv[1]), jobs))))
 
 
 def test_a_base_of_quantised_types_alone_is_refused_with_a_remedy(tmp_path, capsys):

@@ -20,7 +20,7 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.derived import Derived
 from spectra.pairing.pairs import pair_layers
 from spectra.pairing.precision import quantised_as
-from tests.adapters.test_kohya import check, draw
+from tests.support.dialects import check, draw
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

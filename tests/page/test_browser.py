@@ -20,8 +20,8 @@ from spectra.records.comparison import Comparison
 from spectra.records.layer import Similarity
 from spectra.records.sweeps import intruders_at, layer_intruders_at
 from spectra.tasks.similarity import similarity_matrices
-from tests.render.test_text import layer, report
 from tests.support.paths import FIXTURES
+from tests.support.reports import layer, report
 
 if chromium() is None and os.environ.get("SPECTRA_TEST_BROWSER") != "required":
     pytest.skip("no Chromium here; install Debian's chromium to run these", allow_module_level=True)

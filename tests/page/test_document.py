@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -22,14 +21,9 @@ from spectra.page.document import MARK, SCRIPTS, asset
 from spectra.page.library import hash_of, plotly_library
 from spectra.records.layer import Similarity
 from spectra.tasks.similarity import similarity_matrices
-from tests.render.test_text import layer, report
+from tests.support.pages import data_of
 from tests.support.paths import FIXTURES
-
-
-def data_of(html):
-    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.DOTALL)
-    assert len(found) == 1
-    return json.loads(found[0])
+from tests.support.reports import layer, report
 
 
 @pytest.fixture(scope="module")

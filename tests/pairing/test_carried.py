@@ -16,7 +16,7 @@ from spectra.pairing.pairs import pair_layers
 from spectra.repairs.insertion import carried_beside
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
-from tests.adapters.test_kohya import draw, write
+from tests.support.dialects import draw, write
 
 SHAPE = (12, 10)
 

@@ -20,10 +20,7 @@ from spectra.files.orientation import is_convolution, role_of
 from spectra.pairing.pairs import pair_layers
 from spectra.records.report import module_type
 from tests.support.paths import FIXTURES, MEMBERS
-
-
-def f32(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
+from tests.support.problems import f32
 
 
 def pairs_of(base, tuned, **options):

@@ -23,8 +23,8 @@ from spectra.cli.model_card import home
 from spectra.errors import UsageError
 from spectra.render.card import BEGIN, END, model_card, with_section
 from spectra.render.naming import hub_name, named_model, public_address, public_names, without_paths
-from tests.render.test_text import layer, report
 from tests.support.paths import FIXTURES, ROOT
+from tests.support.reports import layer, report
 
 LORA = "fixtures/lora-r4"
 FRONT = "---\nlicense: apache-2.0\nbase_model: org/base\ntags:\n- lora\n---\n"

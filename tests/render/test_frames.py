@@ -17,8 +17,8 @@ from spectra.cli import main
 from spectra.records.report import ROW_COLUMNS, json_schema
 from spectra.records.schemas import read_schema
 from spectra.render.frames import to_parquet
-from tests.render.test_text import layer, report
 from tests.support.paths import FIXTURES
+from tests.support.reports import layer, report
 
 LORA, FULL, BASE = (str(FIXTURES / name) for name in ("lora-r4", "full", "base"))
 FEW = ["--include", "layers.0.self_attn"]

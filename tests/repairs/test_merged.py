@@ -17,11 +17,11 @@ from spectra.files.orientation import as_stored
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import pair_layers
 from spectra.repairs.merged import beside, carried_tensors, copy_checkpoint
+from tests.support.peft_folders import adapted, loaded, opened, same
+from tests.support.peft_models import OPTIONS, Net, option, tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from tests.adapters.peft.test_lora import OPTIONS, Net, option, tiny_gpt2, tiny_llama  # noqa: E402
-from tests.adapters.peft.test_repaired import adapted, loaded, opened, same  # noqa: E402
 
 
 def merge(home, out="out"):

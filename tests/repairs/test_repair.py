@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +19,15 @@ from spectra.errors import SpectraError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
-from tests.analysis.test_scaling import formula, values_after
 from tests.support.paths import FIXTURES
+from tests.support.peft_models import OPTIONS, Net, option, randomise, tiny_gpt2, tiny_llama
+from tests.support.reference import formula, values_after
+from tests.support.repaired import BASE, checksums, merged, relative, tuned_weights
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from tests.adapters.peft.test_lora import OPTIONS, Net, option, randomise, tiny_gpt2, tiny_llama  # noqa: E402
 
-BASE = FIXTURES / "base"
+
 EVERY = {"": [0, 1]}  # the two leading vectors of every layer, intruders or not
 
 
@@ -39,28 +38,6 @@ def quiet():
         yield
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def tuned_weights(base: Path, tuned: Path) -> dict[str, np.ndarray]:
-    """Base tensor's name → W1 in float64, as read from disk."""
-    one, other = open_checkpoint(base, as_base=True), open_checkpoint(tuned)
-    found = {}
-    for pair in pair_layers(one, other, plan_updates(other)).pairs:
-        W0 = pair.read_base(one, torch.float64, "cpu")
-        found[pair.base.name] = pair.read_update(other, torch.float64, "cpu").tuned(W0).dense().numpy()
-    return found
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
 def saved(folder, net, **options):
     """Writes a base and a randomised adapter of it; returns the peft model."""
     (folder / "base").mkdir()
@@ -69,11 +46,6 @@ def saved(folder, net, **options):
     randomise(model, 5)
     model.save_pretrained(folder / "adapter")
     return model
-
-
-def merged(net, adapter):
-    """The state of a fresh net with an adapter merged in by peft, in float64."""
-    return peft.PeftModel.from_pretrained(net, adapter).double().merge_and_unload().state_dict()
 
 
 @pytest.mark.parametrize("seed", range(3))

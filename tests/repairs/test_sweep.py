@@ -20,7 +20,7 @@ from spectra.repairs.sweep import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sw
 from spectra.runs.jobs import Job
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
-from tests.plots.test_kinds import faults, heights
+from tests.support.figures import faults, heights
 from tests.support.paths import FIXTURES
 from tests.support.problems import trained_like
 from tests.support.reference import max_cosines

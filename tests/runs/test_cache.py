@@ -24,8 +24,8 @@ from spectra.files.places import default_root
 from spectra.runs.cache import ABANDONED, SpectrumCache
 from spectra.svd import Spectrum, short_spectrum
 from spectra.tasks.cache import plan_cache, readable_size
+from tests.support.kept_spectra import a_family, engines, flags, kept, rewrite, verdicts, weights
 from tests.support.paths import FIXTURES, MEMBERS, ROOT
-from tests.support.problems import trained_like
 
 BASE, LORA = FIXTURES / "base", FIXTURES / "lora-r4"
 Usage = namedtuple("Usage", "total used free")
@@ -52,47 +52,9 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def weights(rng, *names, shape=(40, 32)):
-    return {name: torch.from_numpy(trained_like(rng, *shape)).float() for name in names}
-
-
-def kept(root):
-    """The layer files under a root."""
-    return sorted(root.glob("*/*.safetensors"))
-
-
-def rewrite(base, tensors, *, later=True):
-    """Other values in the same file, of the same size, written later or at the very same time."""
-    file = base / "model.safetensors"
-    before = file.stat()
-    save_file(tensors, file)
-    assert file.stat().st_size == before.st_size
-    shift = 10**9 if later else 0
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + shift))
-
-
-def verdicts(report):
-    return {layer.name: (layer.status, layer.intruder_indices) for layer in report.layers}
-
-
-def engines(report):
-    return {layer.engine for layer in report.layers}
-
-
-def flags(report):
-    return {flag for layer in report.layers for flag in layer.flags}
-
-
 @pytest.fixture
 def family(rng, make_base, make_adapter):
-    """(base, its tensors, an adapter of it with an intruder in each of three layers)."""
-    tensors = weights(rng, *(f"layer.{i}.q.weight" for i in range(3)))
-    factors = {}
-    for i in range(3):
-        B, A = rng.normal(size=(40, 1)), rng.normal(size=(1, 32))
-        factors[f"layer.{i}.q"] = 4 * B / np.linalg.norm(B), A / np.linalg.norm(A)
-    factors = {name: (B.astype("f4"), A.astype("f4")) for name, (B, A) in factors.items()}
-    return make_base(tensors), tensors, make_adapter(factors)
+    return a_family(rng, make_base, make_adapter)
 
 
 # What is kept

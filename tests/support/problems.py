@@ -63,3 +63,7 @@ def planted(
     rest = W0 - np.outer(y, y @ W0)
     rest -= np.outer(rest @ v, v)
     return W0, rest + sigma * np.outer(y, v), 0
+
+
+def f32(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)

@@ -67,3 +67,16 @@ def paper_count(W0: np.ndarray, W1: np.ndarray, top_k: int, epsilon: float) -> i
     U0 = np.linalg.svd(W0, full_matrices=False)[0]
     U1 = np.linalg.svd(W1, full_matrices=False)[0]
     return int((np.abs(U0.T @ U1[:, :top_k]).max(0) < epsilon).sum())
+
+
+def formula(W1, chosen):
+    """W1 + (λ − 1) Σ σ u vᵀ by a full SVD."""
+    U, s, Vh = np.linalg.svd(W1, full_matrices=False)
+    return W1 + sum((scale - 1) * s[i] * np.outer(U[:, i], Vh[i]) for i, scale in chosen.items())
+
+
+def values_after(W1, chosen):
+    s = np.linalg.svd(W1, compute_uv=False)
+    for i, scale in chosen.items():
+        s[i] *= scale
+    return np.sort(s)[::-1]

@@ -28,8 +28,9 @@ from spectra.svd import (
 from spectra.svd import base as base_module
 from spectra.svd.decompose import eigh
 from spectra.svd.spectrum import EPS32
-from spectra.updates.algebra import Dense, DenseWeight, LowRank, RowScaled
+from spectra.updates.algebra import DenseWeight, LowRank
 from tests.support import problems, reference
+from tests.support.updates import updates
 
 METHODS = {
     "svd32": lambda W, side: decompose(torch.from_numpy(W).float(), side),
@@ -96,26 +97,6 @@ def test_scale_does_not_matter(rng, scale):
     for a, b in zip(plain.vectors, scaled.vectors, strict=True):
         assert b.max_cosine == pytest.approx(a.max_cosine, abs=1e-4)
         assert b.sigma == pytest.approx(a.sigma * scale, rel=1e-5)
-
-
-def updates(rng, W0, kind):
-    """An update of W0 (float32) and the tuned weight it means, in float64."""
-    m, n = W0.shape
-    r = min(3, m, n)
-    B, A = rng.normal(size=(m, r)), rng.normal(size=(r, n))
-    scale = 0.7 * float(np.linalg.norm(W0, 2)) / float(np.linalg.norm(B @ A, 2))
-    tensors = torch.from_numpy(B), torch.from_numpy(A)
-    W0 = W0.astype(np.float64)
-    if kind == "low rank":
-        return LowRank(*tensors, scale), W0 + scale * B @ A
-    if kind == "row scaled":
-        magnitude = rng.uniform(0.5, 2, size=m)
-        merged = W0 + scale * B @ A
-        norms = np.linalg.norm(merged, axis=1)
-        left = np.divide(magnitude, norms, out=np.ones(m), where=norms > 0)
-        return RowScaled(*tensors, scale, torch.from_numpy(magnitude)), left[:, None] * merged
-    W1 = (W0 + 0.3 * np.linalg.norm(W0, 2) * rng.normal(size=(m, n)) / np.sqrt(m)).astype(np.float32)
-    return Dense(torch.from_numpy(W1)), W1.astype(np.float64)
 
 
 @pytest.mark.parametrize("kind", ["low rank", "row scaled", "dense"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from spectra.render.inspection import render_inspection
@@ -15,7 +16,6 @@ from spectra.tasks.inspect import inspect
 peft = pytest.importorskip("peft")
 lycoris = pytest.importorskip("lycoris")
 from lycoris import modules as written  # noqa: E402  (after the oracle is known to be there)
-from safetensors.torch import save_file  # noqa: E402
 
 X = "X = W0 − s·B₀·A₀ + s·B·A"
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q"]}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spectra
@@ -24,7 +25,6 @@ from spectra.updates.initialisation import UNDECIDED, as_saved, condensed, leadi
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 from peft.tuners.lora.config import CordaConfig  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402  (after the oracles are known to be there)
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 SEEDS = range(20)

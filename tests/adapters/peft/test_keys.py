@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spectra
@@ -23,36 +24,26 @@ from spectra.pairing.pairs import pair_layers
 from spectra.repairs.insertion import carried_beside
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402  (after the oracles are known to be there)
-
-from tests.adapters.peft.test_lora import (  # noqa: E402
+from tests.support.peft_folders import same_updates, save_raw, state
+from tests.support.peft_methods import METHODS, all_accounted_for, write
+from tests.support.peft_models import (  # fmt: skip
     DTYPES,
     OPTIONS,
     Net,
     check_against_merge,
+    llama,
     option,
     randomise,
     read_all,
-)  # fmt: skip
-from tests.adapters.peft.test_methods import METHODS, all_accounted_for, every_factor_of_boft, write  # noqa: E402, F401
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
-
-def save_raw(model: nn.Module, folder) -> None:
-    """What a training loop keeps after each epoch: the model's whole state, the adapter's name in its keys."""
-    state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / "adapter_model.safetensors")
-
-
-def same_updates(one, other) -> None:
-    assert one.keys() <= other.keys()
-    for name, (W1, layout) in one.items():
-        assert other[name][1] == layout
-        assert torch.linalg.norm(other[name][0] - W1) <= 1e-12 * torch.linalg.norm(W1), name
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
+    pytest.mark.usefixtures("every_factor_of_boft"),
+]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 4])
@@ -97,10 +88,6 @@ def test_raw_states_of_lora(tmp_path, name, adapter):
     same_updates(clean, raw)
     changed = {n for n, (W1, layout) in raw.items() if not torch.equal(W1, as_matrix(state(tmp_path)[n], layout))}
     assert changed == clean.keys()
-
-
-def state(folder) -> dict[str, torch.Tensor]:
-    return {name: value.double() for name, value in load_file(folder / "base" / "model.safetensors").items()}
 
 
 @pytest.mark.parametrize("second", ["lora", "modules to save"])
@@ -204,14 +191,6 @@ def test_tokens_that_the_base_does_not_have(make_base, make_adapter, rng):
     assert "1 others are rows that the base does not have" in " ".join(layer.notes)
     with pytest.raises(UsageError, match="rows that the base does not have"):
         spectra.mitigate(folder, folder.parent / "new", base, scale=1.0, merged=True)
-
-
-def llama(layers: int) -> Any:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=layers, num_attention_heads=2
-        )
-    )
 
 
 @pytest.mark.parametrize("seed", range(20))

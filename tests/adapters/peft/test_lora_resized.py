@@ -20,7 +20,7 @@ def by_peft(folder, rows, seed):
     """A base of 40 tokens, and a DoRA of its embedding with ``rows``; the weight as peft merges it, float64."""
     peft = pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    from tests.adapters.peft.test_lora import randomise, tiny_llama
+    from tests.support.peft_models import randomise, tiny_llama
 
     torch.manual_seed(seed)
     model = tiny_llama()

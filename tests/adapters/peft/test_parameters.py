@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spectra
@@ -20,7 +21,6 @@ from spectra.pairing.pairs import pair_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402  (after the oracles are known to be there)
 
 SEEDS = range(10)
 

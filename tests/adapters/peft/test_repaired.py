@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import re
 import shutil
-import warnings
 
 import numpy as np
 import pytest
@@ -26,46 +24,14 @@ from spectra.files.folders import RECORD, companions, write_record
 from spectra.files.orientation import as_stored
 from spectra.pairing.pairs import pair_layers
 from spectra.updates.algebra import LowRank, RowScaled
+from tests.support.peft_folders import adapted, loaded, opened, same
+from tests.support.peft_models import OPTIONS, Net, option, tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from tests.adapters.peft.test_lora import OPTIONS, Net, option, randomise, tiny_gpt2, tiny_llama  # noqa: E402
+
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def adapted(home, model, seed=0, **options):
-    """Saves ``model`` as the base and a random adapter of it."""
-    base = home / "base"
-    base.mkdir()
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(base)
-    else:
-        save_file(model.state_dict(), base / "model.safetensors")
-    with quiet():
-        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
-        randomise(wrapped, seed)
-        wrapped.save_pretrained(home / "adapter")
-    return home / "adapter"
-
-
-@contextlib.contextmanager
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's remarks on what we ask of it
-        yield
-
-
-def loaded(model, folder):
-    """peft's model of a folder, in float64."""
-    with quiet():
-        return peft.PeftModel.from_pretrained(copy.deepcopy(model).double(), folder).double().eval()
-
-
-def opened(home, name="adapter"):
-    base, tuned = open_checkpoint(home / "base"), open_checkpoint(home / name)
-    plan = plan_updates(tuned)
-    return base, tuned, plan, pair_layers(base, tuned, plan)
 
 
 def altered(pair, tuned, rng, more=2, dtype=torch.float32):
@@ -92,13 +58,6 @@ def expected_of(model, adapter, base, pairs, changed):
             name = next(n for n in expected if n == pair.base.name or n == f"transformer.{pair.base.name}")
             expected[name] = as_stored(W1, pair.layout, pair.stored_shape)
     return expected
-
-
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = torch.linalg.vector_norm(value.double())
-        assert torch.linalg.vector_norm(found[name].double() - value.double()) <= 2e-6 * scale, name
 
 
 @pytest.mark.parametrize("which", ["first", "all"])

@@ -94,14 +94,6 @@ FAMILIES = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def transformers():
-    module = pytest.importorskip("transformers")
-    module.logging.set_verbosity_error()
-    module.logging.disable_progress_bar()
-    return module
-
-
 def save_memory(model, folder, change=0.0, rng=None):
     """The model as it lies in memory, each value changed a little: what a trainer's own saving leaves."""
     folder.mkdir()

@@ -2,96 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.errors import MissingFileError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
 from spectra.render.inspection import render_inspection
 from spectra.tasks.inspect import inspect
+from tests.support.in_memory import Unchanged, assert_same, but_for_where, nearly
 from tests.support.paths import FIXTURES
+from tests.support.peft_methods import METHODS, write
+from tests.support.peft_models import DTYPES, OPTIONS, Net, option, randomise, tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402  (after the oracles are known to be there)
 
-from tests.adapters.peft.test_lora import DTYPES, OPTIONS, Net, option, randomise, tiny_llama  # noqa: E402
-from tests.adapters.peft.test_methods import METHODS, every_factor_of_boft, write  # noqa: E402, F401
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # peft's and transformers' remarks on what is asked of them
+    pytest.mark.usefixtures("every_factor_of_boft"),
+]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' remarks on what is asked of them
 
 ADAPTERS = sorted(file.parent.relative_to(FIXTURES).as_posix() for file in FIXTURES.glob("**/adapter_config.json"))
-WHERE = (
-    "path",
-    "in_memory",
-    "format",
-    "fingerprint",
-    "fingerprint_covers",
-    "fingerprint_headers",
-    "changed_since_cached",
-)
 
 
 def load(folder: str) -> Any:
     auto = transformers.AutoModelForSequenceClassification
     return auto.from_pretrained(FIXTURES / folder, num_labels=5, dtype="auto")
-
-
-def but_for_where(report: Any) -> dict[str, Any]:
-    """A report without where its inputs lay, how they were stored, and how long it took."""
-    found: dict[str, Any] = json.loads(report.to_json())
-    del found["seconds"]
-    for side in ("base", "tuned"):
-        found[side] = {key: value for key, value in found[side].items() if key not in WHERE}
-    for layer in found["layers"]:
-        del layer["seconds"]
-    return found
-
-
-class Unchanged:
-    """All that reading must leave as it is: values and their places, dtypes, gradients, modes and hooks."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.before, self.seen = self._facts(), self._values()
-
-    def _values(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().clone() for name, value in self._tensors().items()}
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        named = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        return dict(named)
-
-    def _facts(self) -> Any:
-        # peft's attention makes its parameters anew whenever its modules are listed, on the same values.
-        anew = any("MultiheadAttention" in str(type(module)) for module in self.model.modules())
-        tensors = {
-            name: (value.data_ptr(), value.dtype, value.device, value.requires_grad,
-                   None if anew else (id(value), value._version))
-            for name, value in self._tensors().items()
-        }  # fmt: skip
-        gradients = {name: None if value.grad is None else id(value.grad) for name, value in self._tensors().items()}
-        modules = {
-            name: (type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks),
-                   len(module._backward_hooks), len(module._state_dict_hooks), sorted(vars(module)))
-            for name, module in self.model.named_modules()
-        }  # fmt: skip
-        return tensors, gradients, modules
-
-    def check(self) -> None:
-        assert self._facts() == self.before
-        for name, value in self._values().items():
-            same = value.view(torch.uint8) if value.ndim else value
-            was = self.seen[name].view(torch.uint8) if value.ndim else self.seen[name]
-            assert torch.equal(same, was), name
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -142,30 +83,6 @@ def test_every_method(tmp_path, method, seed):
     before.check()
     expected = spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=4)
     assert_same(found, expected)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """Of a base that the adapter's config does not name."""
-    one, other = but_for_where(found), but_for_where(expected)
-    for side in (one, other):
-        del side["base"]["named_by_adapter"]
-    nearly(one, other)
-
-
-def nearly(one: Any, other: Any, place: str = "") -> None:
-    """Equal but for rounding: where a tensor begins in memory decides in which order BLAS adds."""
-    if isinstance(one, float) and isinstance(other, float):
-        assert one == pytest.approx(other, rel=1e-4, abs=2e-6), place
-    elif isinstance(one, dict) and isinstance(other, dict):
-        assert list(one) == list(other), place
-        for key, value in one.items():
-            nearly(value, other[key], f"{place}.{key}")
-    elif isinstance(one, list) and isinstance(other, list):
-        assert len(one) == len(other), place
-        for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-            nearly(mine, theirs, f"{place}.{number}")
-    else:
-        assert one == other, place
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -15,14 +15,15 @@ import spectra
 from spectra.errors import MissingFileError, UnsupportedMethodError, UsageError
 from spectra.sources.live import base_checkpoint_of
 from spectra.sources.live.saving import saved_names
+from tests.support.in_memory import Unchanged, adapted, assert_same, but_for_where
 from tests.support.paths import ROOT
+from tests.support.peft_models import tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from tests.adapters.peft.test_lora import randomise, tiny_gpt2, tiny_llama  # noqa: E402
-from tests.sources.live.test_memory import Unchanged, assert_same, but_for_where  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 LAZY = """
 import sys, torch, spectra
@@ -86,19 +87,6 @@ def test_nothing_of_a_model_outlives_the_audit():
     gc.collect()
     assert sys.getrefcount(model) == references
     assert all(torch.equal(one, other) for one, other in zip(kept, model.parameters(), strict=True))
-
-
-def adapted(model: nn.Module, config: Any, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    found = peft.get_peft_model(model, config)
-    if getattr(config, "init_lora_weights", None) in ("pissa", "olora"):  # from where training would begin
-        with torch.no_grad():
-            for name, value in found.named_parameters():
-                if "lora_" in name:
-                    value.mul_(1 + 0.1 * torch.rand_like(value))
-    else:
-        randomise(found, seed)
-    return found
 
 
 CONFIGS: dict[str, Any] = {
