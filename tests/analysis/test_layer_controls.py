@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from spectra.analysis.detect import is_noise_like, random_floor
 from spectra.analysis.layer import find_intruders
 from tests.support import problems
 
 SHAPES = [(48, 48), (64, 32), (32, 64), (24, 24), (33, 31)]
-CLUSTERED = ("flat", "clusters of 4", "near ties", "rank deficient")
 
 
 def rotated_inside_clusters(rng, m, n):
@@ -84,33 +82,3 @@ def test_no_planted_non_intruder_is_flagged(part):
         shape = [(96, 96), (128, 64), (64, 128)][trial % 3]
         W0, W1, index = problems.planted(rng, shape, cosine=rng.uniform(0.501, 0.99), sigma=5.0)
         assert index not in find_intruders(W0, W1).intruders, f"trial {trial}"
-
-
-@pytest.mark.parametrize(("dimension", "count"), [(16, 16), (64, 64), (768, 768), (3072, 768)])
-def test_random_floor_against_simulation(dimension, count):
-    rng = np.random.default_rng(1)
-    y = rng.normal(size=(2000, dimension))
-    cosines = np.abs(y[:, :count]).max(1) / np.linalg.norm(y, axis=1)
-    assert random_floor(dimension, count) == pytest.approx(cosines.mean(), rel=0.02)
-
-
-def test_random_floor_at_the_ends():
-    assert random_floor(1, 1) == pytest.approx(1.0)
-    assert random_floor(8, 0) == 0.0
-    assert random_floor(4096, 4096) == pytest.approx(0.06, abs=0.003)
-
-
-def norms(W):
-    return float(np.linalg.norm(W)), float(np.linalg.norm(W, 2))
-
-
-def test_noise_like_bases_are_told_from_trained_ones(rng):
-    for shape in ((64, 64), (300, 100), (33, 200)):
-        for _ in range(20):
-            W = rng.normal(size=shape)
-            assert is_noise_like(shape, *norms(W))
-        W = problems.trained_like(rng, *shape)
-        assert not is_noise_like(shape, *norms(W))
-    small = rng.normal(size=(16, 16))
-    assert not is_noise_like((16, 16), *norms(small)), "too small to tell"
-    assert not is_noise_like((64, 64), 0.0, 0.0)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import re
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from spectra.adapters.peft.naming import ModuleNames
 from spectra.analysis.ranks import layer_rank
 from spectra.errors import UsageError
-from spectra.records.ranks import ROW_COLUMNS, RankReport
-from spectra.render.ranks import about_alpha, render_ranks, to_csv
-from tests.support.ranks import model_of, of_matrix, report, suggested, with_rank
+from spectra.render.ranks import about_alpha, render_ranks
+from tests.support.ranks import of_matrix, report, suggested, with_rank
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -255,20 +250,6 @@ def test_a_name_that_ends_in_a_targets_name_is_excluded():
     assert not exists(config, "vision.layers.0.q")
 
 
-def test_the_default_makes_the_pattern_shortest(rng):
-    for _ in range(20):
-        values = {f"layers.{i}.{kind}": int(rng.integers(1, 5)) for i in range(4) for kind in "qkv"}
-        names = ModuleNames({name: name[-1] for name in values}, ())
-        default, pattern = names.pattern(values)
-        lengths = []
-        for candidate in set(values.values()):
-            away = {name: value for name, value in values.items() if value != candidate}
-            whole = [k for k in "qkv" if len({values[f"layers.{i}.{k}"] for i in range(4)}) == 1]
-            lengths.append(len({name[-1] if name[-1] in whole else name for name in away}))
-        assert len(pattern) == min(lengths)
-        assert default in values.values()
-
-
 def tiny(kind):
     if kind == "llama":
         return transformers.LlamaForCausalLM(
@@ -319,91 +300,3 @@ def test_peft_builds_what_was_meant(rng, kind, use_rslora, by):
         assert count == choice.parameters
     trainable = sum(value.numel() for value in wrapped.parameters() if value.requires_grad)
     assert trainable == found.parameters
-
-
-def test_json_goes_round():
-    made = model_of(3)
-    value = json.loads(made.to_json())
-    assert value["schema"] == "spectra.ranks/1"
-    assert value["suggestion"]["config"] == made.suggestion.peft_config()
-    assert value["layers"][0]["curve"] == [list(point) for point in made.layers[0].curve]
-    again = RankReport.from_dict(value)
-    assert again == made
-    assert again.to_json() == made.to_json()
-    nothing = replace(made, suggestion=None)
-    assert RankReport.from_dict(json.loads(nothing.to_json())) == nothing
-    canonical = made.to_dict(canonical=True)
-    assert not {"seconds"} & canonical.keys()
-    assert "path" not in canonical["base"]
-    assert "workers" not in canonical["settings"]
-    with pytest.raises(UsageError, match=r"spectra\.report/1"):
-        RankReport.from_dict({"schema": "spectra.report/1"})
-
-
-def test_rows_csv_and_dataframe():
-    made = model_of(2)
-    rows = made.rows()
-    assert len(rows) == 9
-    first, layer, choice = rows[0], made.layers[0], made.suggestion.choices[0]
-    assert (first["layer"], first["rows"], first["rank_90"]) == (layer.name, 512, layer.rank_90)
-    assert (first["suggested_rank"], first["suggested_alpha"]) == (choice.rank, 2 * choice.rank)
-    assert first["error_at_2"] == layer.error_at(2)
-    assert rows[-1]["suggested_rank"] is None  # the embedding
-    frame = made.to_dataframe()
-    assert list(frame.columns) == list(ROW_COLUMNS)
-    assert frame["suggested_rank"].sum() == sum(choice.rank for choice in made.suggestion.choices)
-    read = list(csv.DictReader(io.StringIO(to_csv([made, made]))))
-    assert len(read) == 18
-    assert read[0]["suggested_rank"] == str(choice.rank)
-
-
-def config_in(text):
-    return json.loads(text[text.index("config\n{") + len("config\n") :])
-
-
-def test_text_says_the_answer_first():
-    made = model_of(2)
-    text = render_ranks(made)
-    suggestion = made.suggestion
-    assert text.startswith(f"Suggestion: LoRA with r = {suggestion.r} (")
-    assert f"{suggestion.parameters:,} values to train" in text
-    assert f"loses      {suggestion.relative_error:.1%}" in text
-    assert "model.embed_tokens: an embedding" in text
-    assert re.search(r"^self_attn\.q_proj +2 +512×512 ", text, flags=re.MULTILINE)
-    assert config_in(text) == suggestion.peft_config()
-    assert render_ranks(made, ascii_only=True).isascii()
-
-
-@pytest.mark.parametrize("count", [28, 56])
-def test_text_of_a_large_model_is_short_unless_asked(count):
-    made = model_of(count)
-    text = render_ranks(made)
-    assert len(text.splitlines()) < 35
-    assert "--verbose prints it" in text
-    verbose = render_ranks(made, verbose=True)
-    assert all(layer.name in verbose for layer in made.layers)
-    assert config_in(verbose) == made.suggestion.peft_config()
-
-
-def test_text_without_a_suggestion():
-    layer = with_rank("embed", 2, role="embedding")
-    failed = ({"name": "a", "status": "non_finite", "error": "tuned: a: holds NaN"},)
-    text = render_ranks(report([layer], suggested([layer]), failed=failed))
-    assert text.startswith("Suggestion: none")
-    assert "non_finite: a: tuned: a: holds NaN" in text
-    assert "config" not in text
-    assert render_ranks(report([], None)).startswith("Suggestion: none")
-
-
-def test_text_of_a_rank_without_an_alpha():
-    tuned = {"path": "tuned", "format": "mlx-lora", "rank": 4, "alpha": None, "scaling": 20.0}
-    assert "tuned  (mlx-lora, rank 4, scaling 20)" in render_ranks(report([], None, tuned=tuned))
-
-
-def test_text_of_dora_and_of_what_saves_nothing(rng):
-    dora = with_rank("layers.0.q", 2, kind="row_scaled", rescaled=True)
-    assert "trained with DoRA" in render_ranks(report([dora], suggested([dora])))
-    flat = of_matrix(rng.normal(size=(40, 30)))
-    text = render_ranks(report([flat], suggested([flat])))
-    assert "training these weights whole costs no more" in text
-    assert "above noise" in text

@@ -11,26 +11,12 @@ from spectra.analysis.scaling import edited_dense, edited_update, outcome_of, sc
 from spectra.errors import NonFiniteError, UsageError
 from spectra.svd import Base, Question, choose_engine
 from spectra.svd.triplets import leading_triplets
-from spectra.updates.algebra import ALL, Dense, DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
-from tests.support.problems import SHAPES, SPECTRA, matrix, orthonormal, planted, trained_like, with_spectrum
+from spectra.updates.algebra import Dense, DenseWeight, FactoredWeight, LowRank, TunedWeight
+from tests.support.problems import SHAPES, matrix, orthonormal, planted, trained_like, with_spectrum
 from tests.support.reference import formula, values_after
+from tests.support.updates import an_update, exact
 
 F64 = torch.float64
-
-
-def exact(weight):
-    return weight.block(ALL, ALL).numpy()
-
-
-def an_update(rng, kind: str, W0: torch.Tensor, r: int = 3, scaling: float = 2.0):
-    m, n = W0.shape
-    B, A = rng.normal(size=(m, r)) / np.sqrt(m), rng.normal(size=(r, n)) / np.sqrt(n)
-    B, A = (torch.from_numpy(part).float() for part in (B, A))
-    if kind == "dense":
-        return Dense(W0 + (scaling * B @ A).to(W0.dtype))
-    if kind == "dora":
-        return RowScaled(B, A, scaling, torch.from_numpy(rng.uniform(0.5, 1.5, m)).float() * W0.norm(dim=1))
-    return LowRank(B, A, scaling)
 
 
 def rewritten(tuned: TunedWeight, change, scaling: float, rank=None, dtype=torch.float32) -> TunedWeight:
@@ -58,24 +44,6 @@ def test_the_result_is_the_formula_and_its_singular_values_are_as_promised(rng, 
         assert change.norm == pytest.approx(size, rel=1e-10)
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("shape", [(40, 40), (72, 24), (24, 72)])
-def test_triplets_are_triplets_whatever_the_spectrum(rng, spectrum, shape):
-    W0 = torch.from_numpy(matrix(rng, spectrum, shape)).float()
-    tuned = an_update(rng, "lora", W0, 2, 0.3 * float(W0.norm())).tuned(W0)
-    for side in ("left", "right"):
-        found = leading_triplets(Base(W0, side), tuned, 6)
-        W1 = exact(tuned)
-        U, V = found.U.numpy(), found.V.numpy()
-        top = found.values[0]
-        assert np.abs(U.T @ U - np.eye(U.shape[1])).max() < 1e-12
-        assert np.abs(V.T @ V - np.eye(V.shape[1])).max() < 1e-12
-        lost = np.linalg.norm(W1 @ V - U * found.s, axis=0)
-        assert np.all(lost <= found.residuals + 1e-12 * top)
-        assert found.residual < 64 * 2.0**-23  # the width of a cluster
-        np.testing.assert_allclose(found.values, np.linalg.svd(W1, compute_uv=False), atol=1e-7 * top)
-
-
 @pytest.mark.parametrize("shape", [(1100, 1100), (1100, 1500), (1500, 1100)])
 def test_large_weights_are_not_decomposed(rng, shape, monkeypatch):
     generator = torch.Generator().manual_seed(3)
@@ -92,16 +60,6 @@ def test_large_weights_are_not_decomposed(rng, shape, monkeypatch):
     after = rewritten(tuned, scaled(triplets, np.array([0.5, 0.0])), 6.0)
     want = formula(exact(tuned), chosen)
     assert np.linalg.norm(exact(after) - want) <= 1e-6 * np.linalg.norm(want)
-
-
-def test_a_large_weight_that_lanczos_does_not_resolve_is_decomposed(rng):
-    p = 1030
-    s = np.linspace(1.001, 1.0, p)
-    W0 = torch.from_numpy(with_spectrum(rng, p, p, s)[0]).float()
-    tuned = LowRank(torch.zeros(p, 1), torch.zeros(1, p), 1.0).tuned(W0)
-    found = leading_triplets(Base(W0), tuned, 3)
-    assert found.residual < 1e-5
-    assert found.values.size == p
 
 
 def test_of_tied_vectors_the_flagged_one_is_scaled(rng):

@@ -1,17 +1,13 @@
-"""The command line: results, messages, exit codes."""
+"""``spectra audit`` as people call it: results, messages, exit codes."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jsonschema
@@ -23,16 +19,10 @@ from safetensors.torch import load_file, save_file
 import spectra
 from spectra.cli import main
 from spectra.records.report import json_schema
-from tests.support.paths import FIXTURES, MEMBERS, ROOT
+from tests.support.commands import run
+from tests.support.paths import FIXTURES, MEMBERS
 
 LORA, BASE, FULL = (str(FIXTURES / name) for name in ("lora-r4", "base", "full"))
-
-
-def run(capsys, *arguments):
-    code = main(list(arguments))
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return code, captured.out, captured.err
 
 
 def test_table(capsys):
@@ -122,12 +112,6 @@ def test_bad_usage(capsys, arguments, words):
     assert (code, out) == (2, "")
     assert words in err
     assert err.count("\n") == 1
-
-
-def test_unknown_options_exit_with_2():
-    with pytest.raises(SystemExit) as caught:
-        main(["audit", LORA, "--nonsense"])
-    assert caught.value.code == 2
 
 
 def test_gate(capsys):
@@ -260,155 +244,12 @@ def test_unchanged_layers_are_not_decomposed(capsys, make_base, rng, monkeypatch
     assert "1 unchanged" in out
 
 
-def test_output_appears_whole_and_replaces_only_reports(capsys, tmp_path):
-    target = tmp_path / "report.json"
-    code, out, err = run(capsys, "audit", LORA, "-o", str(target))  # its ending says json
-    assert (code, out) == (0, "")
-    assert err == f"spectra: wrote {target} (json)\n"
-    first = json.loads(target.read_text())
-    assert first["summary"]["intruders"] == spectra.audit(LORA).total("all")
-    assert list(tmp_path.iterdir()) == [target], "no temporary file stays"
-    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
-    assert run(capsys, "audit", LORA, "-k", "2", "--format", "json", "-o", str(target))[0] == 0
-    assert json.loads(target.read_text())["settings"]["top_k"] == 2
-    precious = tmp_path / "model.safetensors"
-    precious.write_bytes(b"precious")
-    code, _, err = run(capsys, "audit", LORA, "-o", str(precious))
-    assert code == 2
-    assert "not overwritten" in err
-    assert precious.read_bytes() == b"precious"
-    for name in ("one.json", "two.csv", "three.txt"):
-        (tmp_path / name).write_text("{}")
-        assert run(capsys, "audit", LORA, "-o", str(tmp_path / name))[0] == 2
-        assert (tmp_path / name).read_text() == "{}"
-    assert run(capsys, "audit", LORA, "-o", str(tmp_path))[0] == 2
-
-
-def _umask():
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-@pytest.mark.parametrize("form", ["table", "json", "jsonl", "csv"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_every_form_of_report_can_be_written_again(capsys, tmp_path, form, count):
-    target = str(tmp_path / "report")
-    for _ in range(2):
-        assert run(capsys, "audit", *[LORA] * count, "--format", form, "-o", target)[0] == 0
-
-
-def test_inspect(capsys):
-    code, out, _ = run(capsys, "inspect", LORA, FULL, "--base", BASE)
-    assert code == 0
-    assert "peft-lora" in out
-    assert "28 matched" in out
-    assert "29 matched" in out
-    code, out, _ = run(capsys, "inspect", LORA, "--format", "json")
-    found = json.loads(out)[0]
-    assert found["facts"]["rank"] == 4
-    assert len([update for update in found["updates"] if update["base_tensor"]]) == 28
-    _, out, _ = run(capsys, "inspect", LORA, "--verbose")
-    assert "q_proj.lora_A.weight  F32 [4, 160]" in out
-
-
-def test_inspect_names_what_it_does_not_read(capsys, make_base, make_adapter, rng):
-    W = rng.normal(size=(8, 8)).astype("f4")
-    words = rng.normal(size=(20, 8)).astype("f4")
-    base = make_base({"q.weight": W, "embed_tokens.weight": words})
-    tuned = make_base({"q.weight": W + 1, "embed_tokens.weight": np.concatenate([words, words[:3]])}, "tuned")
-    second = make_adapter({"q": (np.ones((8, 1), "f4"), np.ones((1, 8), "f4"))})
-    second.rename(tuned / "second")
-    (tuned / "assets").mkdir()
-    (tuned / "training_args.bin").write_bytes(b"")
-    code, out, err = run(capsys, "inspect", str(tuned), "--base", str(base))
-    assert (code, err) == (0, "")
-    assert "  not read   also here: second/\n" in out
-    assert "embed_tokens: vocabulary resized from 20 to 23 rows: the 20 shared ones are compared" in out
-    _, out, _ = run(capsys, "audit", str(tuned), "--base", str(base), "--verbose")
-    assert out.endswith("\nalso here, not read: second/\n")
-    assert "also here" not in run(capsys, "audit", str(tuned), "--base", str(base))[1]
-
-
-def test_inspect_goes_on_after_a_bad_path(capsys, tmp_path):
-    code, out, err = run(capsys, "inspect", str(tmp_path / "nothing"), BASE)
-    assert code == 2
-    assert BASE in out
-    assert "no such file" in err
-
-
-def test_inspect_names_what_does_not_fit(capsys, make_adapter, make_base, rng):
-    tuned = make_adapter({"layer.0.q": (np.ones((3, 1), "f4"), np.ones((1, 3), "f4"))})
-    other = make_base({"layer.0.q.weight": np.ones((8, 8), "f4")}, "other")
-    code, out, err = run(capsys, "inspect", str(tuned), "--base", str(other))
-    assert code == 2
-    assert "wrong base" in out  # beside what could be told
-    assert err.count("spectra: error:") == 1
-    assert "wrong base" in err
-
-
-def test_inspect_needs_no_torch():
-    code = "import sys; from spectra.cli import main; main(['inspect', sys.argv[1]]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, LORA], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["audit", "--help"], ["--version"]])
-def test_help_answers_at_once(arguments):
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-m", "spectra", *arguments], capture_output=True, text=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - started)
-        assert result.returncode == 0
-        assert result.stdout
-    assert min(seconds) < 0.5
-
-
 def test_a_base_of_plain_noise_gets_no_severe_verdict(capsys, make_base, rng):
     weights = {"layer.0.q.weight": rng.normal(size=(64, 64)).astype("f4")}
     tuned = make_base({name: value + 1 for name, value in weights.items()}, "tuned")
     code, out, _ = run(capsys, "audit", str(tuned), "--base", str(make_base(weights)))
     assert code == 0
     assert out.startswith("Verdict: CANNOT TELL")
-
-
-def test_interrupt_exits_with_130(tmp_path, make_base, rng):
-    weights = {f"layer.{i}.q.weight": rng.normal(size=(1200, 1200)).astype("f4") for i in range(20)}
-    base = make_base(weights)
-    tuned = make_base({name: value + 1 for name, value in weights.items()}, "tuned")
-    command = [sys.executable, "-m", "spectra", "audit", str(tuned), "--base", str(base), "-o", str(tmp_path / "r.txt")]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs in the background has not
-    )  # fmt: skip
-    time.sleep(4)
-    assert process.poll() is None, "finished before it could be interrupted"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip() == "spectra: interrupted"
-    assert not (tmp_path / "r.txt").exists()
-
-
-def test_a_reader_that_leaves_early_is_no_error():
-    command = f"{sys.executable} -m spectra audit {LORA} --format csv | head -1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
-    assert result.stderr == ""
-    assert result.stdout.startswith("tuned,layer")
-
-
-def test_a_reader_that_leaves_early_gets_the_verdict_all_the_same():
-    command = f"set -o pipefail; {sys.executable} -m spectra audit {LORA} --format csv --fail-above 0 | true"
-    assert subprocess.run(["bash", "-c", command], stderr=subprocess.DEVNULL, cwd=ROOT).returncode == 1
-
-
-@pytest.mark.parametrize("redirect", ["> /dev/full", ">&-"])
-def test_standard_output_that_takes_nothing(redirect):
-    command = f"{sys.executable} -m spectra audit {LORA} {redirect}"
-    result = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert result.returncode == 2
-    assert "standard output" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_float64_weights_are_not_rounded(capsys, make_base, rng):
@@ -425,13 +266,6 @@ def test_an_adapters_file_is_its_folder(capsys):
     code, out, _ = run(capsys, "audit", f"{LORA}/adapter_model.safetensors", "--format", "csv")
     assert code == 0
     assert "q_proj" in out
-
-
-@pytest.mark.parametrize("arguments", [["audit", ""], ["audit", LORA, "--base", ""], ["audit", "x" * 5000]])
-def test_names_that_are_none(capsys, arguments):
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("spectra: error:")
 
 
 def test_baselines_with_and_without_verify_compare(capsys, tmp_path):

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz, planted
 from spectra.adapters import plan_updates
-from spectra.adapters.peft.pattern import Pattern
-from spectra.cli.options import complain
-from spectra.errors import AdapterError, CorruptFileError, MissingFileError, SpectraError, in_one_line
+from spectra.errors import CorruptFileError, SpectraError
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.headers import MAX_ENTRY_BYTES, MAX_METADATA_BYTES, read_header, read_json
+from spectra.files.headers import read_header
 from tests.support import hostile, hostile_formats  # noqa: F401  which registers its cases
 from tests.support.hostile import CASES
 from tests.support.paths import FIXTURES, ROOT
@@ -130,7 +128,6 @@ FIELDS = (
     "target_modules", "modules_to_save", "layers_to_transform", "bias", "base_model_name_or_path", "revision",
     "alora_invocation_tokens", "fan_in_fan_out", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
-PATTERNS = st.dictionaries(st.text(max_size=9), VALUES, max_size=3)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -144,54 +141,6 @@ def test_any_configuration(place, config):
     plan = outcome(lambda: plan_updates(open_checkpoint(box)), box)
     if plan is not None:
         assert all(math.isfinite(update.scaling) for update in plan.updates if update.scaling is not None)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(key=st.text(max_size=20) | st.text("ab.*+?|()[]{}\\^$0123,-", max_size=20))
-def test_any_pattern(key):
-    try:
-        found = Pattern(PLACE, {key: 2}).lookup("model.layers.0.q_proj", 1)
-    except AdapterError:
-        return
-    assert found in (1, 2)
-
-
-# The bounds, from both sides.
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("count", [1, 3, 2000])
-def test_headers_are_read_as_the_library_reads_them(tmp_path, count, indent):
-    from safetensors import safe_open
-
-    names = [f'"quoted" \\ {{brace}} ü {i}' for i in range(count)]
-    header = {"__metadata__": {'a"b\\': '{}\\"' * 50_000, "": ""}}
-    header |= {name: hostile.entry((2, 1), 8 * i, 8 * i + 8) for i, name in enumerate(names)}
-    text = json.dumps(header, indent=indent, ensure_ascii=count > 1).encode()
-    hostile.raw(tmp_path / PLACE, text + b" " * 5000, b"\0" * 8 * count)
-    found = read_header(tmp_path / PLACE)
-    with safe_open(tmp_path / PLACE, framework="np") as file:
-        assert sorted(found) == sorted(file.keys())
-    assert [info.span for info in found.values()] == [(8 + len(text) + 5000 + 8 * i, 8) for i in range(count)]
-
-
-@pytest.mark.parametrize("shift", range(4))
-def test_an_escape_between_two_chunks(tmp_path, shift):
-    notes = "x" * shift + '\\"' * 300_000
-    header = {"__metadata__": {"notes": notes}, "w": hostile.entry((1,), 0, 4)}
-    hostile.raw(tmp_path / PLACE, header, b"\0" * 4)
-    assert set(read_header(tmp_path / PLACE)) == {"w"}
-
-
-def test_large_metadata_are_read_and_larger_ones_refused(tmp_path):
-    for size, fine in ((MAX_ENTRY_BYTES * 9, True), (MAX_METADATA_BYTES, False)):
-        header = {"__metadata__": {"notes": "x" * size}, "w": hostile.entry((1,), 0, 4)}
-        hostile.raw(tmp_path / PLACE, header, b"\0" * 4)
-        if fine:
-            assert set(read_header(tmp_path / PLACE)) == {"w"}
-        else:
-            with pytest.raises(CorruptFileError, match="__metadata__"):
-                read_header(tmp_path / PLACE)
 
 
 def test_a_link_within_the_folder_is_followed(tmp_path):
@@ -217,35 +166,6 @@ def test_links_of_a_hub_snapshots_subfolder_are_followed(tmp_path):
     hostile.whole(tmp_path / "models--a--b" / "blobs" / "1")
     (unet / "diffusion_pytorch_model.safetensors").symlink_to("../../../blobs/1")
     assert len(open_checkpoint(unet).tensors) == 2
-
-
-def test_names_that_occur_twice_matter_where_readers_would_differ(tmp_path):
-    (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
-    assert read_json(tmp_path / "config.json") == {"a": 2}
-    with pytest.raises(CorruptFileError, match="'a' occurs twice"):
-        read_json(tmp_path / "config.json", unique=True)
-    assert read_json(tmp_path / "nothing.json", unique=True) == {}
-    with pytest.raises(MissingFileError, match="a folder"):
-        read_json(tmp_path)
-
-
-def test_patterns_are_tried_in_their_order():
-    values = {"k_proj": 1, r"[qk]_proj": 2, "^model.q_proj": 3, "q_proj": 4, "v_proj": 5, r"layers\.\d+\.v_proj": 6}
-    table = Pattern(PLACE, values)
-    expected = {"a.k_proj": 1, "model.q_proj": 2, "b.q_proj": 2, "layers.1.v_proj": 5, "o_proj": 0, "xk_proj": 0}
-    assert {module: table.lookup(module, 0) for module in expected} == expected
-    table = Pattern(PLACE, {"^model.q_proj": 3, "q_proj": 4})
-    assert [table.lookup(module, 0) for module in ("model.q_proj", "a.model.q_proj", "q_proj")] == [3, 4, 4]
-
-
-def test_messages_are_one_line_each(capsys):
-    assert in_one_line("plain: café ΔW 'x'") == "plain: café ΔW 'x'"
-    assert in_one_line("a\nb\x1b\u202e\udcff") == "a\\nb\\x1b\\u202e\\udcff"
-    long = in_one_line("s" * 5000 + "end", 300)
-    assert len(long) < 310
-    assert long.endswith("end")
-    complain("a\nb")
-    assert capsys.readouterr().err == "spectra: error: a\\nb\n"
 
 
 def test_a_short_run_of_the_fuzzer(tmp_path):

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import spectra
-from spectra.adapters import DIALECTS, plan_updates
-from spectra.adapters.peft.pattern import Pattern
-from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
+from spectra.adapters import plan_updates
+from spectra.errors import AdapterError, UsageError, WrongBaseError
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.headers import TensorInfo
-from spectra.files.orientation import is_convolution, role_of
 from spectra.pairing.pairs import pair_layers
-from spectra.records.report import module_type
 from tests.support.paths import FIXTURES, MEMBERS
 from tests.support.problems import f32
 
@@ -44,15 +38,6 @@ def test_every_tensor_is_analysed_or_skipped(member):
     pairing = pairs_of(FIXTURES / "base", FIXTURES / member)
     named = {pair.update.module for pair in pairing.pairs} | {item.name for item in pairing.skipped}
     assert {update.module for update in plan.updates} <= named
-
-
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
-def test_every_checkpoint_has_exactly_one_first_dialect(dialect):
-    for member in (*MEMBERS, "base"):
-        checkpoint = open_checkpoint(FIXTURES / member)
-        first = next(d for d in DIALECTS if d.recognises(checkpoint))
-        assert first.name == ("peft" if checkpoint.adapter_config else "full")
-    assert dialect.name
 
 
 @pytest.mark.parametrize(
@@ -296,40 +281,6 @@ def test_packed_bases_are_skipped_by_name(rng, make_base, make_adapter):
     assert "GPTQ" in pairs_of(base, tuned).skipped[0].reason
 
 
-def test_patterns_match_as_in_peft():
-    import re
-
-    modules = ["model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj", "x.my_q_proj", "layers.1.q_proj"]
-    keys = [
-        "q_proj",
-        "layers.1.q_proj",
-        "^layers.1.q_proj",
-        r"layers\.1\.q_proj",
-        "1.q_proj$",
-        r".*1\.q_proj",
-        r"layers\.\d+\.q_proj",
-        "layers.1..q_proj",
-        "..1.q_proj",
-        r"layers\..1.q_proj",
-        ".q_proj",
-        "q_proj.",
-    ]
-    for key in keys:
-        pattern = Pattern(FIXTURES, {key: 5})
-        for module in modules:
-            expected = bool(re.match(rf"(.*\.)?({key})$", module))
-            assert (pattern.lookup(module, 0) == 5) == expected, (key, module)
-
-
-def test_many_plain_patterns_are_fast():
-    pattern = Pattern(FIXTURES, {f"model.layers.{i}.self_attn.q_proj": i for i in range(2000)})
-    started = time.perf_counter()
-    assert [pattern.lookup(f"model.layers.{i}.self_attn.q_proj", -1) for i in range(0, 2000, 10)] == list(
-        range(0, 2000, 10)
-    )
-    assert time.perf_counter() - started < 2
-
-
 def test_grouped_convolution_is_skipped_with_its_reason(rng, make_base, make_adapter):
     base = make_base({"conv.weight": f32(rng, 8, 2, 3, 3), "layer.0.q.weight": f32(rng, 4, 4)})
     modules = {"conv": (f32(rng, 8, 1, 1, 1), f32(rng, 1, 4, 3, 3)), "layer.0.q": (f32(rng, 4, 1), f32(rng, 1, 4))}
@@ -358,175 +309,10 @@ def test_include_and_exclude(rng, make_base, make_adapter):
         spectra.audit(tuned, base, include=["nothing like it"])
 
 
-def corrupt(change):
-    """(modules, config) of an adapter after a change."""
-    rng = np.random.default_rng(0)
-    modules = {"layer.0.q": (f32(rng, 4, 2), f32(rng, 2, 4))}
-    extra: dict = {}
-    config: dict = {}
-    change(modules, extra, config)
-    return modules, extra, config
-
-
-BROKEN = {
-    "r differs from the factors": (lambda m, e, c: c.update(r=3), AdapterError, "r = 3"),
-    "pattern gives another r": (lambda m, e, c: c.update(rank_pattern={"q": 1}), AdapterError, "r = 1"),
-    "r of zero": (lambda m, e, c: c.update(r=0), AdapterError, "at least 1"),
-    "r is no number": (lambda m, e, c: c.update(r="two"), AdapterError, "expected a number"),
-    "alpha is no number": (lambda m, e, c: c.update(lora_alpha=float("nan")), AdapterError, "expected a number"),
-    "pattern is no number": (lambda m, e, c: c.update(alpha_pattern={"q": "x"}), AdapterError, "expected a number"),
-    "pattern is no expression": (lambda m, e, c: c.update(rank_pattern={"(": 2}), AdapterError, "regular expression"),
-    "pattern that recurses": (lambda m, e, c: c.update(rank_pattern={"(?R)": 2}), AdapterError, "too elaborate"),
-    "pattern that unrolls": (
-        lambda m, e, c: c.update(rank_pattern={"(?:(?:a{1000}){1000}){1000}": 2}), AdapterError, "too elaborate"),
-    "r is a fraction": (lambda m, e, c: c.update(r=2.5), AdapterError, r"r = 2\.5"),
-    "r beyond all bounds": (lambda m, e, c: c.update(r=10**400), AdapterError, "expected a number"),
-    "switch is no switch": (lambda m, e, c: c.update(use_rslora="false"), AdapterError, "expected true or false"),
-    "method is a list": (lambda m, e, c: c.update(peft_type=["LORA"]), AdapterError, "expected a name"),
-    "trainable tokens inside": (
-        lambda m, e, c: e.update({"base_model.model.emb.token_adapter.trainable_tokens_delta": np.ones((2, 4), "f4")}),
-        AdapterError, "expected the indices"),
-    "factor of another method inside": (
-        lambda m, e, c: e.update({"base_model.model.layer.0.q.ia3_l": np.ones((4, 1), "f4")}),
-        UnsupportedMethodError, "IA3"),
-    "pattern that never ends": (
-        lambda m, e, c: (m.update({"a" * 60 + "q": m.pop("layer.0.q")}), c.update(rank_pattern={"(a|aa)+": 2})),
-        AdapterError, "too long"),
-    "partner missing": (
-        lambda m, e, c: (m.clear(), e.update({"base_model.model.layer.0.q.lora_A.weight": np.ones((2, 4), "f4")})),
-        AdapterError, "lora_B is missing"),
-    "second adapter": (
-        lambda m, e, c: e.update({"base_model.model.layer.0.q.lora_A.other.weight": np.ones((2, 4), "f4")}),
-        AdapterError, "several adapters"),
-    "integer factor": (
-        lambda m, e, c: m.update({"layer.0.q": (np.ones((4, 2), "i4"), np.ones((2, 4), "f4"))}), AdapterError, "I32"),
-    "flat factor": (
-        lambda m, e, c: m.update({"layer.0.q": (np.ones((4, 2), "f4"), np.ones(8, "f4"))}), AdapterError, "matrix"),
-    "dora without magnitudes": (lambda m, e, c: c.update(use_dora=True), AdapterError, "lora_magnitude_vector"),
-    "magnitudes without dora": (
-        lambda m, e, c: e.update({"base_model.model.layer.0.q.lora_magnitude_vector": np.ones(4, "f4")}),
-        AdapterError, "use_dora is false"),
-    "unknown option": (lambda m, e, c: c.update(use_qalora=True), UnsupportedMethodError, "use_qalora"),
-    "option from the future": (lambda m, e, c: c.update(sparkle={"on": 1}), UnsupportedMethodError, "sparkle"),
-    "randomised pissa": (
-        lambda m, e, c: c.update(init_lora_weights="pissa_niter_4"), UnsupportedMethodError, "niter.*--initial-adapter",
-    ),
-    "no method": (lambda m, e, c: c.update(peft_type=None), UnsupportedMethodError, "no peft_type"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_broken_adapters(rng, make_base, make_adapter, kind):
-    change, error, words = BROKEN[kind]
-    modules, extra, config = corrupt(change)
-    config = {"r": 2} | config
-    base = make_base({"layer.0.q.weight": f32(rng, 4, 4)})
-    tuned = make_adapter(modules, extra=extra, **config)
-    with pytest.raises(error, match=words) as caught:
-        spectra.audit(tuned, base)
-    assert "adapter" in str(caught.value)
-
-
-@pytest.mark.parametrize("method", ["BOFT", "FOURIERFT", "HRA"])
-def test_methods_that_are_not_read_yet_are_named(rng, make_base, make_adapter, method):
-    with pytest.raises(UnsupportedMethodError, match=method):
-        spectra.audit(make_adapter({"q": (f32(rng, 4, 1), f32(rng, 1, 4))}, peft_type=method), FIXTURES / "base")
-
-
-@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"])
-def test_methods_that_change_no_weight_say_so(rng, make_base, make_adapter, method):
-    with pytest.raises(UnsupportedMethodError, match=f"{method} changes no weight"):
-        spectra.audit(make_adapter({"q": (f32(rng, 4, 1), f32(rng, 1, 4))}, peft_type=method), FIXTURES / "base")
-
-
-@pytest.mark.parametrize(
-    ("tensor", "method"),
-    [
-        ("layer.down_lora.down.weight", "an early diffusers"),
-        ("base_model.model.layer.hada_w1_a", "LoHa"),
-        ("base_model.model.layer.lokr_w1", "LoKr"),
-        ("lycoris_layer.lambda_layer", "T-LoRA"),
-        ("lora_unet_layer.boft_R", "BOFT"),
-        ("lora_unet_layer.oft_R.weight", "OFT without"),
-        ("layer.lora_a", "MLX"),
-        ("model.layers.0.q.lora_A.weight", r"adapter_config\.json"),
-    ],
-)
-def test_other_writers_are_named(rng, make_base, tensor, method):
-    other = make_base({tensor: f32(rng, 2, 4)}, "other")
-    with pytest.raises(UnsupportedMethodError, match=method):
-        spectra.audit(other, FIXTURES / "base")
-
-
-def test_conditional_adapters_say_so(rng, make_base, make_adapter):
-    base = make_base({"layer.0.q.weight": f32(rng, 4, 4)})
-    tuned = make_adapter({"layer.0.q": (f32(rng, 4, 1), f32(rng, 1, 4))}, alora_invocation_tokens=[1, 2])
-    assert spectra.audit(tuned, base).tuned["conditional"] is True
-
-
-@pytest.mark.parametrize(
-    ("name", "ndim", "role"),
-    [
-        ("bert.embeddings.word_embeddings", 2, "embedding"),
-        ("model.embed_tokens", 2, "embedding"),
-        ("transformer.wte", 2, "embedding"),
-        ("shared", 2, "embedding"),
-        ("lm_head", 2, "head"),
-        ("classifier.dense", 2, "head"),
-        ("cls.predictions.transform.dense", 2, "head"),
-        ("score", 2, "head"),
-        ("encoder.layer.3.attention.self.query", 2, "linear"),
-        ("model.layers.3.mlp.up_proj", 2, "linear"),
-        ("pooler.dense", 2, "linear"),
-        ("electra.embeddings_project", 2, "linear"),
-        ("encoder.embedding_hidden_mapping_in", 2, "linear"),
-        ("model.layers.0.mlp.shared_expert_gate", 2, "linear"),
-        ("bert.embeddings.token_type_embeddings", 2, "embedding"),
-        ("embeddings.class_embedding", 2, "embedding"),
-        ("vision.patch_conv", 4, "conv"),
-    ],
-)
-def test_roles(name, ndim, role):
-    assert role_of(name, ndim) == role
-
-
-def test_module_types():
-    assert module_type("encoder.layer.3.attention.self.query") == "attention.self.query"
-    assert module_type("model.layers.11.mlp.up_proj") == "mlp.up_proj"
-    assert module_type("pooler.dense") == "pooler.dense"
-    assert module_type("blocks.3") == "blocks.3"
-    assert module_type("unet.down_blocks.0.transformer_blocks.1.attn1.to_out.0") == "attn1.to_out.0"
-    assert module_type("transformer_blocks.1.ff.net.2") == "ff.net.2"
-    assert module_type("model.layers.3.mlp.experts.5.down_proj") == "mlp.experts.down_proj"
-    assert module_type("model.layers.3.mlp.experts.5") == "mlp.experts"
-
-
 def test_a_config_written_by_peft_has_only_known_fields():
     config = json.loads((FIXTURES / "lora-r4" / "adapter_config.json").read_text())
     assert config["peft_version"]
     assert plan_updates(open_checkpoint(FIXTURES / "lora-r4")).facts["rank"] == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "bias", "expected"),
-    [
-        ("conv1.weight", (8, 4, 40), False, True),
-        ("visual.patch_embed.proj.weight", (8, 3, 2, 14, 14), False, True),
-        ("vision_model.embeddings.patch_embedding.weight", (8, 3, 32, 32), False, True),
-        ("layer1.0.downsample.0.weight", (8, 4, 1, 1), False, True),
-        ("neck.0.weight", (8, 4, 3, 3), False, True),
-        ("attn.to_q.weight", (8, 8, 1), False, True),
-        ("resblocks.3.weight", (8, 4, 7), True, True),
-        ("resblocks.3.weight", (8, 4, 7), False, False),
-        ("depth_decoder.layers.0.fc1.weight", (8, 32, 16), False, False),  # Moshi's, one matrix a codebook
-        ("experts_like.weight", (8, 32, 64), True, False),
-        ("time_maa", (1, 1, 64), False, False),
-        ("q.weight", (8, 4), True, False),
-    ],
-)
-def test_what_is_a_convolution(name, shape, bias, expected):
-    own = TensorInfo("bias", "F32", shape[:1], Path("x"), (0, 0)) if bias else None
-    assert is_convolution(name, shape, own) is expected
 
 
 def test_three_dimensions_are_not_flattened_unless_they_are_a_convolutions(rng, make_base):

@@ -15,20 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra.cli import main
 from spectra.errors import MissingFileError
 from spectra.render.sarif import Scanned, to_sarif
+from tests.support.commands import run
 from tests.support.paths import FIXTURES, ROOT
 from tests.support.reports import layer, report, vector
 from tests.support.sarif import VALIDATOR, checked
 
 LORA, FULL, BASE = "fixtures/lora-r4", "fixtures/full", "fixtures/base"
-
-
-def run(capsys, *arguments):
-    code = main(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_every_flagged_layer_is_a_result(capsys, monkeypatch):

@@ -71,3 +71,29 @@ def check_any(base: Any, tuned: Any, expected: dict[str, torch.Tensor], *, share
         assert torch.linalg.norm(update.dense() - wanted) <= 1e-6 * torch.linalg.norm(wanted), pair.base.name
         assert torch.linalg.norm(update.delta() - (wanted - W0)) <= 1e-6 * torch.linalg.norm(wanted - W0) + 1e-12
     return pairing
+
+
+# kohya's sd-scripts, LyCORIS
+
+BLOCKS = ("down_blocks.0", "down_blocks.11", "mid_block", "up_blocks.1")
+
+
+def image_model(rng, dtype):
+    """{tensor: value} of a denoiser's modules: linear ones, and convolutions of several kernels."""
+    a, b, c = (int(size) for size in rng.integers(4, 12, size=3))
+    model = {}
+    for block in BLOCKS:
+        model[f"{block}.attentions.0.attn1.to_q.weight"] = draw(rng, b, a, dtype=dtype)
+        model[f"{block}.attentions.0.attn1.to_out.0.weight"] = draw(rng, a, a, dtype=dtype)
+        model[f"{block}.attentions.0.proj_in.weight"] = draw(rng, c, b, 1, 1, dtype=dtype)
+        model[f"{block}.resnets.1.conv1.weight"] = draw(rng, c, a, 3, 3, dtype=dtype)
+        model[f"{block}.resnets.1.norm.weight"] = draw(rng, c, dtype=dtype)
+    model["time_embedding.linear_1.weight"] = draw(rng, c, b, dtype=dtype)
+    model["conv_in.weight"] = draw(rng, c, 4, 3, 2, dtype=dtype)
+    return model
+
+
+def text_model(rng, dtype):
+    a, b = (int(size) for size in rng.integers(12, 20, size=2))
+    model = {f"text_model.encoder.layers.{i}.self_attn.q_proj.weight": draw(rng, a, a, dtype=dtype) for i in range(12)}
+    return model | {"text_model.encoder.layers.1.mlp.fc1.weight": draw(rng, b, a, dtype=dtype)}

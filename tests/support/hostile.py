@@ -38,7 +38,6 @@ Q, K = NAMES
 A, B = (f"base_model.model.model.layers.0.q_proj.lora_{factor}.weight" for factor in "AB")
 
 # Events of what starts something, connects, or changes files without opening them.
-STARTS = ("subprocess", "os.system", "os.exec", "os.fork", "os.posix_spawn", "socket.", "pickle", "os.remove", "os.ren")
 
 Arguments = list[str]
 

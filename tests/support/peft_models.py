@@ -4,6 +4,7 @@ them held against what is read, in float64.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -158,3 +159,9 @@ def llama(layers: int) -> Any:
             vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=layers, num_attention_heads=2
         )
     )
+
+
+def classifier(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.LlamaForSequenceClassification.from_pretrained(folder, num_labels=5, dtype=torch.float32)

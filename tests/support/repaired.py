@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,10 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 def merged(net, adapter):
     """The state of a fresh net with an adapter merged in by peft, in float64."""
     return peft.PeftModel.from_pretrained(net, adapter).double().merge_and_unload().state_dict()
+
+
+def edit_record(folder, change):
+    path = folder / "spectra-mitigation.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))

@@ -8,81 +8,10 @@ import torch
 
 import spectra
 from spectra.analysis.layer import find_intruders
-from spectra.svd import Base, Question, certificate, krylov, lanczos
-from spectra.svd.certificate import Certificate
-from spectra.svd.lanczos import BlockLanczos, leading_pairs, random_columns, spectral_norm
+from spectra.svd import Base, Question, certificate, krylov
+from spectra.svd.lanczos import leading_pairs
 from spectra.updates.algebra import Dense, LowRank, RowScaled
 from tests.support import problems, reference
-
-
-@pytest.fixture
-def small_scale(monkeypatch):
-    """Lets the engine try itself on matrices far below the size from which it pays."""
-    monkeypatch.setattr(krylov, "FIRST_STEPS", 2)
-    monkeypatch.setattr(krylov, "LARGEST_SHARE", 1.0)
-    monkeypatch.setattr(lanczos, "FIRST_STEPS", 2)
-    monkeypatch.setattr(lanczos, "LARGEST_SHARE", 1.0)
-
-
-def leading_space(W0, W1, side, k=3, steps=4):
-    """A Lanczos space of W0 that starts from the leading vectors of W1, and what the engine makes of it."""
-    base = Base(W0, side)
-    leading = leading_pairs(base, Dense(W1).tuned(W0), k, 1e-3)
-    assert leading is not None
-    W = base.W
-    X = leading.Y if base.is_aligned else (W @ leading.half) / leading.sigma[:k].to(W.dtype)
-    random = random_columns(W.shape[0], 6, 1) / np.sqrt(W.shape[0])
-    space = BlockLanczos(lambda Z: W @ (W.T @ Z), torch.cat([X.double(), random], 1), W.dtype)
-    assert space.extend(steps)
-    return base, X, Certificate(base, space, X, random, leading, Question(k, 0.5, side))
-
-
-@pytest.mark.parametrize("shape", [(90, 90), (80, 120), (120, 80)], ids=str)
-@pytest.mark.parametrize("kind", ["trained", "power law", "heavy tail"])
-def test_the_residual_bounds_every_overlap(rng, small_scale, kind, shape):
-    """‖y − (M − λ)z‖ as evaluated is never below |⟨x, y⟩|, at each eigenvalue of M and on both sides."""
-    W0 = torch.from_numpy(problems.matrix(rng, kind, shape))
-    u, v = problems.orthonormal(rng, shape[0], 3), problems.orthonormal(rng, shape[1], 3)
-    W1 = W0 + torch.from_numpy(u * (float(torch.linalg.matrix_norm(W0, 2)) * np.array([5, 4, 3])) @ v.T)
-    for side in ("left", "right"):
-        base, X, found = leading_space(W0, W1, side)
-        eigenvalues, vectors = torch.linalg.eigh(base.W @ base.W.T)
-        for j in range(3):
-            bound, _ = found.residual(eigenvalues, found.C[:, j], found.outside[:, j])
-            assert (bound + found.lost[j] >= (vectors.T @ X[:, j]).abs() - 1e-9).all()
-
-
-@pytest.mark.parametrize("shape", [(96, 96), (64, 160), (160, 64)], ids=str)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_leading_vectors_are_those_of_the_svd(rng, small_scale, shape, side):
-    W1 = problems.trained_like(rng, *shape)
-    base = Base(torch.from_numpy(W1).float(), side)
-    leading = leading_pairs(base, Dense(base.W0).tuned(base.W0), 4, 1e-3)
-    assert leading is not None
-    U, s, Vh = np.linalg.svd(W1, full_matrices=False)
-    np.testing.assert_allclose(leading.sigma[:4], s[:4], rtol=1e-5)
-    assert not leading.is_degenerate(shape)
-    exact = U if side == "left" else Vh.T
-    ours = leading.Y if base.is_aligned else leading.half / leading.sigma[:4].float()
-    signs = np.sign((exact[:, :4] * ours.numpy()).sum(0))
-    errors = np.linalg.norm(exact[:, :4] * signs - ours.numpy(), axis=0)
-    assert (errors <= leading.direction_errors(base.is_aligned).numpy() + 1e-6).all()
-
-
-def test_ties_and_null_space_are_left_to_the_exact_engine(rng, small_scale):
-    tied = problems.with_spectrum(rng, 96, 96, np.concatenate([[5, 3, 3], np.linspace(1, 0.5, 93)]))[0]
-    thin = problems.with_spectrum(rng, 96, 96, np.concatenate([[5, 3], np.zeros(94)]))[0]
-    for W in (tied, thin, np.zeros((96, 96))):
-        base = Base(torch.from_numpy(W).float(), "left")
-        assert leading_pairs(base, Dense(base.W0).tuned(base.W0), 3, 1e-3) is None
-
-
-def test_what_lies_below_the_floor_is_proven(rng):
-    W = torch.from_numpy(problems.with_spectrum(rng, 60, 90, np.linspace(2, 0.5, 60))[0]).float()
-    for W0 in (W, W.T):
-        base = Base(W0, "left")
-        assert base.has_no_eigenvalue_below(0.2)
-        assert not base.has_no_eigenvalue_below(0.3)
 
 
 def test_a_small_singular_value_of_a_tall_base_is_not_overlooked(rng, small_scale):
@@ -150,14 +79,6 @@ def test_no_small_update_is_proven_that_makes_an_intruder(rng, small_scale):
                 assert value is not None
                 assert match.bounds[0] <= value + 1e-5, f"trial {trial}"
     assert 3 <= proven < 40
-
-
-def test_spectral_norm(rng):
-    for shape in ((300, 300), (100, 700), (700, 100), (5, 3)):
-        W = problems.trained_like(rng, *shape)
-        assert spectral_norm(torch.from_numpy(W).float()) == pytest.approx(np.linalg.norm(W, 2), rel=1e-5)
-    assert spectral_norm(torch.zeros(40, 40)) == 0
-    assert random_columns(4, 2, 1).equal(random_columns(4, 2, 1))
 
 
 @pytest.fixture(scope="module")

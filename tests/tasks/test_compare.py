@@ -13,21 +13,19 @@ import pytest
 import referencing
 import scipy.integrate
 import scipy.optimize
-import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 import spectra
 from spectra.analysis.detect import random_floor
-from spectra.analysis.study import WEIGHTS, weight_curve
+from spectra.analysis.study import WEIGHTS
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
 from spectra.records import comparison, sweeps
-from spectra.records.comparison import Comparison, short_names
+from spectra.records.comparison import Comparison
 from spectra.records.report import json_schema
 from spectra.sources.saved import load_comparison
 from spectra.svd import base as base_module
 from spectra.tasks.compare import SIZE
-from spectra.updates.algebra import Dense, LowRank, RowScaled, Update, merged
 from tests.support import problems, reference
 from tests.support.paths import FIXTURES, MEMBERS
 
@@ -173,17 +171,6 @@ def test_counts_and_thresholds_by_adapter_weight(family, base):
         weight, name = sweeps.free_weight(report)
         assert weight == min(layer.weights["threshold"] or np.inf for layer in report.layers)
         assert name in {layer.name for layer in report.layers}
-
-
-@pytest.mark.parametrize(
-    ("first", "expected"), [(0.3, 0.3), (1.0, 1.0), (3.99, 3.99), (1e-3, 1e-3), (4.5, None), (0.0, 2.0**-20)]
-)
-def test_the_first_crossing_is_found_wherever_it_is(first, expected):
-    curve = weight_curve(lambda weight: int(weight >= first), int(first <= 1))
-    if expected is None:
-        assert curve["threshold"] is None
-    else:
-        assert expected / 1.01 <= curve["threshold"] <= expected * 1.0101
 
 
 def test_random_updates_are_the_null(family):
@@ -424,30 +411,6 @@ def test_arrays_of_a_layer(base):
     assert SIZE > 160
     with pytest.raises(UsageError, match="size = 0"):
         spectra.layer_spectra(paths, size=0)
-
-
-def test_short_names_tell_paths_apart():
-    assert short_names(["a/b/c", "a/d/c"]) == ("b/c", "d/c")
-    assert short_names(["x/one", "y/two"]) == ("one", "two")
-    assert short_names(["0.5*x/one + 0.5*y/two", "x/one"]) == ("0.5*one + 0.5*two", "one")
-    assert len(set(short_names(["same", "same"]))) == 2
-
-
-def test_scaled_updates_keep_their_form(rng):
-    W0 = torch.from_numpy(rng.normal(size=(12, 9)))
-    B, A = torch.from_numpy(rng.normal(size=(12, 2))), torch.from_numpy(rng.normal(size=(2, 9)))
-    magnitude = torch.from_numpy(rng.uniform(1, 2, size=12))
-    updates: list[Update] = [LowRank(B, A, 0.5), RowScaled(B, A, 0.5, magnitude), Dense(W0 + B @ A)]
-    for update in updates:
-        tuned = update.tuned(W0)
-        expected = W0 + 0.3 * (tuned.dense() - W0)
-        assert torch.allclose(tuned.scaled(0.3).dense(), expected, atol=1e-12)
-        assert (tuned.scaled(0.3).low_rank() is None) == (tuned.low_rank() is None)
-    parts = [(weight, update.tuned(W0)) for weight, update in zip((0.2, 0.3, -1.0), updates, strict=True)]
-    for chosen in (parts, parts[:2], parts[:1]):
-        total = W0 + sum(weight * (tuned.dense() - W0) for weight, tuned in chosen)
-        assert torch.allclose(merged(W0, chosen).dense(), total, atol=1e-12)
-    assert merged(W0, parts[:1]).low_rank() is not None
 
 
 @pytest.mark.parametrize("engine", ["cached", "exact"])

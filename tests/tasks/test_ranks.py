@@ -1,4 +1,4 @@
-"""Ranks and extraction from paths and from the command line: what peft makes of what we write."""
+"""Ranks of fine-tunes from paths: what peft makes of what is suggested."""
 
 from __future__ import annotations
 
@@ -12,27 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra.adapters.peft.replication import copies
 from spectra.analysis import measures, truncation
-from spectra.cli import main
 from spectra.errors import UsageError
 from spectra.records.ranks import RankReport
 from spectra.tasks import ranks as ranking
+from tests.support.commands import run
 from tests.support.paths import FIXTURES
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-
-
-def classifier(folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.LlamaForSequenceClassification.from_pretrained(folder, num_labels=5, dtype=torch.float32)
-
-
-def run(capsys, *arguments):
-    code = main([str(item) for item in arguments])
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -69,54 +57,6 @@ def test_ranks_of_adapters():
             assert layer.effective_rank == pytest.approx(audited[layer.name]["effective_rank"], rel=1e-6)
             assert member == "dora-r16" or layer.rank_99 <= rank
         assert report.tuned["rank"] == rank
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"by": "type", "energy": 0.5}, {"by": "model", "use_rslora": True, "max_rank": 8}]
-)
-def test_an_extracted_adapter_is_the_truncation_that_it_says(tmp_path, changes, options):
-    made = spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", **options)
-    assert made.report.suggestion is not None
-    assert not made.left_out
-    model = peft.PeftModel.from_pretrained(classifier(FIXTURES / "base"), tmp_path / "out")
-    merged = model.double().merge_and_unload().state_dict()
-    base = classifier(FIXTURES / "base").state_dict()
-    for choice in made.report.suggestion.choices:
-        name = f"{choice.name}.weight"
-        dW = changes[name]
-        learnt = merged[name] - base[name].double()
-        error = float(torch.linalg.norm(dW - learnt) / torch.linalg.norm(dW))
-        s = torch.linalg.svdvals(dW)
-        best = float(s[choice.rank :].norm() / s.norm())
-        assert error == pytest.approx(best, abs=1e-5)
-        assert made.relative_errors[choice.name] == pytest.approx(best, abs=1e-5)
-        assert choice.relative_error == pytest.approx(best, abs=1e-5)
-        assert int(torch.linalg.matrix_rank(learnt, rtol=1e-5)) <= choice.rank
-    # What factors do not carry is there whole, the new head included.
-    tuned = load_file(FIXTURES / "full" / "model.safetensors")
-    for name in ("model.norm.weight", "score.weight", "model.embed_tokens.weight"):
-        assert torch.equal(merged[name].float(), tuned[name].float()), name
-
-
-def test_an_extracted_adapter_is_audited_as_what_it_is(tmp_path):
-    spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", energy=0.999)
-    full = spectra.audit(FIXTURES / "full", FIXTURES / "base", exclude=["embed"])
-    again = spectra.audit(tmp_path / "out")
-    assert not again.failed
-    assert {layer.name for layer in again.layers} >= {layer.name for layer in full.layers}
-    counts = {layer.name: layer.intruders for layer in again.layers}
-    # What the break-even rank cuts off may move a vector across epsilon.
-    assert max(abs(counts[layer.name] - layer.intruders) for layer in full.layers) <= 1
-    assert abs(again.total("paper") - full.total("paper")) <= 2
-
-
-def test_factors_alone(tmp_path):
-    made = spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", whole=False)
-    assert made.whole == ()
-    assert {"model.norm.weight", "score.weight"} <= made.left_out.keys()
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["modules_to_save"] is None
-    assert all(".lora_" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
 
 
 def test_each_layer_is_decomposed_once(tmp_path, monkeypatch):
@@ -168,55 +108,6 @@ def test_tensors_are_matched_under_other_prefixes(tmp_path, make_base, rng):
     )
     made = spectra.extract_adapter(tuned, tmp_path / "out", base)
     assert made.whole == ("layer.1.norm",)
-
-
-def test_the_command(capsys, tmp_path):
-    code, out, err = run(capsys, "ranks", FIXTURES / "full", "--base", FIXTURES / "base", "--by", "type")
-    assert (code, err) == (0, "")
-    assert out.startswith("Suggestion: LoRA with r = ")
-    assert "alpha = 2r is a recommendation" in out
-    config = json.loads(out[out.index("config\n") + 7 :])
-    assert peft.LoraConfig(**config).rank_pattern == config["rank_pattern"]
-
-    target = tmp_path / "adapter"
-    code, out, err = run(
-        capsys, "ranks", FIXTURES / "full", "--base", FIXTURES / "base", "--energy", 0.8, "--alpha", 16, "--rslora",
-        "--extract", target, "-o", tmp_path / "ranks.json",
-    )  # fmt: skip
-    assert (code, out) == (0, "")
-    assert "wrote" in err
-    assert "largest error" in err
-    value = json.loads((tmp_path / "ranks.json").read_text())
-    assert value["suggestion"]["energy"] == 0.8
-    assert value["suggestion"]["lora_alpha"] == 16
-    config = json.loads((target / "adapter_config.json").read_text())
-    assert config["use_rslora"]
-    assert config["rank_pattern"] == value["suggestion"]["rank_pattern"]
-    code, out, _ = run(capsys, "ranks", FIXTURES / "lora-r4", "--format", "csv")
-    assert code == 0
-    assert len(out.splitlines()) == 29
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["lora-r4", "--energy", "2"], "energy = 2.0"),
-        (["lora-r4", "--max-rank", "0"], "max_rank = 0"),
-        (["lora-r4", "--alpha", "r2"], "alpha = 'r2'"),
-        (["lora-r4", "--force"], "--extract OUT"),
-        (["lora-r4", "--factors-only"], "--extract OUT"),
-        (["lora-r4", "--extract", "OUT"], "adapter already"),
-        (["full"], "--base"),
-        (["nothing"], "no such file"),
-        (["lora-r4", "--dtype", "float64", "--device", "tpu"], "device = 'tpu'"),
-    ],
-)
-def test_bad_usage(capsys, tmp_path, arguments, message):
-    named = [str(FIXTURES / arguments[0]), *(str(tmp_path / "x") if item == "OUT" else item for item in arguments[1:])]
-    code, out, err = run(capsys, "ranks", *named)
-    assert (code, out) == (2, "")
-    assert message in err
-    assert err.count("\n") == 1
 
 
 def test_a_layer_that_fails_is_named(capsys, make_base, make_adapter, rng):
@@ -369,11 +260,6 @@ def test_a_suggestion_for_replicated_layers_builds_the_same_model(tmp_path):
     }
     assert adapted == {choice.name: choice.rank for choice in report.suggestion.choices}
     assert sorted(name.split(".")[2] for name in adapted) == ["0", "2", "3"]
-
-
-def test_the_names_of_replicated_layers_are_kept_apart():
-    assert copies(["layers.1.up", "layers.0.up", "head"], ((1, 3), (1, 2))) == {"layers.0.up", "layers.2.up"}
-    assert copies(["layers.1.up"], ()) == set()
 
 
 def test_a_conditional_adapter_is_said_to_be_one(tmp_path, capsys):

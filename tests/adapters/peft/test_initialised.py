@@ -20,7 +20,7 @@ from spectra.errors import AdapterError, UnsupportedMethodError, UsageError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
-from spectra.updates.initialisation import UNDECIDED, as_saved, condensed, leading, of_first_columns, surer
+from spectra.updates.initialisation import UNDECIDED, as_saved, leading, surer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -565,25 +565,3 @@ def test_a_converted_adapter_gives_the_same_report(tmp_path, conversion):
         assert mine.intruder_indices == other.intruder_indices
         for a, b in zip(mine.vectors, other.vectors, strict=True):
             assert a.sigma == pytest.approx(b.sigma, rel=1e-5)
-
-
-def test_factors_are_condensed_without_loss():
-    torch.manual_seed(0)
-    B, A = torch.randn(9, 6, dtype=torch.float64), torch.randn(6, 14, dtype=torch.float64)
-    B2, A2 = condensed(torch.cat([B, -B[:, :2]], 1), torch.cat([A, A[:2]], 0))
-    torch.testing.assert_close(B2 @ A2, B[:, 2:] @ A[2:])
-    torch.testing.assert_close(B2.T @ B2, A2 @ A2.T)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_bound_holds_for_float32_decompositions(seed):
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    m, n = (int(x) for x in rng.integers(5, 80, size=2))
-    W, rank = torch.randn(m, n), int(rng.integers(1, min(m, n)))
-    U, s, V = torch.linalg.svd(W, full_matrices=False)
-    found = leading(W, rank)
-    assert torch.linalg.norm((U[:, :rank] * s[:rank]).double() @ V[:rank].double() - found.B @ found.A) <= found.error
-    Q, R = torch.linalg.qr(W)
-    found = of_first_columns(W, rank)
-    assert torch.linalg.norm(Q[:, :rank].double() @ R[:rank].double() - found.B @ found.A) <= found.error

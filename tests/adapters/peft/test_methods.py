@@ -20,10 +20,10 @@ from tests.support.peft_models import DTYPES, check_against_merge, randomise, re
 
 peft = pytest.importorskip("peft")
 
-SEEDS = range(20)
-
-
 pytestmark = pytest.mark.usefixtures("every_factor_of_boft")
+
+
+SEEDS = range(20)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -176,3 +176,26 @@ def test_contradictions_are_named(tmp_path, method, config, tensors, error, word
     with pytest.raises(error, match=words) as caught:
         spectra.audit(tmp_path / "adapter", tmp_path / "base")
     assert "adapter" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["adalora", "oft", "boft", "ia3"])
+def test_grouped_convolutions_are_skipped(tmp_path, method):
+    factors: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+        "adalora": (
+            {"init_r": 2},
+            {"lora_A": torch.ones(2, 36), "lora_B": torch.ones(6, 2), "lora_E": torch.ones(2, 1)},
+        ),
+        "oft": ({"oft_block_size": 4, "r": 0, "peft_version": "0.21.2"}, {"oft_R.weight": torch.ones(9, 6)}),
+        "boft": ({"boft_block_size": 4}, {"boft_R": torch.ones(1, 9, 4, 4), "boft_s": torch.ones(1, 6)}),
+        "ia3": ({"feedforward_modules": ["grouped"]}, {"ia3_l": torch.ones(1, 4, 1, 1)}),
+    }
+    (tmp_path / "base").mkdir()
+    save_file({"grouped.weight": torch.randn(6, 2, 3, 3)}, tmp_path / "base" / "model.safetensors")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config, values = factors[method]
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": method.upper()} | config))
+    save_file({f"base_model.model.grouped.{k}": v for k, v in values.items()}, folder / "adapter_model.safetensors")
+    found, skipped = read_all(tmp_path / "base", folder)
+    assert not found
+    assert "2 groups" in skipped[0].reason
