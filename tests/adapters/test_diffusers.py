@@ -16,6 +16,7 @@ from spectra.errors import (
     WrongBaseError,
 )
 from tests.support.dialects import DTYPES, check, draw, image_model, text_model, write
+from tests.support.seeds import each_seed
 
 SEEDS = range(24)
 ONE = torch.ones(())
@@ -53,7 +54,7 @@ def diffusers_modules(rng, component, model, names, ranks, scaling, with_alpha):
 
 
 @pytest.mark.parametrize("how", ["no alpha", "alphas", "metadata", "rslora"])
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_diffusers(tmp_path, seed, how):
     peft = pytest.importorskip("peft")
     rng = np.random.default_rng([seed, len(how)])

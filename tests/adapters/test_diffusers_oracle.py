@@ -10,6 +10,7 @@ import torch
 
 from tests.support.dialects import check_any, draw, write
 from tests.support.diffusers_models import fused, randomise, unet
+from tests.support.seeds import each_seed
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -38,7 +39,7 @@ def configuration(rng: np.random.Generator, seed: int, targets: list[str]) -> An
 
 
 @pytest.mark.parametrize("kind", ["unet", "flux"])
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_diffusers_as_its_pipelines_and_models_save(tmp_path, seed, kind):
     rng = np.random.default_rng([seed, len(kind)])
     model = unet(seed) if kind == "unet" else flux(seed)
@@ -61,7 +62,7 @@ def test_diffusers_as_its_pipelines_and_models_save(tmp_path, seed, kind):
     check_any(base, tmp_path / "alone", expected)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_diffusers_before_peft(tmp_path, seed):
     from diffusers.utils.state_dict_utils import UNET_TO_DIFFUSERS, convert_unet_state_dict_to_peft
 

@@ -29,9 +29,10 @@ from tests.support.gguf_files import (
     small_lora,
     write_gguf,
 )
+from tests.support.seeds import each_seed
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(range(40))
 def test_updates_are_those_of_the_formula(tmp_path, seed):
     rng = np.random.default_rng(seed)
     architecture = "llama" if seed % 2 else ARCHITECTURES[seed // 2 % len(ARCHITECTURES)]
@@ -76,7 +77,7 @@ def test_updates_are_those_of_the_formula(tmp_path, seed):
         assert ("scaling is 1" in pair.notes[0]) == (not alpha)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(range(20))
 def test_the_order_of_rows_is_that_of_the_rotary_embedding(seed):
     """Scores with neighbours rotated, from reordered weights, are those with halves rotated, from the original ones."""
     rng = np.random.default_rng(seed)

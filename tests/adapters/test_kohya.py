@@ -21,6 +21,7 @@ from spectra.errors import (
 from spectra.files.checkpoint import open_checkpoint
 from tests.support.dialects import DTYPES, check, draw, image_model, read_all, text_model, write
 from tests.support.paths import ROOT
+from tests.support.seeds import each_seed
 
 SEEDS = range(24)
 UNET, TEXT = "lora_unet", "lora_te1"
@@ -72,7 +73,7 @@ def kohya_modules(rng, component, model, how):
 
 
 @pytest.mark.parametrize("how", ["plain", "mid", "parts", "flat"])
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_kohya(tmp_path, how, seed):
     rng = np.random.default_rng([seed, len(how)])
     dtype = DTYPES[seed % 4]

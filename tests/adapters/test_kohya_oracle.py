@@ -10,6 +10,7 @@ import torch
 
 from tests.support.dialects import check_any, draw, write
 from tests.support.diffusers_models import fused, unet
+from tests.support.seeds import each_seed
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -29,7 +30,7 @@ def kohya_keys(rng: np.random.Generator, prefix: str, weights: Any, rank: int, a
     return keys
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_kohya_as_diffusers_reads_it(tmp_path, seed):
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -68,7 +69,7 @@ def test_kohya_as_diffusers_reads_it(tmp_path, seed):
     check_any(text_base, lora, of_text)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_kohya_s_flux_as_diffusers_reads_it(tmp_path, seed):
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 

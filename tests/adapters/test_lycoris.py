@@ -22,6 +22,7 @@ from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 from spectra.records.report import json_schema
 from tests.support.dialects import draw, write
+from tests.support.seeds import each_seed
 
 lycoris = pytest.importorskip("lycoris")
 from lycoris import modules as written  # noqa: E402  (after the oracle is known to be there)
@@ -177,7 +178,7 @@ NAMES = ("lycoris", "lora_unet", "lora_te2", "diffusion_model.", "transformer.",
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_lycoris(tmp_path, algorithm, seed):
     rng = np.random.default_rng([seed, len(algorithm)])
     torch.manual_seed(seed)
@@ -266,7 +267,7 @@ def sd_scripts_oft(W: torch.Tensor, parts: list[torch.Tensor], alpha: float) -> 
     return torch.cat(rows).reshape(W.shape)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_oft_of_sd_scripts(tmp_path, seed):
     rng = np.random.default_rng(seed)
     net = Net(rng, DTYPES[seed % 4])

@@ -20,6 +20,7 @@ from spectra.errors import (
 )
 from spectra.files.checkpoint import open_checkpoint
 from tests.support.dialects import DTYPES, check, draw, write
+from tests.support.seeds import each_seed
 
 SEEDS = range(24)
 ONE = torch.ones(())
@@ -64,7 +65,7 @@ def mlx_modules(rng, model, rank, scale, dora):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_mlx(tmp_path, seed, dora):
     rng = np.random.default_rng([seed, dora])
     dtype = DTYPES[seed % 4]

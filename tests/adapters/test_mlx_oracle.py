@@ -11,6 +11,7 @@ import torch
 from spectra.files.checkpoint import open_checkpoint
 from spectra.sources.resolve import open_base_of
 from tests.support.dialects import check_any, write
+from tests.support.seeds import each_seed
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
@@ -64,7 +65,7 @@ def unstacked(name: str, value: torch.Tensor, files: bool) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "experts", "full"])
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_mlx_as_it_fuses(tmp_path, seed, kind):
     rng = np.random.default_rng([seed, len(kind)])
     mx.random.seed(seed)

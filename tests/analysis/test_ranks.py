@@ -14,6 +14,7 @@ from spectra.analysis.ranks import layer_rank
 from spectra.errors import UsageError
 from spectra.render.ranks import about_alpha, render_ranks
 from tests.support.ranks import of_matrix, report, suggested, with_rank
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -214,7 +215,7 @@ def resolved(config, name):
 KINDS = ("self_attn.q_proj", "attention.output.dense", "output.dense", "intermediate.dense", "mlp.up-proj")
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(range(40))
 def test_patterns_mean_what_was_meant(seed):
     """Names that end alike, layers 1 and 11, a second tower: whatever ranks they get."""
     rng = np.random.default_rng(seed)

@@ -26,11 +26,12 @@ from tests.support.gguf_files import (
     write_gguf,
 )
 from tests.support.paths import ROOT
+from tests.support.seeds import each_seed
 
 # A model
 
 
-@pytest.mark.parametrize("seed", range(24))
+@each_seed(range(24))
 def test_a_model_is_what_was_converted(tmp_path, seed):
     rng = np.random.default_rng(seed)
     architecture = "llama" if seed % 2 else ARCHITECTURES[seed // 2 % len(ARCHITECTURES)]
@@ -131,7 +132,7 @@ def test_names_are_those_of_gguf(architecture):
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(range(20))
 def test_headers_are_read_as_gguf_reads_them(tmp_path, seed):
     rng = np.random.default_rng(seed)
     tensors = {}

@@ -30,12 +30,12 @@ def test_headers_are_read_as_the_library_reads_them(tmp_path, count, indent):
     assert [info.span for info in found.values()] == [(8 + len(text) + 5000 + 8 * i, 8) for i in range(count)]
 
 
-@pytest.mark.parametrize("shift", range(4))
-def test_an_escape_between_two_chunks(tmp_path, shift):
-    notes = "x" * shift + '\\"' * 300_000
-    header = {"__metadata__": {"notes": notes}, "w": hostile.entry((1,), 0, 4)}
-    hostile.raw(tmp_path / PLACE, header, b"\0" * 4)
-    assert set(read_header(tmp_path / PLACE)) == {"w"}
+def test_an_escape_between_two_chunks(tmp_path):
+    for shift in range(4):
+        notes = "x" * shift + '\\"' * 300_000
+        header = {"__metadata__": {"notes": notes}, "w": hostile.entry((1,), 0, 4)}
+        hostile.raw(tmp_path / PLACE, header, b"\0" * 4)
+        assert set(read_header(tmp_path / PLACE)) == {"w"}, f"shifted by {shift}"
 
 
 def test_large_metadata_are_read_and_larger_ones_refused(tmp_path):

@@ -25,6 +25,7 @@ from tests.support import hostile
 from tests.support.hostile import MIB, SECONDS
 from tests.support.paths import FIXTURES, ROOT
 from tests.support.pickled import ADAPTER, BIN, CASES, GOOD, INDEX, archive
+from tests.support.seeds import each_seed
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -119,7 +120,7 @@ def random_state(rng):
     return state, aside
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(range(40))
 def test_pickles_are_read_as_torch_reads_them(tmp_path, seed):
     rng = np.random.default_rng(seed)
     state, aside = random_state(rng)
@@ -321,7 +322,7 @@ def bits(value):
     return torch.empty(value.shape, dtype=value.dtype).copy_(value).view(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@each_seed(range(60))
 def test_any_tensor_is_what_torch_loads(tmp_path, seed):
     """Bit for bit, with any strides and offset; also some of its rows."""
     rng = np.random.default_rng(seed)

@@ -21,6 +21,7 @@ from spectra.files.derived import Derived
 from spectra.pairing.pairs import pair_layers
 from spectra.pairing.precision import quantised_as
 from tests.support.dialects import check, draw
+from tests.support.seeds import each_seed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -154,7 +155,7 @@ def a_lora(weights, rng, *, kohya):
 
 
 @pytest.mark.parametrize("kohya", [True, False])
-@pytest.mark.parametrize("seed", range(10))
+@each_seed(range(10))
 def test_a_lora_of_several_components(written, tmp_path, seed, kohya):
     tensors, expected = a_lora(values_of(written / "whole"), np.random.default_rng(seed), kohya=kohya)
     save_file(tensors, tmp_path / "lora.safetensors")

@@ -17,6 +17,7 @@ from spectra.repairs.insertion import carried_beside
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
 from tests.support.dialects import draw, write
+from tests.support.seeds import each_seed
 
 SHAPE = (12, 10)
 
@@ -66,7 +67,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(4))
+@each_seed(range(4))
 @pytest.mark.parametrize("prefix", ["", "unet."])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_biases_are_changed_under_the_names_of_the_base(tmp_path, writer, prefix, seed):

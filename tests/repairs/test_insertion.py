@@ -11,6 +11,7 @@ from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
 from tests.support.peft_folders import state
 from tests.support.peft_methods import METHODS, write
+from tests.support.seeds import each_seed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 3, 4, 7])
+@each_seed([0, 3, 4, 7])
 @pytest.mark.parametrize("method", METHODS)
 def test_all_that_is_put_into_a_model_is_the_merge(tmp_path, method, seed):
     model = write(tmp_path, method, seed)

@@ -19,6 +19,7 @@ from spectra.pairing.pairs import pair_layers
 from spectra.repairs.merged import beside, carried_tensors, copy_checkpoint
 from tests.support.peft_folders import adapted, loaded, opened, same
 from tests.support.peft_models import OPTIONS, Net, option, tiny_gpt2, tiny_llama
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -47,7 +48,7 @@ MORE: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
+@each_seed(range(2))
 @pytest.mark.parametrize("name", [*(name for name in OPTIONS if name != "modules to save"), *MORE])
 def test_equals_the_merge(tmp_path, name, seed):
     rng = np.random.default_rng(seed)

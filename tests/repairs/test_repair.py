@@ -23,6 +23,7 @@ from tests.support.paths import FIXTURES
 from tests.support.peft_models import OPTIONS, Net, option, randomise, tiny_gpt2, tiny_llama
 from tests.support.reference import formula, values_after
 from tests.support.repaired import BASE, checksums, edit_record, merged, relative, tuned_weights
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -48,7 +49,7 @@ def saved(folder, net, **options):
     return model
 
 
-@pytest.mark.parametrize("seed", range(3))
+@each_seed(range(3))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_peft_merges_what_was_written_to_the_formula(tmp_path, name, seed):
     rng = np.random.default_rng([OPTIONS.index(name), seed])

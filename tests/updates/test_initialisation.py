@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from spectra.updates.initialisation import condensed, leading, of_first_columns
+from tests.support.seeds import each_seed
 
 
 def test_factors_are_condensed_without_loss():
@@ -17,7 +17,7 @@ def test_factors_are_condensed_without_loss():
     torch.testing.assert_close(B2.T @ B2, A2 @ A2.T)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(range(20))
 def test_the_bound_holds_for_float32_decompositions(seed):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)

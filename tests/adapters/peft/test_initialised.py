@@ -21,6 +21,7 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 from spectra.updates.initialisation import UNDECIDED, as_saved, leading, surer
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -139,7 +140,7 @@ def check(model, folder, *, initial=False, tolerance=1e-6, bound=None, half=Fals
     return pairs
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_pissa_equals_the_trained_model(tmp_path, name, seed):
     rng = np.random.default_rng([1, OPTIONS.index(name), seed])
@@ -150,7 +151,7 @@ def test_pissa_equals_the_trained_model(tmp_path, name, seed):
     assert check(model, tmp_path, bound=None if seed % 2 else lambda W0, update: leading(W0, update.rank).error)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_pissa_of_a_base_in_half_precision_is_rounded_as_peft_rounds_it(tmp_path, dtype, seed):
     rng = np.random.default_rng([2, seed])
@@ -161,7 +162,7 @@ def test_pissa_of_a_base_in_half_precision_is_rounded_as_peft_rounds_it(tmp_path
     assert {pair.update.stored for pair in pairs} == {"BF16" if dtype == torch.bfloat16 else "F16"}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("name", OPTIONS[:-1])
 def test_olora_equals_the_trained_model(tmp_path, name, seed):
     rng = np.random.default_rng([3, OPTIONS.index(name), seed])
@@ -172,7 +173,7 @@ def test_olora_equals_the_trained_model(tmp_path, name, seed):
     assert check(made(tmp_path, net, config, seed), tmp_path, half=half, tolerance=1e-4 if half else 1e-6)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_randomised_pissa_equals_the_trained_model(tmp_path, name, seed):
     rng = np.random.default_rng([4, OPTIONS.index(name), seed])
@@ -188,7 +189,7 @@ def with_gradients(net, config):
             module._peft_loraga_grad = torch.randn_like(module.weight)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@each_seed(range(8))
 @pytest.mark.parametrize("name", [option for option in OPTIONS if option != "dora"])
 def test_lora_ga_equals_the_trained_model(tmp_path, name, seed):
     rng = np.random.default_rng([5, OPTIONS.index(name), seed])
@@ -218,7 +219,7 @@ def with_eigens(net, config):
         vars(module)["eigens"] = SimpleNamespace(U_WC=U[:, :r].clone(), S_WC=S[:r].clone(), V_WC=V[:, :r].clone())
 
 
-@pytest.mark.parametrize("seed", range(8))
+@each_seed(range(8))
 @pytest.mark.parametrize("name", ["plain", "rslora", "alpha pattern", "dora", "conv1d"])
 def test_corda_equals_the_trained_model(tmp_path, name, seed):
     rng = np.random.default_rng([6, OPTIONS.index(name), seed])
@@ -263,7 +264,7 @@ def read_in_half(folder, init, dtype, seed, amount, *, initial=True, others=()):
     return refused, errors
 
 
-@pytest.mark.parametrize("seed", range(4))
+@each_seed(range(4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("init", ["pissa_niter_2", "corda"])
 def test_a_saved_adapter_in_half_precision_tells_large_changes(tmp_path, init, dtype, seed):

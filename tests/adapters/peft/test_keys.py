@@ -24,6 +24,7 @@ from tests.support.peft_models import (  # fmt: skip
     randomise,
     read_all,
 )
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -34,7 +35,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 4])
+@each_seed([0, 1, 2, 4])
 @pytest.mark.parametrize("method", METHODS)
 def test_raw_states_of_other_methods(tmp_path, method, seed):
     model = write(tmp_path, method, seed)

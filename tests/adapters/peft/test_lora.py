@@ -25,6 +25,7 @@ from tests.support.peft_models import (
     tiny_gpt2,
     tiny_llama,
 )
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -33,7 +34,7 @@ transformers = pytest.importorskip("transformers")
 SEEDS = range(20)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_equals_the_merge(tmp_path, name, seed):
     rng = np.random.default_rng([OPTIONS.index(name), seed])

@@ -17,6 +17,7 @@ from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, Wro
 from spectra.records.report import json_schema
 from tests.support.peft_methods import METHODS, all_accounted_for, write
 from tests.support.peft_models import DTYPES, check_against_merge, randomise, read_all, tiny_gpt2
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("every_factor_of_boft")
 SEEDS = range(20)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_merge(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
@@ -79,7 +80,7 @@ def test_every_engine_and_every_form_of_output(tmp_path, method):
     assert kinds - {"dense"} == {expected.get(method, "low_rank")}
 
 
-@pytest.mark.parametrize("seed", [seed for seed in SEEDS if DTYPES[seed % 4] in (torch.float32, torch.float64)])
+@each_seed([seed for seed in SEEDS if DTYPES[seed % 4] in (torch.float32, torch.float64)])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merged_copy_is_the_merge_and_no_adapter_is_written(tmp_path, method, seed):
     model = write(tmp_path, method, seed)

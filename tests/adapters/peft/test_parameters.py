@@ -18,6 +18,7 @@ from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, Wro
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -167,7 +168,7 @@ def config_of(name, rng, **more):
 COUNTS = {"both": 4, "one": 2, "rslora": 4, "rank pattern": 4, "alpha pattern": 4, "with modules": 4, "matrix": 4}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 @pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
 @pytest.mark.parametrize("name", COUNTS)
 def test_equals_the_merge(tmp_path, name, turned, seed):
@@ -202,7 +203,7 @@ def tiny(family: str):
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4")
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each_seed(range(5))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_transformers(tmp_path, family, seed):
     torch.manual_seed(seed)
@@ -268,7 +269,7 @@ def audit(tmp_path):
     return spectra.audit(tmp_path / "adapter", tmp_path / "base")
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each_seed(range(5))
 def test_a_square_parameter_follows_the_others(tmp_path, seed):
     net, model = adapted(tmp_path, seed, square=True)
     assert {pair.update.turned for pair in check(model, tmp_path, 4 * net.sizes[0])} == {False}
@@ -280,7 +281,7 @@ def test_a_square_parameter_alone_is_refused(tmp_path):
         audit(tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each_seed(range(5))
 @pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
 def test_dimensions_taken_the_other_way_round_show_in_the_shapes(tmp_path, turned, seed):
     """As a peft does that swaps them for other models: the product is transposed, and so is the update."""

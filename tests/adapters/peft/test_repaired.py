@@ -26,6 +26,7 @@ from spectra.pairing.pairs import pair_layers
 from spectra.updates.algebra import LowRank, RowScaled
 from tests.support.peft_folders import adapted, loaded, opened, same
 from tests.support.peft_models import OPTIONS, Net, option, tiny_gpt2, tiny_llama
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -61,7 +62,7 @@ def expected_of(model, adapter, base, pairs, changed):
 
 
 @pytest.mark.parametrize("which", ["first", "all"])
-@pytest.mark.parametrize("seed", range(3))
+@each_seed(range(3))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_peft_merges_what_was_meant(tmp_path, name, seed, which):
     rng = np.random.default_rng([OPTIONS.index(name), seed])

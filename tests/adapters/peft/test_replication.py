@@ -18,6 +18,7 @@ from tests.support.peft_models import (  # fmt: skip
     llama,
     randomise,
 )
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(range(20))
 def test_replicated_layers_equal_the_merge(tmp_path, seed):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)

@@ -23,6 +23,7 @@ from tests.support.peft_models import (  # fmt: skip
     randomise,
     read_all,
 )
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -48,7 +49,7 @@ class Worded(nn.Module):
         return self.words
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(range(20))
 @pytest.mark.parametrize("how", ["lora, list", "lora, dict", "method"])
 def test_trainable_tokens_equal_the_merge(tmp_path, how, seed):
     rng = np.random.default_rng([len(how), seed])

@@ -16,6 +16,7 @@ from tests.support.peft_models import (  # fmt: skip
     check_against_merge,
     randomise,
 )
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -35,7 +36,7 @@ class Sized(nn.Module):
         self.huge = nn.Linear(90, 90)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(range(20))
 def test_projections_that_were_not_stored(tmp_path, seed):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)

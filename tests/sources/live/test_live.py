@@ -17,6 +17,7 @@ from tests.support.in_memory import Unchanged, assert_same, but_for_where, nearl
 from tests.support.paths import FIXTURES
 from tests.support.peft_methods import METHODS, write
 from tests.support.peft_models import DTYPES, OPTIONS, Net, option, randomise, tiny_llama
+from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -74,7 +75,7 @@ def test_verified_fingerprints_are_those_of_the_folder():
         assert getattr(found, side)["fingerprint_covers"] == "contents"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@each_seed(range(4))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
@@ -85,7 +86,7 @@ def test_every_method(tmp_path, method, seed):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@each_seed(range(4))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_lora(tmp_path, name, seed):
     rng = np.random.default_rng([OPTIONS.index(name), seed])

@@ -15,11 +15,12 @@ from tests.support.quantised import (
     four,
     of_bitsandbytes,
 )
+from tests.support.seeds import each_seed
 
 SEEDS = range(24)
 
 
-@pytest.mark.parametrize("seed", range(32))
+@each_seed(range(32))
 def test_four_bits_of_bitsandbytes(opened, seed):
     bnb = pytest.importorskip("bitsandbytes")
     rng = np.random.default_rng(seed)
@@ -90,7 +91,7 @@ def test_one_expert_of_four_bits_reads_no_more_than_its_own(opened, monkeypatch,
         assert read[f"{name}.absmax"] <= (stack[0].numel() / 64 + 2) * (1 if nested else 4)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_eight_bits_of_bitsandbytes(opened, seed):
     bnb = pytest.importorskip("bitsandbytes")
     rng = np.random.default_rng(seed)

@@ -17,6 +17,7 @@ from tests.support.quantised import (
     draw,
     refused,
 )
+from tests.support.seeds import each_seed
 
 SEEDS = range(24)
 
@@ -24,7 +25,7 @@ SEEDS = range(24)
 # fp8
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_fp8_is_multiplied_as_transformers_multiplies_it(opened, seed):
     """Blocks of several sizes, the last ones ragged; rows; one scale; scales of each dtype; stacks of experts."""
     from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
@@ -73,7 +74,7 @@ def test_fp8_that_may_lack_its_scales_is_refused(opened, rng, tensors, settings,
     assert set(checkpoint.weights) == {name}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_compressed_tensors_floats_and_bytes(opened, seed):
     compressors = pytest.importorskip("compressed_tensors.compressors")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -116,7 +117,7 @@ def test_gpt2s_projections_in_fp8_are_as_they_were(opened, rng):
 # MXFP4
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_mxfp4_of_gpt_oss(opened, seed):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -13,11 +13,12 @@ from tests.support.quantised import (
     draw,
     gptq,
 )
+from tests.support.seeds import each_seed
 
 SEEDS = range(24)
 
 
-@pytest.mark.parametrize("seed", range(32))
+@each_seed(range(32))
 def test_gptq(opened, seed):
     rng = np.random.default_rng(seed)
     bits = (2, 3, 4, 8)[seed % 4]
@@ -59,7 +60,7 @@ def test_a_zero_point_that_readers_disagree_on(opened, rng):
     assert torch.equal(known, ((values - codes) * stored["scales"].float()).T)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@each_seed(SEEDS)
 def test_awq(opened, seed):
     rng = np.random.default_rng(seed)
     size = (-1, 32, 64, 128)[seed % 4]
@@ -78,7 +79,7 @@ def test_awq(opened, seed):
     check(checkpoint, "m.weight", (torch.from_numpy(codes - zeros[group]) * scales.double()[group]).T, "awq")
 
 
-@pytest.mark.parametrize("seed", range(32))
+@each_seed(range(32))
 def test_packed_by_compressed_tensors(opened, seed):
     compressors = pytest.importorskip("compressed_tensors.compressors")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
