@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import spectra
 from spectra.cli import main
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.places import default_root
 from spectra.runs.cache import SpectrumCache
 from spectra.svd import Spectrum, short_spectrum
 from spectra.tasks.cache import readable_size
@@ -179,24 +177,6 @@ def test_audit_looks_where_it_is_told(capsys, fixtures_cache):
 def test_auditing_writes_nothing(root):
     assert engines(spectra.audit(LORA)) == {"exact"}
     assert not root.exists()
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SPECTRA_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
-        ({"SPECTRA_CACHE": "", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/spectra"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/spectra"),
-        ({"HOME": "/c"}, "/c/.cache/spectra"),
-    ],
-)
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other variables")
-def test_default_place(monkeypatch, variables, expected):
-    for name in ("SPECTRA_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert default_root() == Path(expected)
 
 
 # A base that changed

@@ -223,27 +223,6 @@ def test_options_are_checked_before_the_training(options, message):
         Monitor(tiny(), **options)
 
 
-def test_a_killed_training_goes_on_in_its_history(tmp_path):
-    """A line that was cut is cut off, and what an earlier attempt found beyond where it went on is left out."""
-    file = tmp_path / "history.jsonl"
-    for steps in ((1, 2, 3), (2, 3, 4)):
-        model = torch.nn.Linear(24, 16)
-        watch = Monitor(model, every=1, max_share=None, history_file=file)
-        for step in steps:
-            model.weight.data += 0.1
-            watch.step(step)
-        file.write_bytes(file.read_bytes()[:-20])
-    assert [record.step for record in load_history(file)] == [1, 2, 3]
-
-
-def test_a_history_is_appended_to_no_other_file(tmp_path):
-    file = tmp_path / "mine.txt"
-    file.write_text("my data")
-    with pytest.raises(UsageError, match="no history of a training"):
-        Monitor(torch.nn.Linear(8, 8), history_file=file)
-    assert file.read_text() == "my data"
-
-
 def test_null_spaces_have_no_margin():
     torch.manual_seed(0)
     model = torch.nn.Linear(16, 24, bias=False)
