@@ -9,12 +9,7 @@ import pytest
 import torch
 
 import spectra
-from spectra.errors import (
-    AdapterError,
-    SpectraError,
-    UnsupportedMethodError,
-    WrongBaseError,
-)
+from spectra.errors import AdapterError, SpectraError, UnsupportedMethodError, WrongBaseError
 from tests.support.dialects import DTYPES, check, draw, image_model, text_model, write
 from tests.support.seeds import each_seed
 

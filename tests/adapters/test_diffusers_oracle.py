@@ -15,7 +15,6 @@ from tests.support.seeds import each_seed
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-
 SEEDS = range(20)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

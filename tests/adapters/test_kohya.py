@@ -12,12 +12,7 @@ import torch
 
 import spectra
 from spectra.cli import main
-from spectra.errors import (
-    AdapterError,
-    UnsupportedMethodError,
-    UsageError,
-    WrongBaseError,
-)
+from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
 from spectra.files.checkpoint import open_checkpoint
 from tests.support.dialects import DTYPES, check, draw, image_model, read_all, text_model, write
 from tests.support.paths import ROOT

@@ -14,7 +14,6 @@ from tests.support.seeds import each_seed
 
 diffusers = pytest.importorskip("diffusers")
 
-
 SEEDS = range(20)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -11,13 +11,7 @@ import torch
 import spectra
 from spectra.adapters import plan_updates
 from spectra.cli import main
-from spectra.errors import (
-    AdapterError,
-    CorruptFileError,
-    UnsupportedMethodError,
-    UsageError,
-    WrongBaseError,
-)
+from spectra.errors import AdapterError, CorruptFileError, UnsupportedMethodError, UsageError, WrongBaseError
 from spectra.files.checkpoint import open_checkpoint
 from tests.support.dialects import DTYPES, check, draw, write
 from tests.support.seeds import each_seed

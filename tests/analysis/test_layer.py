@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 
 from spectra.analysis.layer import LayerAnalysis, find_intruders
 from spectra.errors import NonFiniteError, UsageError
-from spectra.svd import (
-    Question,
-    choose_engine,
-)
+from spectra.svd import Question, choose_engine
 from spectra.svd.spectrum import EPS32
 from spectra.updates.algebra import LowRank
 from tests.support import problems, reference

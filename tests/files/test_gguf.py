@@ -15,16 +15,7 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.gguf import KEPT_ITEMS, MODULES, TYPES, read_gguf
 from spectra.pairing.precision import quantised_as
 from tests.support.dialects import check, draw, write
-from tests.support.gguf_files import (
-    ARCHITECTURES,
-    LORA,
-    STORED,
-    a_model,
-    heads_of,
-    lora_fields,
-    reordered,
-    write_gguf,
-)
+from tests.support.gguf_files import ARCHITECTURES, LORA, STORED, a_model, heads_of, lora_fields, reordered, write_gguf
 from tests.support.paths import ROOT
 from tests.support.seeds import each_seed
 

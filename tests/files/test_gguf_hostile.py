@@ -15,9 +15,7 @@ from spectra.adapters import plan_updates
 from spectra.errors import SpectraError
 from spectra.files.checkpoint import open_checkpoint
 from tests.support import hostile
-from tests.support.gguf_files import (
-    LORA,
-)
+from tests.support.gguf_files import LORA
 from tests.support.hostile_gguf import CASES, a_file
 from tests.support.paths import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 
 from spectra.errors import CorruptFileError, MissingFileError
 from spectra.files.headers import MAX_ENTRY_BYTES, MAX_METADATA_BYTES, read_header, read_json
-from tests.support import hostile, hostile_formats  # noqa: F401  which registers its cases
+from tests.support import hostile
 
 PLACE = Path("model.safetensors")
 

@@ -12,10 +12,7 @@ import spectra
 from spectra.cli import main
 from spectra.pairing.precision import sounds_quantised
 from tests.support.paths import ROOT
-from tests.support.quantised import (
-    E4M3,
-    draw,
-)
+from tests.support.quantised import E4M3, draw
 
 NAMED = [
     ("unsloth/llama-3-8b-bnb-4bit", True),

@@ -12,14 +12,7 @@ from matplotlib.patches import Rectangle
 from spectra import plots
 from spectra.errors import UsageError
 from spectra.plots.counts import OTHER
-from tests.support.figures import (
-    LLAMA,
-    layer,
-    marks,
-    model,
-    report,
-    vector,
-)
+from tests.support.figures import LLAMA, layer, marks, model, report, vector
 
 
 def panels(figure):

@@ -9,17 +9,7 @@ import pytest
 
 from spectra import plots
 from spectra.errors import UsageError
-from tests.support.figures import (
-    LLAMA,
-    SEVERAL,
-    compared,
-    layer,
-    model,
-    of,
-    points,
-    report,
-    vector,
-)
+from tests.support.figures import LLAMA, SEVERAL, compared, layer, model, of, points, report, vector
 
 
 def test_epsilon_sweep():

@@ -12,19 +12,7 @@ from matplotlib.patches import Rectangle
 from spectra import plots
 from spectra.errors import UsageError
 from spectra.records.comparison import Comparison
-from tests.support.figures import (
-    LLAMA,
-    LONG,
-    SEVERAL,
-    STEPS,
-    compared,
-    heights,
-    layer,
-    model,
-    of,
-    points,
-    report,
-)
+from tests.support.figures import LLAMA, LONG, SEVERAL, STEPS, compared, heights, layer, model, of, points, report
 
 
 def test_ranks_always_beside_the_size():

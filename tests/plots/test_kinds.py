@@ -11,13 +11,7 @@ import pytest
 from spectra import plots
 from spectra.errors import UsageError
 from spectra.plots.kinds import KINDS
-from tests.support.figures import (
-    MAGIC,
-    SEVERAL,
-    SOURCES,
-    drawn,
-    faults,
-)
+from tests.support.figures import MAGIC, SEVERAL, SOURCES, drawn, faults
 from tests.support.paths import ROOT
 
 ALL = [

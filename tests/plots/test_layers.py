@@ -9,16 +9,7 @@ import pytest
 
 from spectra import plots
 from spectra.errors import UsageError
-from tests.support.figures import (
-    arrays,
-    heights,
-    layer,
-    marks,
-    of,
-    points,
-    report,
-    vector,
-)
+from tests.support.figures import arrays, heights, layer, marks, of, points, report, vector
 
 # --- similarity matrices
 

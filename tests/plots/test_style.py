@@ -13,10 +13,7 @@ from spectra import plots
 from spectra.errors import UsageError
 from spectra.plots.counts import PARTS
 from spectra.plots.style import StyledFigure, look
-from tests.support.figures import (
-    MAGIC,
-    SEVERAL,
-)
+from tests.support.figures import MAGIC, SEVERAL
 
 
 def test_the_callers_settings_are_kept_and_change_nothing():

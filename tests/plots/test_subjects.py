@@ -6,9 +6,7 @@ import pytest
 
 from spectra.plots.style import text_width
 from spectra.plots.subjects import depth, fitting
-from tests.support.figures import (
-    layer,
-)
+from tests.support.figures import layer
 
 
 def test_short_names_stay_different():

@@ -28,7 +28,6 @@ from tests.support.seeds import each_seed
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-
 EVERY = {"": [0, 1]}  # the two leading vectors of every layer, intruders or not
 
 

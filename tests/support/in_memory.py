@@ -13,7 +13,6 @@ from tests.support.peft_models import randomise
 
 peft = pytest.importorskip("peft")
 
-
 WHERE = (
     "path",
     "in_memory",

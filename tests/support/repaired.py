@@ -17,7 +17,6 @@ from tests.support.paths import FIXTURES
 
 peft = pytest.importorskip("peft")
 
-
 BASE = FIXTURES / "base"
 
 

@@ -16,7 +16,6 @@ from spectra.training import SpectraCallback
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-
 LABELS, LENGTH = 5, 12
 NO_ARGUMENTS: Any = None  # which the callback does not look at
 

@@ -8,10 +8,7 @@ import scipy.linalg
 import torch
 
 from spectra.errors import ConvergenceError
-from spectra.svd import (
-    decompose,
-    decompose_gram,
-)
+from spectra.svd import decompose, decompose_gram
 from spectra.svd.decompose import eigh
 from spectra.svd.spectrum import EPS32
 from spectra.updates.algebra import DenseWeight

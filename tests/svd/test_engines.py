@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectra.svd import (
-    ENGINES,
-    Base,
-    Question,
-    choose_engine,
-)
+from spectra.svd import ENGINES, Base, Question, choose_engine
 from tests.support import problems, reference
 from tests.support.updates import updates
 

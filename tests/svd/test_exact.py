@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectra.analysis.layer import find_intruders
-from spectra.svd import (
-    Base,
-    Question,
-    choose_engine,
-    decompose,
-    decompose_gram,
-    exact,
-)
+from spectra.svd import Base, Question, choose_engine, decompose, decompose_gram, exact
 from spectra.svd import base as base_module
 from tests.support import problems
 from tests.support.updates import updates

@@ -8,10 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectra.svd import (
-    clusters,
-    numerical_rank,
-)
+from spectra.svd import clusters, numerical_rank
 from spectra.svd.spectrum import EPS32
 from tests.support import reference
 

@@ -13,13 +13,7 @@ from safetensors.torch import load_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.adapters.peft.writing import (
-    adapter_config,
-    factor_tensors,
-    tied_head,
-    whole_modules,
-    write_adapter,
-)
+from spectra.adapters.peft.writing import adapter_config, factor_tensors, tied_head, whole_modules, write_adapter
 from spectra.analysis.measures import update_singular_values
 from spectra.analysis.ranks import layer_rank, suggest
 from spectra.analysis.truncation import low_rank_factors

@@ -17,13 +17,7 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from tests.support.peft_folders import same_updates, save_raw, state
 from tests.support.peft_methods import METHODS, all_accounted_for, write
-from tests.support.peft_models import (  # fmt: skip
-    OPTIONS,
-    Net,
-    option,
-    randomise,
-    read_all,
-)
+from tests.support.peft_models import OPTIONS, Net, option, randomise, read_all
 from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")

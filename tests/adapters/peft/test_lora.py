@@ -30,7 +30,6 @@ from tests.support.seeds import each_seed
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-
 SEEDS = range(20)
 
 

@@ -14,21 +14,12 @@ from spectra.cli import main
 from spectra.errors import UsageError
 from spectra.files.orientation import as_matrix
 from tests.support.peft_methods import all_accounted_for
-from tests.support.peft_models import (  # fmt: skip
-    Net,
-    check_against_merge,
-    llama,
-    randomise,
-    read_all,
-)
+from tests.support.peft_models import Net, check_against_merge, llama, randomise, read_all
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
-    pytest.mark.usefixtures("every_factor_of_boft"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
 def test_velora_changes_only_how_it_is_trained(tmp_path):

@@ -23,7 +23,6 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.usefixtures("every_factor_of_boft")
 
-
 SEEDS = range(20)
 
 

@@ -21,10 +21,7 @@ from tests.support.problems import f32
 
 peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
-    pytest.mark.usefixtures("every_factor_of_boft"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
 @pytest.mark.parametrize("method", ["BOFT", "FOURIERFT", "HRA"])

@@ -31,7 +31,6 @@ from tests.support.seeds import each_seed
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

@@ -14,18 +14,12 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 from tests.support.peft_methods import all_accounted_for
-from tests.support.peft_models import (  # fmt: skip
-    llama,
-    randomise,
-)
+from tests.support.peft_models import llama, randomise
 from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
-    pytest.mark.usefixtures("every_factor_of_boft"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
 @each_seed(range(20))

@@ -16,22 +16,13 @@ from spectra.errors import AdapterError, UsageError
 from spectra.files.checkpoint import open_checkpoint
 from tests.support.peft_folders import same_updates, save_raw
 from tests.support.peft_methods import all_accounted_for
-from tests.support.peft_models import (  # fmt: skip
-    DTYPES,
-    check_against_merge,
-    llama,
-    randomise,
-    read_all,
-)
+from tests.support.peft_models import DTYPES, check_against_merge, llama, randomise, read_all
 from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
-    pytest.mark.usefixtures("every_factor_of_boft"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
 class Worded(nn.Module):

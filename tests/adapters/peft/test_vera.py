@@ -11,20 +11,13 @@ from torch import nn
 import spectra
 from spectra.errors import WrongBaseError
 from tests.support.peft_methods import all_accounted_for
-from tests.support.peft_models import (  # fmt: skip
-    DTYPES,
-    check_against_merge,
-    randomise,
-)
+from tests.support.peft_models import DTYPES, check_against_merge, randomise
 from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft's remarks on what is asked of it
-    pytest.mark.usefixtures("every_factor_of_boft"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
 class Sized(nn.Module):

@@ -9,11 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectra.adapters.peft.writing import (
-    check_folder,
-    whole_modules,
-    write_adapter,
-)
+from spectra.adapters.peft.writing import check_folder, whole_modules, write_adapter
 from spectra.errors import ConvergenceError, UsageError
 from spectra.files.checkpoint import open_checkpoint
 

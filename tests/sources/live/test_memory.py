@@ -22,7 +22,6 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-
 LAZY = """
 import sys, torch, spectra
 torch.manual_seed(0)

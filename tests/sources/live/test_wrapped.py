@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-
 CONFIGS: dict[str, Any] = {
     "tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 5], target_modules=["embed_tokens"]),
     "lora and tokens": lambda: peft.LoraConfig(

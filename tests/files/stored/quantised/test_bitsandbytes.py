@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from spectra.errors import CorruptFileError
-from tests.support.quantised import (
-    STATE,
-    as_bytes,
-    check,
-    draw,
-    four,
-    of_bitsandbytes,
-)
+from tests.support.quantised import STATE, as_bytes, check, draw, four, of_bitsandbytes
 from tests.support.seeds import each_seed
 
 SEEDS = range(24)

@@ -9,14 +9,7 @@ import torch
 import spectra
 from spectra.files.derived import Derived
 from spectra.files.stored.quantised import quantised
-from tests.support.quantised import (
-    E4M3,
-    E5M2,
-    E8M0,
-    check,
-    draw,
-    refused,
-)
+from tests.support.quantised import E4M3, E5M2, E8M0, check, draw, refused
 from tests.support.seeds import each_seed
 
 SEEDS = range(24)

@@ -7,22 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.support.quantised import (
-    AWQ,
-    E4M3,
-    FP8,
-    GPTQ,
-    I8,
-    PACKED,
-    U8,
-    A,
-    C,
-    F,
-    G,
-    as_bytes,
-    refused,
-    words,
-)
+from tests.support.quantised import AWQ, E4M3, FP8, GPTQ, I8, PACKED, U8, A, C, F, G, as_bytes, refused, words
 
 
 @pytest.mark.parametrize(

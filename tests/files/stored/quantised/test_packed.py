@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from spectra.errors import CorruptFileError
-from tests.support.quantised import (
-    check,
-    dense,
-    draw,
-    gptq,
-)
+from tests.support.quantised import check, dense, draw, gptq
 from tests.support.seeds import each_seed
 
 SEEDS = range(24)
