@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import spectra.files.stored
+import spectra
 from spectra import audit
 from spectra.adapters import plan_updates
 from spectra.errors import CorruptFileError, SpectraError
+from spectra.files import stored
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.derived import Derived, Unreadable, Weights, read_rows
 from spectra.files.headers import TensorInfo
@@ -57,7 +58,7 @@ def in_two(weights: Weights, config: Mapping[str, Any]):
 
 @pytest.fixture
 def makers(monkeypatch):
-    monkeypatch.setattr(spectra.stored, "MAKERS", (halves, in_two))
+    monkeypatch.setattr(stored, "MAKERS", (halves, in_two))
 
 
 def write(folder, tensors):
@@ -113,7 +114,7 @@ def test_what_a_maker_gets_wrong_is_found(tmp_path, monkeypatch):
             lambda read, rows: read("a.o.weight", rows),
         )
 
-    monkeypatch.setattr(spectra.stored, "MAKERS", (wrong,))
+    monkeypatch.setattr(stored, "MAKERS", (wrong,))
     opened = open_checkpoint(write(tmp_path / "base", stored_halves()))
     with pytest.raises(CorruptFileError, match=r"a\.o\.weight.*\[4, 16\].*\[8, 8\]"):
         opened.load("a.o.weight")

@@ -308,8 +308,8 @@ POINTS = (
     "spectra.adapters.peft.repaired.write_card", "spectra.repairs.forms.write_repaired",
     "spectra.repairs.forms._with_audit",
     "spectra.repairs.forms.files_in", "spectra.repairs.repair.write_record", "spectra.files.folders.os.fsync",
-    "spectra.repairs.merged.copy_file", "spectra.repairs.merged.copy_checkpoint.put",
-    "spectra.repairs.merged.copy_checkpoint.finish",
+    "spectra.repairs.merged.copy_file", "spectra.repairs.merged.EditedCheckpoint.put",
+    "spectra.repairs.merged.EditedCheckpoint.finish",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spectra.errors import CorruptFileError
+from spectra.files.stored.quantised import bitsandbytes
 from tests.support.quantised import STATE, as_bytes, check, draw, four, of_bitsandbytes
 from tests.support.seeds import each_seed
 
@@ -100,7 +101,7 @@ def test_eight_bits_of_bitsandbytes(opened, seed):
 
 def test_more_values_than_are_unpacked_at_once(opened, rng, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("spectra.files.stored.quantised.bitsandbytes.AT_ONCE", 64)
+    monkeypatch.setattr(bitsandbytes, "AT_ONCE", 64)
     weight = draw(rng, 33, 7)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
     stored = {"m.weight": packed} | {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
