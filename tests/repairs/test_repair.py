@@ -317,7 +317,7 @@ POINTS = (
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error):
     """And with force, what was there."""
-    member = FIXTURES / ("full-high" if "merging" in point else "lora-r1")
+    member = FIXTURES / ("full-high" if ".merged." in point else "lora-r1")
     home = tmp_path / "home"
     spectra.mitigate(member, home / "old", BASE, scale=0.5, which="top")
     before = checksums(home)

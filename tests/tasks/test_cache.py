@@ -62,7 +62,7 @@ def test_a_killed_run_leaves_whole_layers_only_and_the_next_goes_on(family, root
     # Dies while the third file is written: after base.json and one layer.
     code = """
 import os, sys
-from spectra.runs import cache
+from spectra.files import whole
 from spectra.cli import main
 count = 0
 def die(fd):
@@ -70,7 +70,7 @@ def die(fd):
     count += 1
     if count == 3:
         os._exit(9)
-cache.os.fsync = die
+whole.os.fsync = die
 main(["cache", sys.argv[1]])
 """
     done = subprocess.run([sys.executable, "-c", code, base], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_line(capsys, family, root, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("spectra.runs.cache.os.fsync", full)
+    monkeypatch.setattr("spectra.files.whole.os.fsync", full)
     code, _, err = run(capsys, "cache", base)
     assert code == 2
     assert "could not be written: No space left on device" in err
