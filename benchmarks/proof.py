@@ -4,11 +4,11 @@
     python -m benchmarks.proof --only TRIAL [--large]       # one matrix again
 
 Each trial is a base, a fine-tune and a question, all drawn from ``np.random.default_rng([seed, trial])``:
-prescribed spectra (``tests/problems.py`` and more), all shapes and both sides, tiny, huge and zero
+prescribed spectra (``tests/support/problems.py`` and more), all shapes and both sides, tiny, huge and zero
 matrices, LoRA, DoRA and dense updates, intruders planted with a mass just above or below ε² on a single
 base vector, and questions whose ε lies just above or below a cosine that occurs.
 
-The verdict on every vector must be that of ``tests/reference.py``, and every bound must enclose its
+The verdict on every vector must be that of ``tests/support/reference.py``, and every bound must enclose its
 value.  Where a value is within 1e-6 of ε nothing is asked.  The size limits of the engines are lowered,
 so that they try themselves on matrices that ``auto`` would never give them.  Exits with 1 on any mismatch.
 """
@@ -38,7 +38,7 @@ from benchmarks.plots import look
 from spectra.analysis.detect import detect
 from spectra.svd import ENGINES, Answer, Base, Question, Side, cached, krylov, lanczos
 from spectra.updates.algebra import Dense, LowRank, RowScaled, Update
-from tests import problems, reference
+from tests.support import problems, reference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

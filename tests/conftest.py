@@ -2,22 +2,19 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from spectra.files.checkpoint import open_checkpoint
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SPECTRA_CACHE"] = os.devnull  # what a developer has cached is none of the tests' business
 if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core; threads beyond that wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "fixtures"
-MEMBERS = ("lora-r1", "lora-r4", "lora-r16", "lora-r64", "rslora-r16", "dora-r16", "full")
 
 
 @pytest.fixture
@@ -60,6 +57,39 @@ def make_adapter(tmp_path):
         return home
 
     return make
+
+
+@pytest.fixture
+def transformers():
+    """The library, quiet."""
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Writes tensors and a config; returns the checkpoint as opened."""
+
+    def write(tensors, settings=None, folder="base", **config):
+        home = tmp_path / folder
+        home.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, home / "model.safetensors")
+        if settings is not None:
+            config["quantization_config"] = settings
+        (home / "config.json").write_text(json.dumps(config))
+        return open_checkpoint(home)
+
+    return write
+
+
+@pytest.fixture
+def every_factor_of_boft(monkeypatch):
+    """Stands for peft's CUDA extension for BOFT; without one it takes a single factor."""
+    from tests.support.peft_methods import BlockDiagonal
+
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlockDiagonal)
 
 
 def as_tensor(value) -> torch.Tensor:

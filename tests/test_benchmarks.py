@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from benchmarks.__main__ import NAMES
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "proof"])  # tests/test_proof.py is that one
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "proof"])  # tests/svd/test_proof.py is that one
 def test_a_benchmark_runs(tmp_path, name):
     command = [
         sys.executable,

@@ -16,7 +16,7 @@ import pytest
 import spectra
 from spectra import plots
 from spectra.cli import COMMANDS
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 pytest.importorskip("sphinx")
 

@@ -8,8 +8,8 @@ import tomllib
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.examples import ELSEWHERE, INSTEAD, STAND_INS, Session, blocks, compare, make_files, shell_commands
+from tests.support.examples import ELSEWHERE, INSTEAD, STAND_INS, Session, blocks, compare, make_files, shell_commands
+from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if blocks(path))

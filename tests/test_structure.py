@@ -19,7 +19,7 @@ from spectra.render import records
 from spectra.repairs import repair as mitigating
 from spectra.tasks import compare as comparing
 from spectra.tasks import ranks as ranking
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 # What each folder may import from the package; ARCHITECTURE.md draws the same picture.  No arrow climbs.
 MAY_IMPORT = {

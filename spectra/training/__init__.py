@@ -17,7 +17,7 @@ _HOMES = {
     "Monitor": "spectra.training.monitor",
     "Record": "spectra.records.history",
     "SpectraCallback": "spectra.training.callback",
-    "load_history": "spectra.records.history",
+    "load_history": "spectra.sources.saved",
 }
 
 __all__ = ["Monitor", "Record", "SpectraCallback", "load_history"]

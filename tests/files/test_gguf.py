@@ -1,0 +1,168 @@
+"""GGUF files against gguf's own writer, its table of names, and the converter's order of rows."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import spectra
+from spectra.adapters import plan_updates
+from spectra.cli import main
+from spectra.errors import UnsupportedMethodError
+from spectra.files.checkpoint import open_checkpoint
+from spectra.files.gguf import KEPT_ITEMS, MODULES, TYPES, read_gguf
+from spectra.pairing.precision import quantised_as
+from tests.support.dialects import check, draw, write
+from tests.support.gguf_files import ARCHITECTURES, LORA, STORED, a_model, heads_of, lora_fields, reordered, write_gguf
+from tests.support.paths import ROOT
+from tests.support.seeds import each_seed
+
+# A model
+
+
+@each_seed(range(24))
+def test_a_model_is_what_was_converted(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    architecture = "llama" if seed % 2 else ARCHITECTURES[seed // 2 % len(ARCHITECTURES)]
+    key_heads, dtype = int(rng.integers(1, 4)), tuple(STORED)[seed % 4]
+    heads = key_heads * int(rng.integers(1, 4))
+    weights, names = a_model(rng, architecture, dtype, heads, key_heads)
+    stored = {}
+    for name, own in names.items():
+        count = heads_of(architecture, own, heads, key_heads)
+        stored[f"{own}.weight"] = weights[name] if count is None else reordered(weights[name], count)
+    stored["output_norm.weight"] = weights["model.norm.weight"].float()
+    fields = [("uint32", f"{architecture}.attention.head_count", heads)]
+    fields += [("uint32", f"{architecture}.attention.head_count_kv", key_heads)] if key_heads != heads else []
+    path = write_gguf(tmp_path / "model.gguf", architecture, stored, fields)
+    opened = open_checkpoint(tmp_path)
+    assert opened.path == tmp_path
+    assert opened.layout == "gguf"
+    for name in names:
+        assert opened.tensors[name].shape == tuple(weights[name].shape)
+        assert torch.equal(opened.read(name, digest=True), weights[name])
+        assert torch.equal(opened.read(name, rows=slice(3)), weights[name][:3])
+        assert torch.equal(opened.read(name, rows=slice(1, 6, 2)), weights[name][1:6:2])
+    base = write(tmp_path / "base", weights)
+    report = spectra.audit(path, base)
+    assert {layer.name for layer in report.layers} == {name.removesuffix(".weight") for name in names}
+    assert all(layer.status == "unchanged" for layer in report.layers)
+    for name in opened.tensors:
+        opened.read(name, digest=True)
+    assert opened.fingerprint() == open_checkpoint(tmp_path).fingerprint(verify=True), "in the order of transformers"
+    report = spectra.audit(base, path)
+    assert all(layer.status == "unchanged" for layer in report.layers)
+
+
+def test_a_lora_upon_a_model_of_its_own_kind(tmp_path):
+    """What both have in ggml's order comes out as what neither has."""
+    rng = np.random.default_rng(0)
+    weights, names = a_model(rng, "llama", torch.float32, 4, 2)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    A, B = draw(rng, 2, weights[name].shape[1]), draw(rng, weights[name].shape[0], 2)
+    stored = {
+        f"{own}.weight": weights[key] if count is None else reordered(weights[key], count)
+        for key, own in names.items() for count in [heads_of("llama", own, 4, 2)]
+    }  # fmt: skip
+    fields = [("uint32", "llama.attention.head_count", 4), ("uint32", "llama.attention.head_count_kv", 2)]
+    base = write_gguf(tmp_path / "base.gguf", "llama", stored, fields)
+    tensors = {"blk.1.attn_k.weight.lora_a": A, "blk.1.attn_k.weight.lora_b": reordered(B, 2)}
+    lora = write_gguf(tmp_path / LORA, "llama", tensors, lora_fields(4.0))
+    check(base, lora, {name: weights[name].double() + 2 * B.double() @ A.double()})
+
+
+def test_quantised_weights_of_a_model_are_skipped(tmp_path):
+    weights = {"blk.0.ffn_up.weight": np.ones((8, 32), np.float32)}
+    path = write_gguf(tmp_path / "a.gguf", "qwen2", weights)
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "qwen2")
+    raw = gguf.quants.quantize(weights["blk.0.ffn_up.weight"], gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_down.weight", np.ones((8, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened = open_checkpoint(tmp_path / "b.gguf")
+    assert {info.dtype for info in opened.tensors.values()} == {"F32", "Q8_0"}
+    (skipped,) = plan_updates(opened).skipped
+    assert "Q8_0" in skipped.reason
+    assert opened.fingerprint(verify=True).covers == "contents", "also of what is not read"
+    assert (quantised_as(opened), quantised_as(open_checkpoint(path))) == ("Q8_0", None)
+    report = spectra.audit(tmp_path / "b.gguf", tmp_path / "b.gguf", verify=True)
+    assert report.base["quantised"] == "Q8_0"
+    assert report.base["caveat"] == "weights that the base stores as Q8_0 are not read"
+    assert open_checkpoint(path).tensors["model.layers.0.mlp.up_proj.weight"].shape == (8, 32)
+
+
+# What gguf itself knows
+
+
+def test_types_are_those_of_gguf():
+    theirs = {int(kind): (kind.name, block, width) for kind, (block, width) in gguf.GGML_QUANT_SIZES.items()}
+    assert theirs == TYPES
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_names_are_those_of_gguf(architecture):
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[architecture], 3)
+    for part, module in MODULES[architecture].items():
+        assert table.get_name(f"model.layers.2.{module}") == f"blk.2.{part}"
+    assert table.get_name("model.embed_tokens") == "token_embd"
+    if architecture not in ("gemma", "gemma2"):  # whose head is the embedding
+        assert table.get_name("lm_head") == "output"
+    known = {
+        gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[kinds[architecture]]
+        if gguf.TENSOR_NAMES[kind].startswith("blk.") and "norm" not in gguf.TENSOR_NAMES[kind]
+    }  # fmt: skip
+    left = {name.rpartition(".")[2] for name in known} - MODULES[architecture].keys()
+    assert left <= {"attn_rot_embd", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"} | (
+        {"attn_qkv"} if architecture == "phi2" else {"attn_q", "attn_k", "attn_v"} if architecture == "phi3" else set()
+    )
+
+
+@each_seed(range(20))
+def test_headers_are_read_as_gguf_reads_them(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for index in range(int(rng.integers(1, 7))):
+        shape = tuple(int(size) for size in rng.integers(1, 6, size=int(rng.integers(1, 5))))
+        kind = (np.float32, np.float16, np.float64, np.int8, np.int16, np.int32, np.int64)[int(rng.integers(7))]
+        tensors[f"a.{index}"] = (10 * rng.normal(size=shape)).astype(kind)
+    numbers = list(range(int(rng.integers(1, 2000))))
+    fields = [
+        ("string", "general.name", "a name"), ("array", "x.texts", [f"token {i}" * (i % 40) for i in range(3000)]),
+        ("array", "x.numbers", numbers), ("bool", "x.yes", True),
+        ("float64", "x.f", 0.5), ("int64", "x.i", -7), ("string", "x.long", "x" * 400_000),
+    ]  # fmt: skip
+    alignment = (None, 8, 64, 4096)[seed % 4]
+    path = write_gguf(tmp_path / "a.gguf", "llama", tensors, fields, alignment=alignment)
+    found, theirs = read_gguf(path), gguf.GGUFReader(path)
+    assert found.fields["x.yes"] is True
+    assert (found.fields["x.f"], found.fields["x.i"]) == (0.5, -7)
+    assert "x.texts" not in found.fields
+    assert ("x.numbers" in found.fields) == (len(numbers) <= KEPT_ITEMS)
+    assert list(found.tensors) == [item.name for item in theirs.tensors]
+    for item in theirs.tensors:
+        info = found.tensors[item.name]
+        assert info.shape == tuple(reversed(item.shape.tolist()))
+        assert info.span == (item.data_offset, item.n_bytes)
+        assert torch.equal(info.value(), torch.from_numpy(tensors[item.name]))  # type: ignore[attr-defined]
+
+
+def test_a_base_of_quantised_types_alone_is_refused_with_a_remedy(tmp_path, capsys):
+    raw = gguf.quants.quantize(np.ones((4, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedMethodError, match=r"base\.gguf: .*Q8_0: GGUF's quantised types are not read; .*F16"):
+        spectra.audit(ROOT / "fixtures" / "full", tmp_path / "base.gguf")
+    assert main(["inspect", str(tmp_path / "base.gguf")]) == 0
+    out = capsys.readouterr().out
+    assert "matrices   none that can be read" in out
+    assert out.count("Q8_0") == 2  # what it holds, and why that is not read

@@ -1,0 +1,89 @@
+"""GGUF files by gguf's own writer: models in the converter's order of rows, and LoRAs."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import torch
+
+from spectra.files.gguf import MODULES, REORDERED
+from tests.support.dialects import draw, write
+
+LORA = "lora.gguf"
+ARCHITECTURES = tuple(sorted(MODULES))
+STORED = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16,
+          torch.float64: gguf.GGMLQuantizationType.F64, torch.bfloat16: gguf.GGMLQuantizationType.BF16}  # fmt: skip
+
+
+def reordered(weights, heads):
+    """The converter's ``LlamaModel.permute``, written out."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2)
+        .reshape(weights.shape)
+    )  # fmt: skip
+
+
+def write_gguf(path, architecture, tensors, fields=(), *, alignment=None):
+    """A file by gguf's own writer; ``fields`` are (method, key, value)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    for method, key, value in fields:
+        getattr(writer, f"add_{method}")(key, value)
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+            raw = value.contiguous().view(torch.int16).numpy().view(np.uint8)
+            writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=STORED[value.dtype])
+        else:
+            writer.add_tensor(name, value.contiguous().numpy() if isinstance(value, torch.Tensor) else value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def lora_fields(alpha):
+    fields = [("string", "general.type", "adapter"), ("string", "adapter.type", "lora")]
+    return fields + ([] if alpha is None else [("float32", "adapter.lora.alpha", alpha)])
+
+
+def a_model(rng, architecture, dtype, heads, key_heads):
+    """{name in transformers: weight} of two layers, and how GGUF calls each module."""
+    width, hidden, inner, words = 4, 2 * heads * 2, int(rng.integers(5, 20)), int(rng.integers(20, 40))
+    shapes = {
+        "attn_q": (heads * width, hidden), "attn_k": (key_heads * width, hidden), "attn_v": (key_heads * width, hidden),
+        "attn_qkv": ((heads + 2 * key_heads) * width, hidden), "attn_output": (hidden, heads * width),
+        "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
+    }  # fmt: skip
+    weights = {"model.embed_tokens.weight": draw(rng, words, hidden, dtype=dtype)}
+    names = {"model.embed_tokens.weight": "token_embd", "lm_head.weight": "output"}
+    weights["lm_head.weight"] = draw(rng, words, hidden, dtype=dtype)
+    for layer in range(2):
+        for part, module in MODULES[architecture].items():
+            name = f"model.layers.{layer}.{module}.weight"
+            weights[name] = draw(rng, *shapes[part], dtype=dtype)
+            names[name] = f"blk.{layer}.{part}"
+    weights["model.norm.weight"] = draw(rng, hidden, dtype=dtype)
+    return weights, names
+
+
+def heads_of(architecture, name, heads, key_heads):
+    """How many heads the rows of a weight are reordered by, or None."""
+    part = name.rpartition(".")[2]
+    return {"attn_q": heads, "attn_k": key_heads}[part] if part in REORDERED.get(architecture, ()) else None
+
+
+def small_lora(folder, architecture="llama", fields=None, **tensors):
+    shapes = {"blk.0.attn_q.weight.lora_a": (2, 8), "blk.0.attn_q.weight.lora_b": (8, 2)} | tensors
+    values = {name: np.ones(shape, np.float32) for name, shape in shapes.items() if shape is not None}
+    return write_gguf(folder / LORA, architecture, values, lora_fields(4.0) if fields is None else fields)
+
+
+def small_base(folder, **config):
+    write(folder, {"model.layers.0.self_attn.q_proj.weight": torch.eye(8), "lm_head.weight": torch.eye(8)})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    return folder
