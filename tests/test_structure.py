@@ -136,10 +136,10 @@ def test_no_file_outgrows_its_purpose():
 
 def test_public_names():
     assert sorted(spectra.__all__) == [
-        "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Mitigation", "RankReport", "Report",
-        "Source", "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache_base", "checkpoint_of",
-        "compare", "extract_adapter", "find_intruders", "layer_spectra", "mitigate", "mitigation_sweep",
-        "similarity_matrices", "suggest_ranks", "to_html", "to_text", "verify_mitigation",
+        "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Repair", "RankReport", "Report",
+        "Source", "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache", "checkpoint_of",
+        "compare", "extract", "find_intruders", "layer_spectra", "mitigate", "sweep",
+        "similarity_matrices", "ranks", "to_html", "to_text", "verify",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None

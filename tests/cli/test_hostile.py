@@ -131,7 +131,7 @@ def run_in_process(capsys, arguments):
 @pytest.mark.parametrize("content", RECORDS)
 @pytest.mark.parametrize("command", ["plot", "mitigate"])
 def test_a_hostile_record(tmp_path, capsys, command, content):
-    file = tmp_path / ("spectra-mitigation.json" if command == "mitigate" else "made.json")
+    file = tmp_path / ("spectra-repair.json" if command == "mitigate" else "made.json")
     file.write_bytes(RECORDS[content])
     if command == "plot":
         arguments = ["plot", "depth", str(file), "-o", str(tmp_path / "out.png")]

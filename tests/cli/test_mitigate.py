@@ -1,4 +1,4 @@
-"""``spectra mitigate`` as people call it: what reaches the functions behind it, and what comes back."""
+"""``spectra repair`` as people call it: what reaches the functions behind it, and what comes back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from spectra.cli import main
-from spectra.cli import mitigate as command
+from spectra.cli import repair as command
 from spectra.errors import UsageError
 from spectra.repairs import repair as mitigating
 from spectra.repairs import verify as checking
@@ -32,16 +32,16 @@ def call(capsys, monkeypatch):
     def call(*arguments, made=None, verified=None):
         given: dict[str, Any] = {}
 
-        def mitigate(tuned, output, base=None, **options):
+        def repair(tuned, output, base=None, **options):
             given.update(options, tuned=tuned, output=output, base=base)
             return made or record(output=record().output if output else None)
 
-        def verify_mitigation(folder, source=None, base=None, **options):
+        def verify(folder, source=None, base=None, **options):
             given.update(options, folder=folder, source=source, base=base)
             return verified or check()
 
         monkeypatch.setattr(mitigating, "mitigate", mitigate)
-        monkeypatch.setattr(checking, "verify_mitigation", verify_mitigation)
+        monkeypatch.setattr(checking, "verify", verify)
         code = main(["mitigate", *map(str, arguments)])
         return code, *capsys.readouterr(), given
 
@@ -49,7 +49,7 @@ def call(capsys, monkeypatch):
 
 
 def test_the_options_are_the_functions_own():
-    makes, checks = (inspect.signature(f).parameters for f in (mitigating.mitigate, checking.verify_mitigation))
+    makes, checks = (inspect.signature(f).parameters for f in (mitigating.mitigate, checking.verify))
     assert set(makes) == {"tuned", "output", "base", "scale", "which", "progress", *command.PASSED}
     assert set(checks) == {"folder", "source", "base", "progress", *command.CHECKING}
 
@@ -132,7 +132,7 @@ def test_a_dry_run_writes_nothing(call):
 
 def test_formats(call):
     _, out, _, _ = call(*WHAT, "-o", "out", "--format", "json")
-    assert json.loads(out)["schema"] == "spectra.mitigation/1"
+    assert json.loads(out)["schema"] == "spectra.repair/1"
     _, out, err, _ = call(*WHAT, "-o", "out", "--format", "csv", "--quiet")
     assert len(list(csv.DictReader(io.StringIO(out)))) == 3
     assert err.splitlines() == [

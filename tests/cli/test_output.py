@@ -89,7 +89,7 @@ def test_json_lines_of_a_repair(capsys):
     (line,) = run(capsys, *command, "--format", "jsonl")[1].splitlines()
     whole = json.loads(run(capsys, *command, "--format", "json")[1])
     assert json.loads(line)["summary"] == whole["summary"]
-    assert json.loads(line)["schema"] == "spectra.mitigation/1"
+    assert json.loads(line)["schema"] == "spectra.repair/1"
 
 
 @pytest.mark.parametrize(

@@ -367,9 +367,9 @@ def test_only_what_we_wrote_is_replaced(tmp_path):
     (out / "tokenizer.json").unlink()
     for text in ("", "[]", "{}", '{"output": null}', '{"output": {"files": 3}}', "\xff"):
         (out / RECORD).write_bytes(text.encode("latin-1"))
-        assert replaceable(out) == "exists and is no earlier result of spectra mitigate"
+        assert replaceable(out) == "exists and is no earlier result of spectra repair"
     (out / RECORD).unlink()
-    assert replaceable(out) == "exists and is no earlier result of spectra mitigate"
+    assert replaceable(out) == "exists and is no earlier result of spectra repair"
 
 
 def test_a_trained_adapter_is_never_replaced(tmp_path):
@@ -381,7 +381,7 @@ def test_a_trained_adapter_is_never_replaced(tmp_path):
     (out / "tokenizer.json").unlink()
     assert why_no_adapter(out) is None
     before = contents(out)
-    refused = "out: exists and is no earlier result of spectra mitigate, so it is not overwritten"
+    refused = "out: exists and is no earlier result of spectra repair, so it is not overwritten"
     with pytest.raises(UsageError, match=refused):
         check_folder(out, force=True, ours=replaceable)
     with pytest.raises(UsageError, match=refused):

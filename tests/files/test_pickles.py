@@ -261,7 +261,7 @@ def test_a_repaired_adapter_is_written_as_safetensors(pickled, tmp_path, capsys)
 
 def test_a_pickled_checkpoint_is_not_repaired_in_place(pickled, tmp_path):
     with pytest.raises(UsageError, match="convert it first"):
-        spectra.mitigate(pickled / "full", tmp_path / "out", pickled / "base", scale=0.5, allow_pickle=True)
+        spectra.repair(pickled / "full", tmp_path / "out", pickled / "base", scale=0.5, allow_pickle=True)
     assert not (tmp_path / "out").exists()
 
 

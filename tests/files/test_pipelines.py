@@ -240,4 +240,4 @@ def test_an_index_that_is_hostile(tmp_path, capsys, index, words):
 def test_a_pipeline_is_not_written(written, tmp_path):
     home = copied(written, tmp_path)
     with pytest.raises(UsageError, match="of a pipeline, name the model"):
-        spectra.mitigate(home, tmp_path / "out", written / "shards", scale=0.5)
+        spectra.repair(home, tmp_path / "out", written / "shards", scale=0.5)

@@ -44,7 +44,7 @@ FIGURES = {
 
 @pytest.mark.parametrize(("sweep", "options"), FIGURES.values(), ids=FIGURES)
 def test_nothing_is_cut_off_or_written_over(sweep, options):
-    figure = plots.mitigation_tradeoff(sweep, **options)
+    figure = plots.repair_tradeoff(sweep, **options)
     width, height = figure.get_size_inches()
     assert width in (3.4, 7.0)
     assert 1 < height < 13
@@ -54,7 +54,7 @@ def test_nothing_is_cut_off_or_written_over(sweep, options):
 @pytest.mark.parametrize(("relative_to", "origin"), [(None, 0.0), ("fine-tune", 0.9), ("base", 0.1)])
 def test_the_figure_shows_the_sweep(relative_to, origin):
     sweep = sweep_of()
-    figure = plots.mitigation_tradeoff(sweep, relative_to=relative_to)
+    figure = plots.repair_tradeoff(sweep, relative_to=relative_to)
     for axes, metric in zip(figure.axes, ("accuracy", "loss"), strict=True):
         left, right = axes.get_xlim()
         assert left > right, "from 1 down to 0"
@@ -73,7 +73,7 @@ def test_the_figure_shows_the_sweep(relative_to, origin):
 
 
 def test_the_same_figure_is_the_same_file():
-    one, again = (plots.mitigation_tradeoff(sweep_of()) for _ in range(2))
+    one, again = (plots.repair_tradeoff(sweep_of()) for _ in range(2))
     for format in plots.FORMATS:
         assert plots.render(one, format) == plots.render(again, format)
 
@@ -90,7 +90,7 @@ def test_lines_of_variants_differ_without_colour():
     [
         (sweep_of(), {"metrics": ["f1"]}, "no metric 'f1'; expected some of accuracy, loss"),
         (sweep_of(metrics=()), {}, "no metric in the sweep"),
-        (sweep_of().drop(columns="scale"), {}, "no column 'scale'; expected what mitigation_sweep returns"),
+        (sweep_of().drop(columns="scale"), {}, "no column 'scale'; expected what sweep returns"),
         (sweep_of()[:0], {}, "nothing to draw"),
         ([], {}, "no column 'variant'"),
         (pd.concat([sweep_of(), sweep_of()]), {}, "intruders at scale 1 occurs twice; draw one fine-tune at a time"),
@@ -101,4 +101,4 @@ def test_lines_of_variants_differ_without_colour():
 )
 def test_what_cannot_be_drawn(sweep, options, message):
     with pytest.raises(UsageError, match=message):
-        plots.mitigation_tradeoff(sweep, **options)
+        plots.repair_tradeoff(sweep, **options)

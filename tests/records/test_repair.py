@@ -12,11 +12,11 @@ import referencing
 
 from spectra.cli.output import REPORT_MARKS
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
-from spectra.records import repair as mitigation
+from spectra.records import repair as record
 from spectra.records import report
-from spectra.records.repair import Mitigation
+from spectra.records.repair import Repair
 from spectra.render.repair import render_verification, to_csv
-from spectra.sources.saved import load_mitigation
+from spectra.sources.saved import load_repair
 from tests.support.repairs import AMISS, audit, check, each, layer, record, vector
 
 
@@ -24,7 +24,7 @@ def validator(schema):
     registry = referencing.Registry().with_resources(
         [
             (name, referencing.Resource.from_contents(home.json_schema()))
-            for name, home in (("spectra.report/1", report), ("spectra.mitigation/1", mitigation))
+            for name, home in (("spectra.report/1", report), ("spectra.repair/1", record))
         ]
     )
     return jsonschema.Draft202012Validator(schema, registry=registry)
@@ -34,11 +34,11 @@ def validator(schema):
 @pytest.mark.parametrize("canonical", [False, True])
 def test_json_follows_the_schema_and_comes_back(made, canonical, tmp_path):
     text = made.to_json(canonical=canonical)
-    validator(mitigation.json_schema()).validate(json.loads(text))
-    path = tmp_path / "spectra-mitigation.json"
+    validator(record.json_schema()).validate(json.loads(text))
+    path = tmp_path / "spectra-repair.json"
     path.write_text(text)
-    again = load_mitigation(path)
-    assert load_mitigation(tmp_path) == again
+    again = load_repair(path)
+    assert load_repair(tmp_path) == again
     assert (again.layers, again.summary) == (made.layers, made.summary)
     if not canonical:
         assert again.to_json() == text
@@ -46,7 +46,7 @@ def test_json_follows_the_schema_and_comes_back(made, canonical, tmp_path):
 
 
 def test_the_schema_lists_every_field():
-    schema = mitigation.json_schema()
+    schema = record.json_schema()
     value = record().to_dict()
     assert schema["properties"].keys() == value.keys()
     assert set(schema["required"]) == value.keys() - {"seconds"}
@@ -71,7 +71,7 @@ def test_the_canonical_form_holds_nothing_of_this_machine():
 def test_fields_may_be_added():
     value = record().to_dict()
     value["new"] = value["layers"][0]["new"] = value["layers"][0]["vectors"][0]["new"] = 1
-    assert Mitigation.from_dict(value).to_dict() == record().to_dict()
+    assert Repair.from_dict(value).to_dict() == record().to_dict()
 
 
 def without(*path):
@@ -86,7 +86,7 @@ def without(*path):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", "[1]", '{"schema": "spectra.mitigation/1"}', '{"schema": "spectra.mitigation/2"}',
+        "", "[]", "{}", "[1]", '{"schema": "spectra.repair/1"}', '{"schema": "spectra.repair/2"}',
         audit().to_json(), without("settings", "scale"), without("layers", 0, "vectors", 0, "sigma"),
         without("layers", 0, "name"), without("source"), without("audit"), "[" * 9999,
     ],
@@ -95,15 +95,15 @@ def test_what_is_no_record(text, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(CorruptFileError, match=r"record\.json"):
-        load_mitigation(path)
+        load_repair(path)
     for nothing in (tmp_path, tmp_path / "nothing.json"):
         with pytest.raises(MissingFileError):
-            load_mitigation(nothing)
+            load_repair(nothing)
 
 
 def test_another_schema_is_named():
     with pytest.raises(UsageError, match=r"spectra\.report/1"):
-        Mitigation.from_dict(audit().to_dict())
+        Repair.from_dict(audit().to_dict())
 
 
 def test_totals():
@@ -120,7 +120,7 @@ def test_totals():
     assert found["scale_error"] == pytest.approx(0.02)
     assert (found["update_error"], found["weight_error"]) == (2.5e-8, 3e-9)
     assert (found["parameters"], found["parameters_after"]) == (2 * 768, 192 * (6 + 5))
-    assert repr(made) == "<Mitigation of tuned: 3 vectors in 2 layers>"
+    assert repr(made) == "<Repair of tuned: 3 vectors in 2 layers>"
 
 
 def test_totals_of_nothing():
@@ -138,17 +138,17 @@ def test_without_an_audit_the_layers_say_how_many_are_left():
 def test_dataframe():
     pytest.importorskip("pandas")
     frame = record().to_dataframe()
-    assert list(frame.columns) == list(mitigation.ROW_COLUMNS)
+    assert list(frame.columns) == list(record.ROW_COLUMNS)
     assert list(frame["index"]) == [0, 3, 0]
     assert list(frame["layer_intruders_before"]) == [3, 3, 3]
     assert set(frame["rows"]) == {128}
-    assert list(record(layers=()).to_dataframe().columns) == list(mitigation.ROW_COLUMNS)
+    assert list(record(layers=()).to_dataframe().columns) == list(record.ROW_COLUMNS)
 
 
 @pytest.mark.parametrize("made", AMISS.values(), ids=AMISS)
 def test_verifications(made):
     value = json.loads(made.to_json())
-    validator({"$ref": "spectra.mitigation/1#/$defs/verification"}).validate(value)
+    validator({"$ref": "spectra.repair/1#/$defs/verification"}).validate(value)
     assert value["schema"] == "spectra.verification/1"
     holds = made in (AMISS["holds"], AMISS["empty"])
     assert made.holds == value["holds"] == holds

@@ -8,13 +8,13 @@ import re
 from dataclasses import replace
 
 from spectra.cli.output import REPORT_MARKS
-from spectra.records import repair as mitigation
-from spectra.render.repair import render_mitigation, to_csv
+from spectra.records import repair as record
+from spectra.render.repair import render_repair, to_csv
 from tests.support.repairs import MANY, audit, each, layer, record, vector
 
 
 def test_text():
-    text = render_mitigation(record())
+    text = render_repair(record())
     first, *_ = text.splitlines()
     assert first == "Repaired: 3 intruder dimensions in 2 of 4 layers scaled by 0.7; 6 intruders before, 6 after."
     assert "\nsource     tuned  (peft-lora, rank 4, alpha 8, scaling 2)\nbase       base\noutput     out" in text
@@ -42,7 +42,7 @@ STARTS = {
 
 @each
 def test_every_text(made):
-    plain, verbose = render_mitigation(made), render_mitigation(made, verbose=True)
+    plain, verbose = render_repair(made), render_repair(made, verbose=True)
     assert plain.startswith(STARTS.get(next(name for name, item in MANY.items() if item is made), "Repaired: "))
     for text in (plain, verbose):
         assert text.encode().startswith(REPORT_MARKS)
@@ -51,14 +51,14 @@ def test_every_text(made):
         assert "None" not in text
         assert max(len(line) for line in text.splitlines()) <= 150
         assert not any(line != line.rstrip() for line in text.splitlines())
-    ascii_only = render_mitigation(made, verbose=True, ascii_only=True)
+    ascii_only = render_repair(made, verbose=True, ascii_only=True)
     assert ascii_only.isascii()
     assert "?" not in ascii_only
 
 
 def test_what_the_text_says_of_odd_cases():
     def of(name):
-        return render_mitigation(MANY[name])
+        return render_repair(MANY[name])
 
     assert "a dry run writes nothing" in of("dry run")
     assert "by index: layers.0.: 0,3" in of("by pattern")
@@ -79,11 +79,11 @@ def test_what_the_text_says_of_odd_cases():
 
 def test_the_note_on_the_count_says_what_happened():
     def notes(**changes):
-        text = render_mitigation(record(**changes))
+        text = render_repair(record(**changes))
         return "keeps its direction" in text, "moved up into them" in text
 
     gone = [layer(0, [vector(index_after=None), vector(1, index_after=10)])]
-    assert "2 of 3 scaled intruders are still among the top 10" in render_mitigation(record()).replace("\n", " ")
+    assert "2 of 3 scaled intruders are still among the top 10" in render_repair(record()).replace("\n", " ")
     assert notes() == notes(audit=audit(2)) == (True, False)
     assert notes(audit=audit(7)) == (True, True)
     assert notes(layers=gone) == (False, True)
@@ -94,33 +94,33 @@ def test_the_note_on_the_count_says_what_happened():
 
 def test_layers_that_failed_are_named():
     bad = replace(audit().layers[0], status="non_finite", error="NaN in W1")
-    text = render_mitigation(record(audit=replace(audit(), layers=(bad,))))
+    text = render_repair(record(audit=replace(audit(), layers=(bad,))))
     assert "non_finite: model.layers.0.self_attn.q_proj: NaN in W1" in text
 
 
 def test_of_many_layers_those_that_changed_most():
     layers = [layer(number, update_change=number / 100, notes=("a convolution",)) for number in range(40)]
-    text = render_mitigation(record(layers))
+    text = render_repair(record(layers))
     shown = [line.split()[0] for line in text.splitlines() if line.startswith("model.layers.")]
     assert shown == [f"model.layers.{number}.self_attn.q_proj" for number in range(16, 40)]
     assert "16 more layers" in text
     assert "a convolution" not in text
-    text = render_mitigation(record(layers), verbose=True)
+    text = render_repair(record(layers), verbose=True)
     assert sum(line.startswith("model.layers.") for line in text.splitlines()) == 40
     assert "note: model.layers.3.self_attn.q_proj: a convolution" in text
 
 
 def test_files_left_behind_are_listed_by_reason():
     files = {f"model-{number}.bin": "weights in another format" for number in range(5)}
-    text = render_mitigation(record(left_behind=files))
+    text = render_repair(record(left_behind=files))
     assert "left behind: 5 files of the source\n  model-0.bin, model-1.bin, model-2.bin, … (2 more): weights" in text
-    assert "model-4.bin" in render_mitigation(record(left_behind=files), verbose=True)
-    assert "left behind" not in render_mitigation(record(left_behind={}))
+    assert "model-4.bin" in render_repair(record(left_behind=files), verbose=True)
+    assert "left behind" not in render_repair(record(left_behind={}))
 
 
 def test_csv():
     rows = list(csv.DictReader(io.StringIO(to_csv(record()))))
-    assert tuple(rows[0]) == mitigation.ROW_COLUMNS
+    assert tuple(rows[0]) == record.ROW_COLUMNS
     assert [row["index_after"] for row in rows] == ["2", "", "2"]
     assert {row["tuned"] for row in rows} == {"tuned"}
     assert to_csv(record()).encode().startswith(REPORT_MARKS)

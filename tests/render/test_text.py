@@ -120,7 +120,7 @@ def test_any_record_as_text():
     assert spectra.to_text(reports[0]).startswith("Verdict: ")
     assert spectra.to_text(reports).startswith("fine-tune ")
     assert spectra.to_text(spectra.compare(paths, quick=True, include=["layers.0.*"])).startswith("base ")
-    assert spectra.to_text(spectra.suggest_ranks(paths[0])).startswith("Suggestion: ")
+    assert spectra.to_text(spectra.ranks(paths[0])).startswith("Suggestion: ")
 
 
 def test_no_verdict_where_nothing_could_be_judged():

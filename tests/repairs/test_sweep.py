@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from spectra.errors import UsageError, WrongBaseError
-from spectra.repairs.repair import mitigate
-from spectra.repairs.sweep import BASE, COLUMNS, CONTROLS, REPAIR, mitigation_sweep, neighbours
+from spectra.repairs.repair import repair
+from spectra.repairs.sweep import BASE, COLUMNS, CONTROLS, REPAIR, sweep, neighbours
 from spectra.runs.jobs import Job
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
@@ -156,7 +156,7 @@ def check_literally(frame, seen, W0, W1):
 def test_every_variant_is_what_it_says(lora, in_model):
     adapter, base = lora
     seen, model = Seen(), network() if in_model else None
-    frame = mitigation_sweep(
+    frame = sweep(
         adapter, base, evaluate=seen, model=model, scales=SCALES, controls=CONTROLS, seeds=2, top_k=K
     )
     assert tuple(frame.columns) == (*COLUMNS, "value")
@@ -180,7 +180,7 @@ def test_every_variant_is_what_it_says(lora, in_model):
 def test_chosen_vectors(lora, which):
     adapter, base = lora
     seen = Seen()
-    frame = mitigation_sweep(adapter, base, evaluate=seen, which=which, scales=[0], top_k=K, include_base=False)
+    frame = sweep(adapter, base, evaluate=seen, which=which, scales=[0], top_k=K, include_base=False)
     W0, W1 = read_weights(base), lora_weights(adapter, base, 2 / 3)
     for name, value in W1.items():
         U, s, Vh = np.linalg.svd(value)
@@ -199,7 +199,7 @@ def test_random_changes_depend_on_the_name_and_the_seed_alone(lora):
     runs = []
     for controls in (["random"], ["shrink", "random"]):
         seen = Seen()
-        frame = mitigation_sweep(adapter, base, evaluate=seen, scales=[0.5], controls=controls, seeds=2, top_k=K)
+        frame = sweep(adapter, base, evaluate=seen, scales=[0.5], controls=controls, seeds=2, top_k=K)
         rows = frame[frame.variant == "random"]
         assert list(rows.seed) == [0, 1]
         runs.append([seen.of(row) for _, row in rows.iterrows()])
@@ -218,7 +218,7 @@ def test_dora(rng, make_base, make_adapter):
     }
     base, adapter = make_base(W0), make_adapter(parts, extra=extra, use_dora=True)
     seen = Seen()
-    frame = mitigation_sweep(
+    frame = sweep(
         adapter, base, evaluate=seen, scales=SCALES, controls=["neighbour", "shrink", "weight"], top_k=K
     )
     before, after = read_weights(base), {}
@@ -244,7 +244,7 @@ def test_a_whole_checkpoint(rng, make_base, in_model):
         model = network()
         model.add_module("head", nn.Linear(24, 5))
     seen = Seen()
-    frame = mitigation_sweep(tuned, base, evaluate=seen, model=model, scales=SCALES, controls=CONTROLS[:2], top_k=K)
+    frame = sweep(tuned, base, evaluate=seen, model=model, scales=SCALES, controls=CONTROLS[:2], top_k=K)
     before = read_weights(base) | {name: value.astype(float) for name, value in head.items()}
     check_literally(frame, seen, before, read_weights(tuned))
     for call in seen.calls[:-1]:
@@ -279,7 +279,7 @@ def test_what_an_adapter_carries(rng, make_base, make_adapter):
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     for subject in (None, model):
         seen = Seen()
-        mitigation_sweep(adapter, base, evaluate=seen, model=subject, scales=[0.5], controls=[], top_k=K)
+        sweep(adapter, base, evaluate=seen, model=subject, scales=[0.5], controls=[], top_k=K)
         tuned, before = seen.calls
         assert (tuned["score.weight"] == 7).all()
         assert (before["score.weight"] == 7).all()
@@ -295,8 +295,8 @@ def test_what_an_adapter_carries(rng, make_base, make_adapter):
 def test_the_sweep_evaluates_what_a_repair_writes(lora, tmp_path):
     adapter, base = lora
     seen = Seen()
-    mitigation_sweep(adapter, base, evaluate=seen, scales=[0.5], controls=[], top_k=K)
-    mitigate(adapter, tmp_path / "out", base, scale=0.5, top_k=K)
+    sweep(adapter, base, evaluate=seen, scales=[0.5], controls=[], top_k=K)
+    repair(adapter, tmp_path / "out", base, scale=0.5, top_k=K)
     run = open_run(tmp_path / "out", base, checked_settings())
     for pair in run.pairs:
         W0 = Job(((run, pair),)).read_base()
@@ -307,7 +307,7 @@ def test_the_sweep_evaluates_what_a_repair_writes(lora, tmp_path):
 def test_layers_left_out_stay_as_the_fine_tune_has_them(lora):
     adapter, base = lora
     seen = Seen()
-    frame = mitigation_sweep(
+    frame = sweep(
         adapter, base, evaluate=seen, exclude=["layers.0"], scales=[0], top_k=K, controls=["weight"]
     )
     W0, W1 = read_weights(base), lora_weights(adapter, base, 2 / 3)
@@ -334,7 +334,7 @@ def test_other_layouts(rng, make_base):
     )
     for subject, prefix in ((None, ""), (model, "transformer.")):
         seen = Seen()
-        frame = mitigation_sweep(tuned, base, evaluate=seen, model=subject, scales=SCALES, top_k=K, controls=[])
+        frame = sweep(tuned, base, evaluate=seen, model=subject, scales=SCALES, top_k=K, controls=[])
         for _, row in frame[frame.variant == REPAIR].iterrows():
             got = seen.of(row)
             for name, rows in (("wte.weight", 80), ("h.0.attn.c_attn.weight", 48)):
@@ -354,7 +354,7 @@ def test_precisions(rng, make_base):
     W1 = {f"{name}.weight": W0[f"{name}.weight"] + 2 / 3 * B.astype(float) @ A for name, (B, A) in parts.items()}
     base, tuned = make_base(W0), make_base(W1, folder="tuned")
     seen = Seen()
-    mitigation_sweep(tuned, base, evaluate=seen, scales=[0.5], controls=[], top_k=K)
+    sweep(tuned, base, evaluate=seen, scales=[0.5], controls=[], top_k=K)
     for name, value in W1.items():
         wanted = literal(W0[name], value, REPAIR, 0.5)[0]
         assert seen.calls[0][name].dtype == np.float64
@@ -367,7 +367,7 @@ def test_precisions(rng, make_base):
         got.append({name: value.clone() for name, value in subject.state_dict().items()})
         return 0
 
-    mitigation_sweep(tuned, base, evaluate=keep, model=model, scales=[0.5], controls=[], top_k=K)
+    sweep(tuned, base, evaluate=keep, model=model, scales=[0.5], controls=[], top_k=K)
     for name, value in exact.items():
         assert torch.equal(got[0][name], torch.from_numpy(value).to(torch.bfloat16))
 
@@ -383,7 +383,7 @@ def test_the_names_of_model_classes_are_tolerated(lora, prefix):
     for part in reversed([part for part in prefix.split(".") if part]):
         model = Block(**{part: model})
     seen = Seen()
-    mitigation_sweep(adapter, base, evaluate=seen, model=model, scales=[1], controls=[], include_base=False, top_k=K)
+    sweep(adapter, base, evaluate=seen, model=model, scales=[1], controls=[], include_base=False, top_k=K)
     W1 = lora_weights(adapter, base, 2 / 3)
     for name, value in W1.items():
         own = ".".join(part for part in (prefix, name.removeprefix("model.")) if part)
@@ -405,10 +405,10 @@ def test_the_models_values_come_back_whatever_happens(lora, stop, after):
         return 1.0
 
     with pytest.raises(stop):
-        mitigation_sweep(adapter, base, evaluate=evaluate, model=model, top_k=K)
+        sweep(adapter, base, evaluate=evaluate, model=model, top_k=K)
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    mitigation_sweep(adapter, base, evaluate=lambda subject: 1.0, model=model, top_k=K, scales=[0.5])
+    sweep(adapter, base, evaluate=lambda subject: 1.0, model=model, top_k=K, scales=[0.5])
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
@@ -419,7 +419,7 @@ def test_a_layer_that_cannot_be_analysed(rng, make_base, make_adapter):
     model = network()
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UsageError, match=r"lora_B.*NaN or infinity; exclude 'model\.layers\.1\.mlp\.up' to keep"):
-        mitigation_sweep(adapter, base, evaluate=Seen(), model=model, top_k=K)
+        sweep(adapter, base, evaluate=Seen(), model=model, top_k=K)
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
@@ -448,7 +448,7 @@ def test_a_model_that_does_not_fit(lora, change, message):
     adapter, base = lora
     seen = Seen()
     with pytest.raises(UsageError, match=message) as caught:
-        mitigation_sweep(adapter, base, evaluate=seen, model=change(network()), top_k=K)
+        sweep(adapter, base, evaluate=seen, model=change(network()), top_k=K)
     assert not seen.calls
     if "dict" not in message:
         assert "adapter: tensor 'model.layers." in str(caught.value)
@@ -459,7 +459,7 @@ def test_a_model_with_the_adapter_in_it_does_not_fit(lora):
     adapter, base = lora
     config = peft.LoraConfig(r=3, target_modules=["up", "down"])
     with pytest.raises(UsageError, match=r"mlp.*not in the model; expected the base's architecture"):
-        mitigation_sweep(adapter, base, evaluate=Seen(), model=peft.PeftModel(network(), config), top_k=K)
+        sweep(adapter, base, evaluate=Seen(), model=peft.PeftModel(network(), config), top_k=K)
 
 
 def test_tied_weights_of_a_whole_model(rng, make_base):
@@ -473,13 +473,13 @@ def test_tied_weights_of_a_whole_model(rng, make_base):
     body = Block(embed_tokens=embedding, layers=nn.ModuleList([Block(up=nn.Linear(16, 24, bias=False))]))
     model = Block(model=body, lm_head=head)
     seen = Seen()
-    mitigation_sweep(tuned, base, evaluate=seen, model=model, scales=[1], controls=[], top_k=K)
+    sweep(tuned, base, evaluate=seen, model=model, scales=[1], controls=[], top_k=K)
     for call in seen.calls:
         assert np.array_equal(call["lm_head.weight"], call["model.embed_tokens.weight"])
     assert np.array_equal(seen.calls[0]["lm_head.weight"], W1["model.embed_tokens.weight"])
     both = make_base(W1 | {"lm_head.weight": W1["model.embed_tokens.weight"].copy()}, folder="both")
     with pytest.raises(UsageError, match="share their values; give each its own"):
-        mitigation_sweep(both, base, evaluate=seen, model=model, top_k=K)
+        sweep(both, base, evaluate=seen, model=model, top_k=K)
 
 
 # --- bad input
@@ -500,7 +500,7 @@ def test_tied_weights_of_a_whole_model(rng, make_base):
 def test_what_evaluate_may_return(lora, found, message):
     adapter, base = lora
     with pytest.raises(UsageError, match=message):
-        mitigation_sweep(adapter, base, evaluate=lambda weights: found, top_k=K)
+        sweep(adapter, base, evaluate=lambda weights: found, top_k=K)
 
 
 def test_numbers_by_name(lora):
@@ -510,13 +510,13 @@ def test_numbers_by_name(lora):
     def evaluate(weights):
         return {"loss": np.float32(next(made)), "accuracy": 1}
 
-    frame = mitigation_sweep(adapter, base, evaluate=evaluate, scales=[1, 0.5], controls=[], top_k=K)
+    frame = sweep(adapter, base, evaluate=evaluate, scales=[1, 0.5], controls=[], top_k=K)
     assert tuple(frame.columns) == (*COLUMNS, "loss", "accuracy")
     assert list(frame.loss) == [0, 1, 2]
     assert (frame.accuracy == 1).all()
     answers = iter([{"a": 1}, {"b": 1}])
     with pytest.raises(UsageError, match="evaluate returned b, and before that a"):
-        mitigation_sweep(adapter, base, evaluate=lambda weights: next(answers), top_k=K)
+        sweep(adapter, base, evaluate=lambda weights: next(answers), top_k=K)
 
 
 @pytest.mark.parametrize(
@@ -537,7 +537,7 @@ def test_bad_options(lora, options, message):
     adapter, base = lora
     seen = Seen()
     with pytest.raises(UsageError, match=message):
-        mitigation_sweep(adapter, base, evaluate=seen, **{"top_k": K, **options})
+        sweep(adapter, base, evaluate=seen, **{"top_k": K, **options})
     assert not seen.calls
 
 
@@ -546,26 +546,26 @@ def test_fine_tunes_whose_model_cannot_be_had(rng, make_base, make_adapter):
     base = make_base(W0)
     adapter = make_adapter(parts, alora_invocation_tokens=[1])
     with pytest.raises(UsageError, match="some tokens only"):
-        mitigation_sweep(adapter, base, evaluate=Seen(), top_k=K)
+        sweep(adapter, base, evaluate=Seen(), top_k=K)
     lost = make_adapter(parts, folder="lost", extra={"base_model.model.model.layers.1.mlp.up.lora_B.bias": np.ones(24)})
     with pytest.raises(UsageError, match=r"lora_B\.bias': the base has no 'model\.layers\.1\.mlp\.up\.bias'"):
-        mitigation_sweep(lost, base, evaluate=Seen(), top_k=K)
+        sweep(lost, base, evaluate=Seen(), top_k=K)
     with pytest.raises(WrongBaseError):
-        mitigation_sweep(adapter, make_base({"other.weight": np.eye(3)}, folder="other"), evaluate=Seen())
+        sweep(adapter, make_base({"other.weight": np.eye(3)}, folder="other"), evaluate=Seen())
 
 
 def test_pandas_is_asked_for_before_any_work(lora, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     seen = Seen()
     with pytest.raises(UsageError, match="needs pandas"):
-        mitigation_sweep(*lora, evaluate=seen, top_k=K)
+        sweep(*lora, evaluate=seen, top_k=K)
     assert not seen.calls
 
 
 def test_progress(lora):
     steps: list[tuple[float, float, str]] = []
     adapter, base = lora
-    mitigation_sweep(
+    sweep(
         adapter, base, evaluate=Seen(), scales=[1, 0], controls=["shrink"], top_k=K,
         progress=lambda *step: steps.append(step),
     )  # fmt: skip
@@ -594,8 +594,8 @@ def test_neighbours(chosen, free, found):
 
 
 def test_the_stored_sweep_of_the_family_is_of_that_family():
-    """``fixtures/mitigation.csv``: the fine-tunes and the base are those of the family's record."""
-    stored = pd.read_csv(FIXTURES / "mitigation.csv")
+    """``fixtures/repair.csv``: the fine-tunes and the base are those of the family's record."""
+    stored = pd.read_csv(FIXTURES / "repair.csv")
     record = json.loads((FIXTURES / "family.json").read_text())
     assert set(stored.member) < set(record)
     for name, rows in stored.groupby("member"):

@@ -24,8 +24,8 @@ def quiet():
 
 def test_a_check_finds_what_is_not_as_recorded(tmp_path):
     out = tmp_path / "out"
-    spectra.mitigate(FIXTURES / "lora-r4", out, BASE, scale=0.5)
-    assert spectra.verify_mitigation(out).holds
+    spectra.repair(FIXTURES / "lora-r4", out, BASE, scale=0.5)
+    assert spectra.verify(out).holds
     weights = out / "adapter_model.safetensors"
     kept = weights.read_bytes()
     tensors = load_file(weights)
@@ -33,7 +33,7 @@ def test_a_check_finds_what_is_not_as_recorded(tmp_path):
 
     def check(**edits):
         save_file({**tensors, **edits}, weights, metadata={"format": "pt"})
-        found = spectra.verify_mitigation(out)
+        found = spectra.verify(out)
         weights.write_bytes(kept)
         return found
 
@@ -44,23 +44,23 @@ def test_a_check_finds_what_is_not_as_recorded(tmp_path):
     config = out / "adapter_config.json"
     before = config.read_text()
     config.write_text(json.dumps({**json.loads(before), "lora_dropout": 0.5}))
-    assert "lora_dropout" in spectra.verify_mitigation(out).problems[0]
+    assert "lora_dropout" in spectra.verify(out).problems[0]
     config.write_text(before)
-    assert spectra.verify_mitigation(out).holds
+    assert spectra.verify(out).holds
     other = tmp_path / "other"
     shutil.copytree(FIXTURES / "lora-r4", other)
-    assert spectra.verify_mitigation(out, other).holds
+    assert spectra.verify(out, other).holds
     source = load_file(other / "adapter_model.safetensors")
     name = next(iter(source))
     source[name] = source[name] + 0.01
     save_file(source, other / "adapter_model.safetensors", metadata={"format": "pt"})
-    found = spectra.verify_mitigation(out, other)
+    found = spectra.verify(out, other)
     assert not found.holds
     assert any("other values" in problem for problem in found.problems)
     with pytest.raises(SpectraError, match="nowhere"):
-        spectra.verify_mitigation(out, FIXTURES / "lora-r4", tmp_path / "nowhere")
-    with pytest.raises(SpectraError, match=r"spectra-mitigation\.json"):
-        spectra.verify_mitigation(FIXTURES / "lora-r4")
+        spectra.verify(out, FIXTURES / "lora-r4", tmp_path / "nowhere")
+    with pytest.raises(SpectraError, match=r"spectra-record\.json"):
+        spectra.verify(FIXTURES / "lora-r4")
 
 
 RECORDS = {
@@ -80,9 +80,9 @@ RECORDS = {
 @pytest.mark.parametrize("what", RECORDS)
 def test_a_record_that_says_otherwise_does_not_hold(tmp_path, what):
     out = tmp_path / "out"
-    spectra.mitigate(FIXTURES / "lora-r1", out, BASE, scale=0.7)
+    spectra.repair(FIXTURES / "lora-r1", out, BASE, scale=0.7)
     edit_record(out, RECORDS[what])
-    assert not spectra.verify_mitigation(out).holds
+    assert not spectra.verify(out).holds
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_a_record_that_says_otherwise_does_not_hold(tmp_path, what):
 )
 def test_a_damaged_record_is_an_error(tmp_path, change):
     out = tmp_path / "out"
-    spectra.mitigate(FIXTURES / "lora-r1", out, BASE, scale=0.7)
+    spectra.repair(FIXTURES / "lora-r1", out, BASE, scale=0.7)
     edit_record(out, change)
-    with pytest.raises(SpectraError, match=r"spectra-mitigation\.json"):
-        spectra.verify_mitigation(out)
+    with pytest.raises(SpectraError, match=r"spectra-record\.json"):
+        spectra.verify(out)
 
 
 def test_untouched_tensors_must_be_the_same_to_the_bit(tmp_path):
     for member in ("lora-r4", "full"):
         out = tmp_path / member
-        found = spectra.mitigate(FIXTURES / member, out, BASE, scale=0.5)
+        found = spectra.repair(FIXTURES / member, out, BASE, scale=0.5)
         changed = {layer.name for layer in found.layers}
         weights = out / ("adapter_model.safetensors" if member == "lora-r4" else "model.safetensors")
         tensors = load_file(weights)
@@ -119,7 +119,7 @@ def test_untouched_tensors_must_be_the_same_to_the_bit(tmp_path):
             value = tensors[names[0]].clone()
             value.view(-1)[0] *= 1 + 1e-6
             save_file({**tensors, names[0]: value}, weights, metadata={"format": "pt"})
-            check = spectra.verify_mitigation(out)
+            check = spectra.verify(out)
             assert not check.holds, names[0]
             assert any(layer.name in names[0] for layer in check.failed) or any(
                 names[0] in problem for problem in check.problems
@@ -132,9 +132,9 @@ def test_files_beside_the_weights_must_be_the_same(tmp_path):
     (source / "tokenizer.json").write_text("{}")
     (source / "modeling_own.py").write_text("")
     out = tmp_path / "out"
-    spectra.mitigate(source, out, BASE, scale=0.7)
+    spectra.repair(source, out, BASE, scale=0.7)
     (out / "README.md").write_text("the card is its owner's to edit")
-    assert spectra.verify_mitigation(out).holds
+    assert spectra.verify(out).holds
     for name, text in (
         ("tokenizer.json", "{} "),
         ("modeling_own.py", "import os"),
@@ -143,22 +143,22 @@ def test_files_beside_the_weights_must_be_the_same(tmp_path):
     ):
         before = (out / name).read_bytes() if (out / name).exists() else None
         (out / name).write_text(text)
-        problems = spectra.verify_mitigation(out).problems
+        problems = spectra.verify(out).problems
         assert len(problems) == 1
         assert name in problems[0]
         (out / name).unlink() if before is None else (out / name).write_bytes(before)
     (out / "tokenizer.json").unlink()
-    assert "tokenizer.json is missing" in spectra.verify_mitigation(out).problems[0]
+    assert "tokenizer.json is missing" in spectra.verify(out).problems[0]
 
 
 def test_a_merge_that_was_not_repaired_does_not_hold(tmp_path, headless):
     """However small the change is beside what the base's half precision rounds."""
     for scale in (0.5, 0.99):
         out, plain = tmp_path / f"out{scale}", tmp_path / f"plain{scale}"
-        spectra.mitigate(headless, out, BASE, scale=scale, merged=True)
-        spectra.mitigate(headless, plain, BASE, scale=1, merged=True)
-        assert spectra.verify_mitigation(out).holds
+        spectra.repair(headless, out, BASE, scale=scale, merged=True)
+        spectra.repair(headless, plain, BASE, scale=1, merged=True)
+        assert spectra.verify(out).holds
         shutil.copy(plain / "model.safetensors", out / "model.safetensors")
-        assert not spectra.verify_mitigation(out).holds
+        assert not spectra.verify(out).holds
         shutil.copy(BASE / "model.safetensors", out / "model.safetensors")
-        assert not spectra.verify_mitigation(out).holds
+        assert not spectra.verify(out).holds

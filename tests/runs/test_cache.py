@@ -35,7 +35,7 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def fixtures_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
-    spectra.cache_base(BASE, root=folder)
+    spectra.cache(BASE, root=folder)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_every_layout_is_kept_as_audits_read_it(rng, make_base, monkeypatch):
     tensors["half.weight"] = torch.from_numpy(rng.normal(size=(20, 12))).bfloat16()
     tensors["wide.weight"] = rng.normal(size=(20, 12))
     folder = make_base(tensors, config={"model_type": "gpt2"})
-    made = spectra.cache_base(folder)
+    made = spectra.cache(folder)
     assert [item.name for item in made.skipped] == ["h.0.attn.c_attn.bias"]
     layouts = {layer.name: (layer.pair.layout, layer.dtype, layer.shape) for layer in made.layers}
     assert layouts == {
@@ -130,11 +130,11 @@ def test_every_layout_is_kept_as_audits_read_it(rng, make_base, monkeypatch):
 
 def test_float64_has_spectra_of_its_own(family):
     base, _, adapter = family
-    spectra.cache_base(base, dtype="float64")
+    spectra.cache(base, dtype="float64")
     assert engines(spectra.audit(adapter, base, dtype="float64")) == {"cached"}
     assert engines(spectra.audit(adapter, base)) == {"exact"}
-    assert len(spectra.cache_base(base).written) == 3, "beside the others"
-    assert len(spectra.cache_base(base, dtype="float64").there) == 3
+    assert len(spectra.cache(base).written) == 3, "beside the others"
+    assert len(spectra.cache(base, dtype="float64").there) == 3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -208,15 +208,15 @@ def test_a_changed_base_is_noticed(capsys, family, rng, root):
 
 def test_a_change_that_no_key_can_see_is_noticed_by_content(family, rng, root):
     base, tensors, adapter = family
-    spectra.cache_base(base)
+    spectra.cache(base)
     other = weights(rng, *tensors) | {"layer.1.q.weight": tensors["layer.1.q.weight"]}
     rewrite(base, other, later=False)
     found = spectra.audit(adapter, base)
     assert [layer.engine for layer in found.layers] == ["exact", "cached", "exact"]
     assert ["stale_cache" in layer.flags for layer in found.layers] == [True, False, True]
     assert verdicts(found) == verdicts(spectra.audit(adapter, base, cache=False))
-    assert len(spectra.cache_base(base, dry_run=True).there) == 3, "their files look right"
-    made = spectra.cache_base(base)
+    assert len(spectra.cache(base, dry_run=True).there) == 3, "their files look right"
+    made = spectra.cache(base)
     assert [layer.name for layer in made.there] == ["layer.1.q.weight"]
     assert [layer.name for layer in made.written] == ["layer.0.q.weight", "layer.2.q.weight"]
     again = spectra.audit(adapter, base)
@@ -225,9 +225,9 @@ def test_a_change_that_no_key_can_see_is_noticed_by_content(family, rng, root):
 
 def test_the_same_base_elsewhere_is_the_same(family, tmp_path, root):
     base, _, adapter = family
-    spectra.cache_base(base)
+    spectra.cache(base)
     shutil.copytree(base, tmp_path / "copy")  # keeps the times
-    assert len(spectra.cache_base(tmp_path / "copy").there) == 3
+    assert len(spectra.cache(tmp_path / "copy").there) == 3
     assert engines(spectra.audit(adapter, tmp_path / "copy")) == {"cached"}
     paths = json.loads(next(root.glob("*/base.json")).read_text())["paths"]
     assert paths == [str(base.resolve()), str((tmp_path / "copy").resolve())]
@@ -275,13 +275,13 @@ def test_each_shard_counts(family, tmp_path):
 )
 def test_a_strange_base_file_does_no_harm(family, root, text):
     base, _, _ = family
-    made = spectra.cache_base(base)
+    made = spectra.cache(base)
     for folder in (made.folder, root / "other"):
         folder.mkdir(exist_ok=True)
         (folder / "base.json").write_text(text)
     (root / "other" / "x.safetensors").touch()
     assert SpectrumCache().stale_for(open_checkpoint(base)) == ()
-    assert len(spectra.cache_base(base).there) == 3
+    assert len(spectra.cache(base).there) == 3
 
 
 # Files that are none of ours, or broken
@@ -355,7 +355,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_what_is_broken_is_not_there(family, root, damage):
     base, _, adapter = family
-    spectra.cache_base(base)
+    spectra.cache(base)
     file = next(file for file in kept(root) if "layer-1-" in file.name)
     damage(file)
     opened = open_checkpoint(base)
@@ -363,7 +363,7 @@ def test_what_is_broken_is_not_there(family, root, damage):
     found = spectra.audit(adapter, base)
     assert [layer.engine for layer in found.layers] == ["cached", "exact", "cached"]
     assert verdicts(found) == verdicts(spectra.audit(adapter, base, cache=False))
-    made = spectra.cache_base(base)
+    made = spectra.cache(base)
     assert [layer.name for layer in made.written] == ["layer.1.q.weight"]
     assert engines(spectra.audit(adapter, base)) == {"cached"}
 
@@ -375,18 +375,18 @@ def test_what_is_broken_is_not_there(family, root, damage):
 )
 def test_what_makes_sense_and_is_wrong_is_noticed_by_content(family, root, damage):
     base, _, adapter = family
-    spectra.cache_base(base)
+    spectra.cache(base)
     damage(next(file for file in kept(root) if "layer-1-" in file.name))
     found = spectra.audit(adapter, base)
     assert [layer.engine for layer in found.layers] == ["cached", "exact", "cached"]
     assert flags(found) >= {"stale_cache"}
     assert verdicts(found) == verdicts(spectra.audit(adapter, base, cache=False))
-    assert [layer.name for layer in spectra.cache_base(base).written] == ["layer.1.q.weight"]
+    assert [layer.name for layer in spectra.cache(base).written] == ["layer.1.q.weight"]
 
 
 def test_a_folder_in_the_way(capsys, family, root):
     base, _, adapter = family
-    made = spectra.cache_base(base)
+    made = spectra.cache(base)
     file = kept(root)[1]
     file.unlink()
     file.mkdir()
@@ -422,7 +422,7 @@ def test_names_that_no_file_system_would_take(rng, make_base, root, tmp_path):
         ".. ",
     ]
     folder = make_base(weights(rng, *(f"{name}.weight" for name in names), shape=(6, 5)))
-    made = spectra.cache_base(folder)
+    made = spectra.cache(folder)
     assert sorted(layer.name for layer in made.written) == sorted(f"{name}.weight" for name in names)
     files = kept(root)
     assert {file.parent for file in files} == {made.folder}

@@ -752,10 +752,10 @@ API: dict[str, Callable[[str, str | None], Any]] = {
     "audit": lambda tuned, base: spectra.audit(tuned, base),
     "inspect": lambda tuned, base: inspection.inspect(tuned, base),
     "compare": lambda tuned, base: spectra.compare([tuned], base, quick=True),
-    "ranks": lambda tuned, base: spectra.suggest_ranks(tuned, base),
-    "mitigate": lambda tuned, base: spectra.mitigate(tuned, None, base, scale=0.5),
+    "ranks": lambda tuned, base: spectra.ranks(tuned, base),
+    "mitigate": lambda tuned, base: spectra.repair(tuned, None, base, scale=0.5),
     "plot": lambda tuned, base: spectra.layer_spectra([tuned], base),
-    "cache": lambda base, _: spectra.cache_base(base, dry_run=True),
+    "cache": lambda base, _: spectra.cache(base, dry_run=True),
 }
 
 

@@ -48,7 +48,7 @@ def merged(net, adapter):
 
 
 def edit_record(folder, change):
-    path = folder / "spectra-mitigation.json"
+    path = folder / "spectra-repair.json"
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from spectra.records.repair import LayerCheck, LayerRepair, Mitigation, ScaledVector, Verification
+from spectra.records.repair import LayerCheck, LayerRepair, Repair, ScaledVector, Verification
 from spectra.records.report import LayerReport, Report
 
 SHA = "sha256:" + "0" * 64
@@ -59,7 +59,7 @@ def audit(intruders=6, layers=4, **changes):
 
 
 def record(layers=None, **changes):
-    made = Mitigation(
+    made = Repair(
         base={"path": "base", "format": "safetensors", "changed_since_cached": False, **FACTS},
         source={"path": "tuned", "format": "peft-lora", "rank": 4, "alpha": 8, "scaling": 2.0, **FACTS},
         output={"path": "out", "format": "peft-lora", "rank": None, "alpha": None, "scaling": None, **FACTS},

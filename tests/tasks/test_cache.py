@@ -77,16 +77,16 @@ main(["cache", sys.argv[1]])
     assert done.returncode == 9
     (first,) = kept(root)
     (left,) = root.glob("*/.*.part")
-    assert len(spectra.cache_base(base, dry_run=True).there) == 1
+    assert len(spectra.cache(base, dry_run=True).there) == 1
     assert [layer.engine for layer in spectra.audit(adapter, base).layers] == ["cached", "exact", "exact"]
     before = first.stat()
-    made = spectra.cache_base(base)
+    made = spectra.cache(base)
     assert ([layer.name for layer in made.there], len(made.written)) == (["layer.0.q.weight"], 2)
     after = first.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns), "not written again"
     assert left.exists(), "somebody may still be writing"
     os.utime(left, (0, left.stat().st_mtime - ABANDONED - 1))
-    spectra.cache_base(base)
+    spectra.cache(base)
     assert not left.exists()
     assert engines(spectra.audit(adapter, base)) == {"cached"}
 
@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line(capsys, family, root, monkeypatch):
 
 def test_too_little_room_is_said_before_anything_is_written(capsys, family, root, monkeypatch):
     base, _, _ = family
-    wanted = spectra.cache_base(base, dry_run=True).bytes
+    wanted = spectra.cache(base, dry_run=True).bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, wanted - 1))
     code, out, err = run(capsys, "cache", base)
     assert (code, out) == (2, "")
@@ -130,7 +130,7 @@ def test_dry_run_writes_nothing_and_says_the_size(capsys, family, root):
     assert (code, err) == (0, "")
     assert not root.exists()
     numbers = 3 * (32 * 32 * 4 + 2 * 32 * 8)  # vectors of the short side, values and residuals
-    planned = spectra.cache_base(base, dry_run=True)
+    planned = spectra.cache(base, dry_run=True)
     assert (planned.bytes, planned.written, planned.there) == (numbers, (), ())
     assert f"3 layers, {readable_size(numbers)} in {planned.folder}; none of them there already" in out
     run(capsys, "cache", base, "--include", "layer.1")
@@ -175,7 +175,7 @@ def test_bad_usage(capsys, root, arguments, words):
 
 def test_bad_dtype():
     with pytest.raises(spectra.SpectraError, match="float16"):
-        spectra.cache_base(BASE, dtype="float16")
+        spectra.cache(BASE, dtype="float16")
 
 
 def test_a_weight_that_cannot_be_decomposed_does_not_stop_the_rest(capsys, rng, make_base):
@@ -187,14 +187,14 @@ def test_a_weight_that_cannot_be_decomposed_does_not_stop_the_rest(capsys, rng, 
     assert err.count("\n") == 1
     assert f"{base / 'model.safetensors'}: layer.1.q.weight: 1 of 1,280 values are NaN" in err
     assert out.splitlines()[-1].startswith("2 written")
-    made = spectra.cache_base(base)
+    made = spectra.cache(base)
     assert [item.name for item in made.failed] == ["layer.1.q.weight"]
     assert len(made.there) == 2
 
 
 def test_progress(capsys, family, monkeypatch):
     seen = []
-    spectra.cache_base(family[0], progress=lambda *state: seen.append(state))
+    spectra.cache(family[0], progress=lambda *state: seen.append(state))
     done, work, names = zip(*seen, strict=True)
     assert list(done) == sorted(done)
     assert done[-1] == pytest.approx(work[-1])
@@ -207,7 +207,7 @@ def test_progress(capsys, family, monkeypatch):
 def test_threads_are_put_back(family):
     before = torch.get_num_threads()
     seen = []
-    spectra.cache_base(family[0], threads=before + 1, progress=lambda *_: seen.append(torch.get_num_threads()))
+    spectra.cache(family[0], threads=before + 1, progress=lambda *_: seen.append(torch.get_num_threads()))
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
 

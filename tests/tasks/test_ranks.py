@@ -31,7 +31,7 @@ def changes():
 
 
 def test_ranks_of_a_full_fine_tune(changes):
-    report = spectra.suggest_ranks(FIXTURES / "full", FIXTURES / "base")
+    report = spectra.ranks(FIXTURES / "full", FIXTURES / "base")
     assert report.suggestion is not None
     choices = {choice.name: choice for choice in report.suggestion.choices}
     assert len(choices) == 28
@@ -48,7 +48,7 @@ def test_ranks_of_a_full_fine_tune(changes):
 
 def test_ranks_of_adapters():
     for member, rank in (("lora-r4", 4), ("lora-r64", 64), ("dora-r16", 16)):
-        report = spectra.suggest_ranks(FIXTURES / member, energy=0.99)
+        report = spectra.ranks(FIXTURES / member, energy=0.99)
         assert report.suggestion is not None
         audited = {layer.name: layer.measures for layer in spectra.audit(FIXTURES / member).layers}
         for layer in report.layers:
@@ -72,26 +72,26 @@ def test_each_layer_is_decomposed_once(tmp_path, monkeypatch):
 
     for module, name in ((truncation, "decompose"), (measures, "singular_values")):
         monkeypatch.setattr(module, name, counted(name, vars(module)[name]))
-    spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base")
+    spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base")
     assert Counter(calls) == {"decompose": 28, "singular_values": 1}  # the embedding gets no factors
 
 
 def test_inputs_are_never_touched(tmp_path, make_base, rng):
     with pytest.raises(UsageError, match="adapter already"):
-        spectra.extract_adapter(FIXTURES / "lora-r4", tmp_path / "out")
+        spectra.extract(FIXTURES / "lora-r4", tmp_path / "out")
     W = rng.normal(size=(12, 10)).astype("f4")
     base, tuned = make_base({"a.weight": W}), make_base({"a.weight": W + 1}, folder="tuned")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for target in (base, tuned):
         with pytest.raises(UsageError, match="exists already"):
-            spectra.extract_adapter(tuned, target, base)
+            spectra.extract(tuned, target, base)
         with pytest.raises(UsageError, match=r"no PEFT adapter|what is being read"):
-            spectra.extract_adapter(tuned, target, base, force=True)
+            spectra.extract(tuned, target, base, force=True)
     with pytest.raises(UsageError, match="nothing to extract"):
-        spectra.extract_adapter(base, tmp_path / "out", base)
+        spectra.extract(base, tmp_path / "out", base)
     bad = make_base({"a.weight": np.full((12, 10), np.nan, "f4")}, folder="bad")
     with pytest.raises(UsageError, match=r"bad.*a.weight.*NaN"):
-        spectra.extract_adapter(bad, tmp_path / "out", base)
+        spectra.extract(bad, tmp_path / "out", base)
     assert {path: path.read_bytes() for path in before} == before
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.iterdir())) == 3
@@ -106,7 +106,7 @@ def test_tensors_are_matched_under_other_prefixes(tmp_path, make_base, rng):
     tuned = make_base(
         {"layer.0.q.weight": W + 1, "layer.0.norm.weight": norm, "layer.1.norm.weight": norm + 1}, folder="tuned"
     )
-    made = spectra.extract_adapter(tuned, tmp_path / "out", base)
+    made = spectra.extract(tuned, tmp_path / "out", base)
     assert made.whole == ("layer.1.norm",)
 
 
@@ -118,24 +118,24 @@ def test_a_layer_that_fails_is_named(capsys, make_base, make_adapter, rng):
     assert code == 2
     assert "Suggestion: LoRA with r = 1" in out
     assert "b: non_finite" in err
-    assert ranking.suggest_ranks(adapter, base).failed[0]["status"] == "non_finite"
+    assert ranking.ranks(adapter, base).failed[0]["status"] == "non_finite"
 
 
 def test_the_schema_of_configs_is_pefts(tmp_path):
     """Every key of the written config is one that peft itself knows."""
-    spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", by="type")
+    spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", by="type")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(config) <= set(peft.LoraConfig(task_type="SEQ_CLS").to_dict())
     assert config["task_type"] == "SEQ_CLS"
 
 
 def test_what_was_left_out_by_name_stays_out(tmp_path):
-    made = spectra.extract_adapter(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", include=["q_proj"])
+    made = spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", include=["q_proj"])
     assert len(made.relative_errors) == 4
     assert "model.layers.0.mlp.up_proj.weight" in made.left_out
     assert not any("mlp" in module for module in made.whole)
     with pytest.raises(UsageError, match="lies in what is being read"):
-        spectra.extract_adapter(FIXTURES / "full", FIXTURES / "full" / "inside", FIXTURES / "base")
+        spectra.extract(FIXTURES / "full", FIXTURES / "full" / "inside", FIXTURES / "base")
 
 
 def test_a_task_is_named_only_with_its_head(tmp_path):
@@ -152,7 +152,7 @@ def test_a_task_is_named_only_with_its_head(tmp_path):
             if "classifier" not in name:
                 parameter.add_(0.01 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "full")
-    spectra.extract_adapter(tmp_path / "full", tmp_path / "out", tmp_path / "base")
+    spectra.extract(tmp_path / "full", tmp_path / "out", tmp_path / "base")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["task_type"] is None
     base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -164,13 +164,13 @@ def test_a_resized_vocabulary_is_said(tmp_path, make_base, rng):
     base = make_base({"q.weight": W, "model.embed_tokens.weight": words})
     more = np.concatenate([words + 1, words[:4]])
     tuned = make_base({"q.weight": W + 1, "model.embed_tokens.weight": more}, folder="tuned")
-    made = spectra.extract_adapter(tuned, tmp_path / "out", base)
+    made = spectra.extract(tuned, tmp_path / "out", base)
     assert "resize_token_embeddings(64)" in made.remarks[0]
     assert "resize_token_embeddings(64)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_config_from_an_adapter_names_modules_of_the_model():
-    found = spectra.suggest_ranks(FIXTURES / "lora-r16", by="type").suggestion
+    found = spectra.ranks(FIXTURES / "lora-r16", by="type").suggestion
     assert found is not None
     assert found.exclude_modules == ()
     assert set(found.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -210,7 +210,7 @@ def test_experts_of_a_stack_are_no_modules(tmp_path):
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
     saved(tmp_path, net, config)
-    report = spectra.suggest_ranks(tmp_path / "adapter", tmp_path / "base")
+    report = spectra.ranks(tmp_path / "adapter", tmp_path / "base")
     assert report.suggestion is not None
     assert report.suggestion.target_modules == ("q_proj",)
     assert {choice.name.rpartition(".")[2] for choice in report.suggestion.choices} == {"q_proj"}
@@ -247,7 +247,7 @@ def test_a_suggestion_for_replicated_layers_builds_the_same_model(tmp_path):
             {name: value * (0 if "layers.1." in name else 1) for name, value in stored.items()},
             tmp_path / "adapter" / "adapter_model.safetensors",
         )
-    report = spectra.suggest_ranks(tmp_path / "adapter", tmp_path / "base", energy=0.999)
+    report = spectra.ranks(tmp_path / "adapter", tmp_path / "base", energy=0.999)
     assert report.suggestion is not None
     config = report.suggestion.peft_config()
     assert config["layer_replication"] == ranges
@@ -283,7 +283,7 @@ def test_dora_of_any_change_is_counted(tmp_path, on_out):
             torch.nn.init.normal_(parameter)
         state |= {f"lycoris_{name}.{key}": value.clone() for key, value in module.state_dict().items()}
     save_file(state, tmp_path / "x.safetensors")
-    report = spectra.suggest_ranks(tmp_path / "x.safetensors", tmp_path / "base.safetensors")
+    report = spectra.ranks(tmp_path / "x.safetensors", tmp_path / "base.safetensors")
     assert report.suggestion is not None
     assert report.suggestion.rescaled == 2
     assert [layer.rescaled for layer in report.layers] == [True, True, False]

@@ -84,9 +84,9 @@ def test_every_engine_and_every_form_of_output(tmp_path, method):
 def test_a_merged_copy_is_the_merge_and_no_adapter_is_written(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
     with pytest.raises(UsageError, match=r"mitigate writes LoRA and DoRA.*--merged"):
-        spectra.mitigate(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0)
+        spectra.repair(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0)
     assert not (tmp_path / "new").exists()
-    spectra.mitigate(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0, merged=True)
+    spectra.repair(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0, merged=True)
     written = load_file(tmp_path / "new" / "model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,7 +94,7 @@ def test_a_merged_copy_is_the_merge_and_no_adapter_is_written(tmp_path, method, 
     assert expected.keys() == written.keys()
     for name, value in expected.items():
         assert torch.linalg.norm(written[name].double() - value) <= 1e-6 * torch.linalg.norm(value), name
-    assert spectra.verify_mitigation(tmp_path / "new").holds
+    assert spectra.verify(tmp_path / "new").holds
 
 
 def test_what_oft_does_is_on_the_right(tmp_path):

@@ -414,7 +414,7 @@ def test_inspect_says_what_it_would_read_with_and_without_the_base(tmp_path):
 
 def test_other_commands_read_experts(tmp_path):
     net, _ = adapted(tmp_path)
-    ranks = spectra.suggest_ranks(tmp_path / "adapter", tmp_path / "base")
+    ranks = spectra.ranks(tmp_path / "adapter", tmp_path / "base")
     assert len(ranks.layers) == 4 * net.sizes[0]
     assert {layer.trained_rank for layer in ranks.layers} == {2}
     (report,) = spectra.compare([tmp_path / "adapter"], tmp_path / "base", quick=True).reports
@@ -423,7 +423,7 @@ def test_other_commands_read_experts(tmp_path):
         value.numel() for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
     )
     with pytest.raises(UsageError):  # neither as an adapter nor merged into stacks
-        spectra.mitigate(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5)
+        spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5)
     with pytest.raises(UsageError):
-        spectra.mitigate(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5, merged=True)
+        spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5, merged=True)
     assert not (tmp_path / "out").exists()

@@ -498,20 +498,20 @@ def test_a_repair_of_experts_is_written_where_it_can_be(tmp_path, make_base, mak
     base = make_base(stacks, config={"model_type": "qwen3_moe", "hidden_size": h})
     factors = {"mlp.experts.1.up_proj": (30 * rng.normal(size=(i, 1)), rng.normal(size=(1, h)))}
     adapter = make_adapter(factors)
-    mitigated = spectra.mitigate(adapter, tmp_path / "repaired", base, scale=0.5)
+    mitigated = spectra.repair(adapter, tmp_path / "repaired", base, scale=0.5)
     assert [layer.name for layer in spectra.audit(tmp_path / "repaired", base=base).layers] == list(factors)
     assert mitigated.summary["vectors_scaled"] >= 1
     with pytest.raises(spectra.SpectraError, match=r"mlp\.experts\.1\.up_proj"):
-        spectra.mitigate(adapter, tmp_path / "merged", base, scale=0.5, merged=True)
+        spectra.repair(adapter, tmp_path / "merged", base, scale=0.5, merged=True)
     changed = {
         name: stack + 10 * rng.normal(size=(E, stack.shape[1], 1)) @ rng.normal(size=(E, 1, stack.shape[2]))
         for name, stack in stacks.items()
     }
     tuned = make_base(changed, folder="tuned", config={"model_type": "qwen3_moe", "hidden_size": h})
     with pytest.raises(spectra.SpectraError, match="expert 0 of"):
-        spectra.mitigate(tuned, tmp_path / "again", base, scale=0.5)
+        spectra.repair(tuned, tmp_path / "again", base, scale=0.5)
     with pytest.raises(spectra.SpectraError, match=r"expert 0 of.*no adapter is written"):
-        spectra.extract_adapter(tuned, tmp_path / "extracted", base)
+        spectra.extract(tuned, tmp_path / "extracted", base)
     assert not [path for path in ("merged", "again", "extracted") if (tmp_path / path).exists()]
 
 
@@ -609,7 +609,7 @@ def test_two_forms_of_one_expert_in_one_fine_tune(make_base, rng, other):
 def test_a_kept_spectrum_serves_every_name_of_its_weight(make_base, rng, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECTRA_CACHE", str(tmp_path / "cache"))
     base, _, files = two_forms(make_base, rng)
-    assert len(spectra.cache_base(base).written) == 4
+    assert len(spectra.cache(base).written) == 4
     settings = checked_settings(include=["w2"])
     jobs = jobs_of([open_run(files, base, settings)])
     assert [job.first.base.name.rpartition("experts.")[2] for job in jobs] == ["0.w2.weight", "1.w2.weight"]

@@ -122,11 +122,11 @@ def test_everything_that_takes_a_path_takes_a_model(lora, tmp_path):
     for mine, theirs in zip(arrays[1], arrays[0], strict=True):
         assert mine.name == theirs.name
         assert np.array_equal(mine.cosines, theirs.cosines)
-    ranks = [spectra.suggest_ranks(given, given_base, **some) for given, given_base in ((full, base), (paths[1], home))]
+    ranks = [spectra.ranks(given, given_base, **some) for given, given_base in ((full, base), (paths[1], home))]
     assert ranks[0].layers == ranks[1].layers
     assert ranks[0].suggestion == ranks[1].suggestion
     for given, given_base, folder in ((full, base, "one"), (paths[1], home, "other")):
-        spectra.extract_adapter(given, tmp_path / folder, given_base, energy=0.5, **some)
+        spectra.extract(given, tmp_path / folder, given_base, energy=0.5, **some)
     extracted = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "other")]
     assert extracted[0].keys() == extracted[1].keys()
     assert all(torch.equal(extracted[0][name], extracted[1][name]) for name in extracted[0])
@@ -135,17 +135,17 @@ def test_everything_that_takes_a_path_takes_a_model(lora, tmp_path):
     assert seen[0].skipped == seen[1].skipped
     assert seen[0].files == ()
     assert "holds      peft adapter in memory\n" in render_inspection([seen[0]])
-    planned = [spectra.mitigate(given, None, scale=0.5, **some) for given in (lora, paths[0])]
+    planned = [spectra.repair(given, None, scale=0.5, **some) for given in (lora, paths[0])]
     assert planned[0].layers == planned[1].layers
-    assert spectra.mitigate(load("full-high"), None, base, scale=0.5, which="top").layers
+    assert spectra.repair(load("full-high"), None, base, scale=0.5, which="top").layers
     for item in before:
         item.check()
 
 
 def test_a_repair_of_a_live_adapter_is_written(lora, tiny, tmp_path):
     before = Unchanged(lora)
-    done: Any = spectra.mitigate(lora, tmp_path / "live", scale=0.5)
-    spectra.mitigate(FIXTURES / "lora-r4", tmp_path / "folder", scale=0.5, dtype="float32")
+    done: Any = spectra.repair(lora, tmp_path / "live", scale=0.5)
+    spectra.repair(FIXTURES / "lora-r4", tmp_path / "folder", scale=0.5, dtype="float32")
     before.check()
     mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("live", "folder"))
     assert mine.keys() == theirs.keys()
@@ -153,13 +153,13 @@ def test_a_repair_of_a_live_adapter_is_written(lora, tiny, tmp_path):
         rounded = "score" in name  # by loading it into a model of bfloat16
         assert torch.allclose(value.float(), theirs[name].float(), rtol=4e-3 if rounded else 0, atol=0), name
     assert done.output["source_from_here"] is None
-    assert spectra.verify_mitigation(tmp_path / "live", lora, lora).holds
+    assert spectra.verify(tmp_path / "live", lora, lora).holds
     again = peft.PeftModel.from_pretrained(load("base"), tmp_path / "live")
     assert spectra.audit(again).total("all") == done.audit.total("all")
     with pytest.raises(UsageError, match="in memory is not written"):
-        spectra.mitigate(load("full"), tmp_path / "no", load("base"), scale=0.5)
+        spectra.repair(load("full"), tmp_path / "no", load("base"), scale=0.5)
     with pytest.raises(UsageError, match="in memory is not written"):
-        spectra.mitigate(tiny, tmp_path / "no", scale=0.5, merged=True)
+        spectra.repair(tiny, tmp_path / "no", scale=0.5, merged=True)
     assert not (tmp_path / "no").exists()
 
 
@@ -171,23 +171,23 @@ def test_a_sweep_needs_a_model_of_its_own(lora):
         "evaluate": lambda _: 1.0,
     }
     before = Unchanged(lora)
-    found = spectra.mitigation_sweep(lora, model=load("base"), **given)
-    expected = spectra.mitigation_sweep(FIXTURES / "lora-r4", model=load("base"), **given)
+    found = spectra.sweep(lora, model=load("base"), **given)
+    expected = spectra.sweep(FIXTURES / "lora-r4", model=load("base"), **given)
     assert found.equals(expected)
     for model in (lora, lora.get_base_model()):
         with pytest.raises(UsageError, match="shares its values with it"):
-            spectra.mitigation_sweep(lora, model=model, **given)
+            spectra.sweep(lora, model=model, **given)
     before.check()
 
 
 def test_spectra_kept_of_a_base_in_memory(lora, tmp_path):
     some: dict[str, Any] = {"include": ["layers.1.mlp"]}
-    plan = spectra.cache_base(lora, root=tmp_path, dry_run=True, **some)
+    plan = spectra.cache(lora, root=tmp_path, dry_run=True, **some)
     assert len(plan.layers) == 3
-    done = spectra.cache_base(lora, root=tmp_path, **some)
+    done = spectra.cache(lora, root=tmp_path, **some)
     assert len(done.written) == 3
     assert not done.stale
-    again = spectra.cache_base(load("base"), root=tmp_path, **some)
+    again = spectra.cache(load("base"), root=tmp_path, **some)
     assert len(again.there) == 3
     found = spectra.audit(lora, cache=tmp_path, engine="cached", **some)
     assert not found.base["changed_since_cached"]
