@@ -63,7 +63,7 @@ def _ours(
     for i in range(options.repeat + 1):
         started = time.perf_counter()
         repaired = spectra.repair(
-            home / "adapter", home / f"out{i}", home / "base", scale=SCALE, top_k=TOP_K, epsilon=EPSILON, cache=False
+            home / "adapter", home / "base", to=home / f"out{i}", scale=SCALE, top_k=TOP_K, epsilon=EPSILON, cache=False
         )
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[1:] or times)

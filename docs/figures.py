@@ -327,7 +327,7 @@ def training_run() -> Figure:
 @figure_function
 def repair() -> Figure:
     """The singular values of one layer before its intruders are scaled, and after."""
-    planned = spectra.repair(FIXTURES / "lora-r4", None, BASE, scale=0.5, include=[LAYER], threads=1)
+    planned = spectra.repair(FIXTURES / "lora-r4", BASE, scale=0.5, include=[LAYER], threads=1)
     values = layer_spectra()[0].tuned_values[:40]
     scaled = {vector.index: vector for layer in planned.layers for vector in layer.vectors}
     figure = new_figure(SINGLE * 1.4, 2.3)

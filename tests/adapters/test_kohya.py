@@ -230,8 +230,8 @@ def test_kohya_is_merged_into_a_checkpoint_but_not_written(tmp_path, rng):
     base = write(tmp_path / "base", model)
     write(tmp_path / "lora", keys)
     with pytest.raises(UsageError, match="merged"):
-        spectra.repair(tmp_path / "lora", tmp_path / "out", base, scale=0.5)
+        spectra.repair(tmp_path / "lora", base, to=tmp_path / "out", scale=0.5)
     assert not (tmp_path / "out").exists()
-    spectra.repair(tmp_path / "lora", tmp_path / "merged", base, scale=1.0, merged=True)
+    spectra.repair(tmp_path / "lora", base, to=tmp_path / "merged", scale=1.0, merged=True)
     merged = open_checkpoint(tmp_path / "merged").read("a.b.weight")
     assert torch.linalg.norm(merged - expected["a.b.weight"]) <= 1e-6 * torch.linalg.norm(merged)

@@ -389,9 +389,9 @@ def test_reports(tmp_path, rng, algorithm):
     assert [item["name"] for item in report.skipped] == ["lycoris_a_b.diff_b"]
     assert report.layers[0].status == "analysed"
     with pytest.raises(UsageError, match="merged"):
-        spectra.repair(tmp_path / "lora", tmp_path / "out", base, scale=0.5)
+        spectra.repair(tmp_path / "lora", base, to=tmp_path / "out", scale=0.5)
     write(tmp_path / "lora", keys)
-    spectra.repair(tmp_path / "lora", tmp_path / "merged", base, scale=0.5, merged=True)
+    spectra.repair(tmp_path / "lora", base, to=tmp_path / "merged", scale=0.5, merged=True)
 
 
 def test_dora_by_either_side_is_told_by_its_shape(tmp_path, rng):

@@ -167,9 +167,9 @@ def test_mlx_experts_of_unknown_names_are_skipped_and_an_adapter_is_no_base(tmp_
     with pytest.raises(WrongBaseError, match="is an adapter"):
         spectra.audit(tuned, tuned)
     with pytest.raises(UsageError, match="merged"):
-        spectra.repair(tuned, tmp_path / "out", base, scale=0.5)
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=0.5)
     keys = one_mlx(rng)
-    spectra.repair(write_mlx(tmp_path / "one", keys), tmp_path / "merged", base, scale=1.0, merged=True)
+    spectra.repair(write_mlx(tmp_path / "one", keys), base, to=tmp_path / "merged", scale=1.0, merged=True)
     merged = open_checkpoint(tmp_path / "merged")
     assert merged.adapter_config is None
     expected = open_checkpoint(base).read("a.q.weight") + 20 * (keys["a.q.lora_a"] @ keys["a.q.lora_b"]).T

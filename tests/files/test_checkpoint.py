@@ -99,13 +99,13 @@ def test_peft_folder_and_its_subfolder(tmp_path):
 
 def test_fingerprint_of_headers_and_contents(good):
     headers = open_checkpoint(good).fingerprint()
-    contents = open_checkpoint(good).fingerprint(verify=True)
+    contents = open_checkpoint(good).fingerprint(hash_contents=True)
     assert (headers.covers, contents.covers) == ("headers", "contents")
     assert headers.headers == headers.value == contents.headers != contents.value
     changed = {**TENSORS, "a.weight": TENSORS["a.weight"] + 1}
     save_file(changed, good)
     assert open_checkpoint(good).fingerprint() == headers
-    assert open_checkpoint(good).fingerprint(verify=True).value != contents.value
+    assert open_checkpoint(good).fingerprint(hash_contents=True).value != contents.value
 
 
 def test_what_no_one_reads_enters_the_fingerprint(tmp_path):
@@ -115,19 +115,19 @@ def test_what_no_one_reads_enters_the_fingerprint(tmp_path):
     read = open_checkpoint(tmp_path)
     for name in values:
         read.read(name, digest=True)
-    assert read.fingerprint() == open_checkpoint(tmp_path).fingerprint(verify=True)
+    assert read.fingerprint() == open_checkpoint(tmp_path).fingerprint(hash_contents=True)
     header = {"w": {"dtype": "F4", "shape": [4, 8], "data_offsets": [0, 16]},
               "v": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [16, 19]}}  # fmt: skip
     text, prints = json.dumps(header).encode(), set()
     for last in (1, 2):
         (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(18) + bytes([last]))
-        prints.add(open_checkpoint(tmp_path).fingerprint(verify=True))
+        prints.add(open_checkpoint(tmp_path).fingerprint(hash_contents=True))
     assert len(prints) == 2
     assert {made.covers for made in prints} == {"contents"}
     opened = open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(text)
     with pytest.raises(CorruptFileError, match="the file changed"):
-        opened.fingerprint(verify=True)
+        opened.fingerprint(hash_contents=True)
 
 
 def test_fingerprint_does_not_depend_on_the_order_of_reading(good):

@@ -51,7 +51,9 @@ def test_a_model_is_what_was_converted(tmp_path, seed):
     assert all(layer.status == "unchanged" for layer in report.layers)
     for name in opened.tensors:
         opened.read(name, digest=True)
-    assert opened.fingerprint() == open_checkpoint(tmp_path).fingerprint(verify=True), "in the order of transformers"
+    assert opened.fingerprint() == open_checkpoint(tmp_path).fingerprint(hash_contents=True), (
+        "in the order of transformers"
+    )
     report = spectra.audit(base, path)
     assert all(layer.status == "unchanged" for layer in report.layers)
 
@@ -88,9 +90,9 @@ def test_quantised_weights_of_a_model_are_skipped(tmp_path):
     assert {info.dtype for info in opened.tensors.values()} == {"F32", "Q8_0"}
     (skipped,) = plan_updates(opened).skipped
     assert "Q8_0" in skipped.reason
-    assert opened.fingerprint(verify=True).covers == "contents", "also of what is not read"
+    assert opened.fingerprint(hash_contents=True).covers == "contents", "also of what is not read"
     assert (quantised_as(opened), quantised_as(open_checkpoint(path))) == ("Q8_0", None)
-    report = spectra.audit(tmp_path / "b.gguf", tmp_path / "b.gguf", verify=True)
+    report = spectra.audit(tmp_path / "b.gguf", tmp_path / "b.gguf", hash_contents=True)
     assert report.base["quantised"] == "Q8_0"
     assert report.base["caveat"] == "weights that the base stores as Q8_0 are not read"
     assert open_checkpoint(path).tensors["model.layers.0.mlp.up_proj.weight"].shape == (8, 32)

@@ -168,8 +168,8 @@ def test_pickles_are_read_as_torch_reads_them(tmp_path, seed):
         {name: value.detach().clone().contiguous() for name, value in expected.items()}, whole / "model.safetensors"
     )
     same = open_checkpoint(whole)
-    assert same.fingerprint(verify=True) == opened.fingerprint(verify=True)
-    assert open_checkpoint(tmp_path, allow_pickle=True).fingerprint(verify=True) == opened.fingerprint()
+    assert same.fingerprint(hash_contents=True) == opened.fingerprint(hash_contents=True)
+    assert open_checkpoint(tmp_path, allow_pickle=True).fingerprint(hash_contents=True) == opened.fingerprint()
     skipped = {item.name for item in plan_updates(opened).skipped}
     assert skipped >= aside.keys()
 
@@ -261,7 +261,7 @@ def test_a_repaired_adapter_is_written_as_safetensors(pickled, tmp_path, capsys)
 
 def test_a_pickled_checkpoint_is_not_repaired_in_place(pickled, tmp_path):
     with pytest.raises(UsageError, match="convert it first"):
-        spectra.repair(pickled / "full", tmp_path / "out", pickled / "base", scale=0.5, allow_pickle=True)
+        spectra.repair(pickled / "full", pickled / "base", to=tmp_path / "out", scale=0.5, allow_pickle=True)
     assert not (tmp_path / "out").exists()
 
 

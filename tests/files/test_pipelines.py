@@ -84,7 +84,7 @@ def test_every_component_is_read(written, name):
     assert opened.config["_class_name"] == "StableDiffusionPipeline"
     assert set(opened.config["components"]) == {"unet", "vae", "text_encoder"}
     assert opened.config["components"]["text_encoder"]["model_type"] == "clip_text_model"
-    assert opened.fingerprint(verify=True) == open_checkpoint(written / "whole").fingerprint(verify=True)
+    assert opened.fingerprint(hash_contents=True) == open_checkpoint(written / "whole").fingerprint(hash_contents=True)
 
 
 def copied(written, folder, name="whole"):
@@ -184,10 +184,10 @@ def test_a_second_text_encoder_is_told_from_the_first(written, tmp_path):
 
 def test_which_of_several_files_is_meant(written, tmp_path):
     home = copied(written, tmp_path)
-    expected = open_checkpoint(home).fingerprint(verify=True)
+    expected = open_checkpoint(home).fingerprint(hash_contents=True)
     for variant in ("fp16", "ema"):
         shutil.copy(home / VAE, home / VAE.replace("model.", f"model.{variant}."))
-    assert open_checkpoint(home).fingerprint(verify=True) == expected, "the one without a name"
+    assert open_checkpoint(home).fingerprint(hash_contents=True) == expected, "the one without a name"
     (home / VAE).unlink()
     with pytest.raises(AmbiguousFilesError, match=r"model\.ema\.safetensors.*model\.fp16\.safetensors"):
         open_checkpoint(home)
@@ -240,4 +240,4 @@ def test_an_index_that_is_hostile(tmp_path, capsys, index, words):
 def test_a_pipeline_is_not_written(written, tmp_path):
     home = copied(written, tmp_path)
     with pytest.raises(UsageError, match="of a pipeline, name the model"):
-        spectra.repair(home, tmp_path / "out", written / "shards", scale=0.5)
+        spectra.repair(home, written / "shards", to=tmp_path / "out", scale=0.5)

@@ -82,7 +82,7 @@ def test_biases_are_changed_under_the_names_of_the_base(tmp_path, writer, prefix
     for item in found:
         torch.testing.assert_close(item.read(run.base, run.tuned).double(), before[item.name].double() +
                                    expected[item.name].double(), rtol=1e-6, atol=1e-6)  # fmt: skip
-    spectra.repair(tuned, tmp_path / "merged", base, scale=1.0, merged=True)
+    spectra.repair(tuned, base, to=tmp_path / "merged", scale=1.0, merged=True)
     assert spectra.verify(tmp_path / "merged").holds
     merged = open_checkpoint(tmp_path / "merged")
     for name, value in expected.items():
@@ -116,7 +116,7 @@ def test_what_is_not_read_is_named_and_not_lost(tmp_path, rng, kind):
     tuned = write(tmp_path / "lora", kohya(rng, **NOT_READ[kind])[0])
     assert spectra.audit(tuned, base).layers
     for attempt in (
-        lambda: spectra.repair(tuned, tmp_path / "out", base, scale=1.0, merged=True),
+        lambda: spectra.repair(tuned, base, to=tmp_path / "out", scale=1.0, merged=True),
         lambda: spectra.sweep(tuned, base, evaluate=lambda weights: 0.0, scales=[1.0]),
     ):
         with pytest.raises(UsageError, match=f"{kind}.*is part of the fine-tune, but is not read") as caught:
@@ -129,16 +129,16 @@ def test_biases_without_a_place_are_named(tmp_path, rng, make_base, make_adapter
     longer = {"lora_unet_blocks_0_to_q.diff_b": torch.ones(13)}
     tuned = write(tmp_path / "lora", kohya(rng)[0] | longer)
     with pytest.raises(UsageError, match=r"diff_b.*its shape is \[13\], that of 'blocks.0.to_q.bias' \[12\]"):
-        spectra.repair(tuned, tmp_path / "out", base, scale=1.0, merged=True)
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=1.0, merged=True)
     without = write(tmp_path / "without", {name: value for name, value in tensors.items() if value.ndim == 2})
     with pytest.raises(UsageError, match=r"diff_b.*the base has no 'blocks.0.to_q.bias'"):
-        spectra.repair(write(tmp_path / "lora", kohya(rng)[0]), tmp_path / "out", without, scale=1.0, merged=True)
+        spectra.repair(write(tmp_path / "lora", kohya(rng)[0]), without, to=tmp_path / "out", scale=1.0, merged=True)
     alone = {"base_model.model.k.lora_B.bias": np.ones(6, "f4")}
     home = make_base({"q.weight": rng.normal(size=(6, 5)), "k.weight": rng.normal(size=(6, 5))}, "small")
     pair = rng.normal(size=(6, 2)).astype("f4"), rng.normal(size=(2, 5)).astype("f4")
     lora = make_adapter({"q": pair}, extra=alone, lora_bias=True)
     with pytest.raises(AdapterError, match=r"k\.lora_B\.bias.*its partner k\.lora_B is missing"):
-        spectra.repair(lora, tmp_path / "out", home, scale=1.0, merged=True)
+        spectra.repair(lora, home, to=tmp_path / "out", scale=1.0, merged=True)
 
 
 # What is advised
@@ -151,8 +151,8 @@ def test_a_full_fine_tune_of_mlx_is_merged_and_never_written_as_an_adapter(tmp_p
     tuned = write(tmp_path / "tuned", after, "adapters.safetensors")
     (tuned / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full", "num_layers": 1}))
     with pytest.raises(UsageError, match="LoRA and DoRA of PEFT, not mlx-full; use --merged"):
-        spectra.repair(tuned, tmp_path / "out", base, scale=1.0)
-    spectra.repair(tuned, tmp_path / "out", base, scale=1.0, merged=True)
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=1.0)
+    spectra.repair(tuned, base, to=tmp_path / "out", scale=1.0, merged=True)
     merged = open_checkpoint(tmp_path / "out")
     for name, value in after.items():
         assert torch.equal(merged.read(name), value)
@@ -164,7 +164,7 @@ def test_a_convolution_of_mlx_is_not_merged_the_wrong_way_round(tmp_path, rng):
     tuned = write(tmp_path / "tuned", {name: value + 1 for name, value in before.items()}, "adapters.safetensors")
     (tuned / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full", "num_layers": 1}))
     with pytest.raises(UsageError, match=r"conv\.weight.*whose channels MLX stores last"):
-        spectra.repair(tuned, tmp_path / "out", base, scale=1.0, merged=True)
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=1.0, merged=True)
 
 
 def test_only_what_works_is_advised(tmp_path, rng, make_base, make_adapter):
@@ -172,8 +172,8 @@ def test_only_what_works_is_advised(tmp_path, rng, make_base, make_adapter):
     parameters = make_adapter({"experts": pair}, target_parameters=["experts.matrix"], target_modules=[])
     flat = make_base({"experts.matrix": rng.normal(size=(6, 5)).astype("f4")}, "flat")
     with pytest.raises(UsageError, match=r"not of parameters \(target_parameters\); use --merged"):
-        spectra.repair(parameters, tmp_path / "out", flat, scale=1.0)
-    spectra.repair(parameters, tmp_path / "out", flat, scale=1.0, merged=True)
+        spectra.repair(parameters, flat, to=tmp_path / "out", scale=1.0)
+    spectra.repair(parameters, flat, to=tmp_path / "out", scale=1.0, merged=True)
 
     name, config = "model.layers.0.mlp.experts.down_proj", {"model_type": "qwen3_moe", "hidden_size": 6}
     stack = make_base({name: rng.normal(size=(3, 6, 5)).astype("f4")}, "stack", config)
@@ -181,13 +181,13 @@ def test_only_what_works_is_advised(tmp_path, rng, make_base, make_adapter):
     options = {"target_parameters": ["experts.down_proj"], "target_modules": [], "r": 2}
     tuned = make_adapter({"model.layers.0.mlp.experts": experts}, "stacked", **options)
     with pytest.raises(UsageError, match=r"and --merged does not work either: .*expert") as caught:
-        spectra.repair(tuned, tmp_path / "none", stack, scale=1.0)
+        spectra.repair(tuned, stack, to=tmp_path / "none", scale=1.0)
     assert "use --merged" not in str(caught.value)
     with pytest.raises(UsageError, match="cannot be merged") as caught:
-        spectra.repair(tuned, tmp_path / "none", stack, scale=1.0, merged=True)
+        spectra.repair(tuned, stack, to=tmp_path / "none", scale=1.0, merged=True)
     assert "write the adapter" not in str(caught.value)
 
     lora = make_adapter({"q": pair}, "lora", extra={"base_model.model.new.weight": rng.normal(size=(3, 4))})
     home = make_base({"q.weight": rng.normal(size=(6, 5)).astype("f4")}, "home")
     with pytest.raises(UsageError, match="write the adapter instead, and merge that with peft"):
-        spectra.repair(lora, tmp_path / "none", home, scale=1.0, merged=True)
+        spectra.repair(lora, home, to=tmp_path / "none", scale=1.0, merged=True)

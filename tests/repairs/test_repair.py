@@ -57,7 +57,7 @@ def test_peft_merges_what_was_written_to_the_formula(tmp_path, name, seed):
     state = {key: value.clone() for key, value in net.state_dict().items()}
     saved(tmp_path, net, **option(name, rng))
     sums = checksums(tmp_path)
-    found = spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.3, which=EVERY)
+    found = spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", scale=0.3, which=EVERY)
     assert checksums(tmp_path).items() >= sums.items()  # the inputs are as they were
 
     before = tuned_weights(tmp_path / "base", tmp_path / "adapter")
@@ -103,7 +103,7 @@ def test_a_loaded_model_answers_as_the_edited_one(tmp_path, family, use_dora):
     model = peft.get_peft_model(net, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, use_dora=use_dora))
     randomise(model, 1)
     model.save_pretrained(tmp_path / "adapter")
-    spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.4, which={"": [0, 2]})
+    spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", scale=0.4, which={"": [0, 2]})
 
     prefix = "transformer." if family == "gpt2" else ""
     edited = make()
@@ -134,7 +134,7 @@ def test_a_loaded_model_answers_as_the_edited_one(tmp_path, family, use_dora):
 def test_the_family_repaired(tmp_path, member):
     """Trained weights: the default choice, the audit of the result, and the check afterwards."""
     sums = checksums(FIXTURES / member), checksums(BASE)
-    found = spectra.repair(FIXTURES / member, tmp_path / "out", BASE, scale=0.2)
+    found = spectra.repair(FIXTURES / member, BASE, to=tmp_path / "out", scale=0.2)
     assert (checksums(FIXTURES / member), checksums(BASE)) == sums
     before = spectra.audit(FIXTURES / member, BASE)
     assert found.intruders_before == before.total("all") == len(found.scaled) > 0
@@ -177,7 +177,7 @@ def test_a_scale_of_one_copies_byte_for_byte(tmp_path):
         (source / "tokenizer_config.json").write_text("{}")
         for name, options in (("one", {"scale": 1}), ("none", {"scale": 0.5, "epsilon": 1e-9})):
             out = tmp_path / f"{member}-{name}"
-            found = spectra.repair(source, out, BASE, **options)
+            found = spectra.repair(source, BASE, to=out, **options)
             assert not found.changed
             copied = checksums(out)
             del copied["spectra-repair.json"]
@@ -186,8 +186,8 @@ def test_a_scale_of_one_copies_byte_for_byte(tmp_path):
 
 
 def test_one_vector_a_matrix_as_in_the_paper(tmp_path):
-    found = spectra.repair(FIXTURES / "lora-r4", None, BASE, scale=0.5, which="top")
-    everything = spectra.repair(FIXTURES / "lora-r4", None, BASE, scale=0.5)
+    found = spectra.repair(FIXTURES / "lora-r4", BASE, scale=0.5, which="top")
+    everything = spectra.repair(FIXTURES / "lora-r4", BASE, scale=0.5)
     assert len(found.scaled) == len(everything.layers) < len(everything.scaled)
     firsts = {layer.name: layer.vectors[0].index for layer in everything.layers}
     assert {layer.name: layer.vectors[0].index for layer in found.layers} == firsts
@@ -195,7 +195,7 @@ def test_one_vector_a_matrix_as_in_the_paper(tmp_path):
 
 def test_scales_and_vectors_by_name(tmp_path):
     found = spectra.repair(
-        FIXTURES / "lora-r4", tmp_path / "out", BASE,
+        FIXTURES / "lora-r4", BASE, to=tmp_path / "out",
         scale={"*": 0.5, "layers.0.": 0.25, "layers.0.mlp": 1}, which={"q_proj": [0, 3], "layers.0.": [1]},
     )  # fmt: skip
     chosen = {layer.name: {v.index: v.scale for v in layer.vectors} for layer in found.layers}
@@ -207,7 +207,7 @@ def test_scales_and_vectors_by_name(tmp_path):
 
 
 def test_the_kept_rank_says_what_it_lost(tmp_path):
-    found = spectra.repair(FIXTURES / "lora-r16", tmp_path / "out", BASE, scale=0.5, keep_rank=True)
+    found = spectra.repair(FIXTURES / "lora-r16", BASE, to=tmp_path / "out", scale=0.5, keep_rank=True)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert not config.get("rank_pattern")
     W1, after = tuned_weights(BASE, FIXTURES / "lora-r16"), tuned_weights(BASE, tmp_path / "out")
@@ -229,7 +229,7 @@ def test_the_kept_rank_says_what_it_lost(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_on_request(tmp_path, dtype):
-    found = spectra.repair(FIXTURES / "lora-r4", tmp_path / "out", BASE, scale=0.5, dtype=dtype)
+    found = spectra.repair(FIXTURES / "lora-r4", BASE, to=tmp_path / "out", scale=0.5, store_dtype=dtype)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     source = load_file(FIXTURES / "lora-r4" / "adapter_model.safetensors")
     changed = {layer.name for layer in found.layers}
@@ -242,7 +242,7 @@ def test_half_precision_on_request(tmp_path, dtype):
 
 
 def test_merged_into_the_base(tmp_path, headless):
-    found = spectra.repair(headless, tmp_path / "out", BASE, scale=0.5, merged=True, exclude=["mlp"])
+    found = spectra.repair(headless, BASE, to=tmp_path / "out", scale=0.5, merged=True, exclude=["mlp"])
     base, out = load_file(BASE / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {n: (t.dtype, t.shape) for n, t in out.items()} == {n: (t.dtype, t.shape) for n, t in base.items()}
     W1 = tuned_weights(BASE, headless)
@@ -266,7 +266,7 @@ def test_several_workers_write_the_same(tmp_path, headless):
     for source, merge in ((headless, False), (FIXTURES / "full-high", False), (headless, True)):
         names = [f"{source.name}-{merge}-{workers}" for workers in (1, 2)]
         for name, workers in zip(names, (1, 2), strict=True):
-            spectra.repair(source, tmp_path / name, BASE, scale=0.5, workers=workers, threads=1, merged=merge)
+            spectra.repair(source, BASE, to=tmp_path / name, scale=0.5, workers=workers, threads=1, merged=merge)
         one, two = (checksums(tmp_path / name) for name in names)
         assert one.keys() == two.keys()
         assert [key for key in one if one[key] != two[key]] == ["spectra-repair.json"]
@@ -277,7 +277,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 
     def refused(match, tuned=FIXTURES / "lora-r4", base=BASE, **options):
         with pytest.raises(SpectraError, match=match):
-            spectra.repair(tuned, options.pop("out", out), base, **{"scale": 0.5, **options})
+            spectra.repair(tuned, base, to=options.pop("out", out), **{"scale": 0.5, **options})
         assert not out.exists()
         assert not list(tmp_path.glob(".out*"))
 
@@ -296,7 +296,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
     B, A = rng.normal(size=(9, 2)), rng.normal(size=(2, 7))
     bad = make_adapter({"a": (B, A), "b": (B * np.nan, A.copy())})
     refused(r"b.lora_B.*NaN.*with --exclude b", tuned=bad, base=base)
-    found = spectra.repair(bad, out, base, scale=0.5, which={"a": [0]}, exclude=["b"])
+    found = spectra.repair(bad, base, to=out, scale=0.5, which={"a": [0]}, exclude=["b"])
     assert len(found.scaled) == 1
     assert np.isnan(load_file(out / "adapter_model.safetensors")["base_model.model.b.lora_B.weight"].numpy()).all()
     assert spectra.verify(out).problems == ()
@@ -319,7 +319,7 @@ def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error
     """And with force, what was there."""
     member = FIXTURES / ("full-high" if ".merged." in point else "lora-r1")
     home = tmp_path / "home"
-    spectra.repair(member, home / "old", BASE, scale=0.5, which="top")
+    spectra.repair(member, BASE, to=home / "old", scale=0.5, which="top")
     before = checksums(home)
     reached = []
 
@@ -333,7 +333,7 @@ def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error
             if point == "spectra.files.folders.copy_file":
                 patch.setattr("spectra.adapters.peft.repaired.copy_file", crash)
             with pytest.raises((SpectraError, KeyboardInterrupt)):
-                spectra.repair(member, home / name, BASE, scale=0.3, force=force)
+                spectra.repair(member, BASE, to=home / name, scale=0.3, force=force)
         assert len(reached) == (1 if name == "new" else 2)
         assert checksums(home) == before
         assert [path.name for path in home.iterdir()] == ["old"]
@@ -358,7 +358,7 @@ def test_rows_that_the_base_does_not_have_are_kept_and_checked(tmp_path, make_ba
     else:
         tuned = make_base({"model.embed_tokens.weight": E + 1, "q.weight": E[:12] + 1}, folder="tuned")
         tensor, column = "model.embed_tokens.weight", False
-    found = spectra.repair(tuned, out, base, scale=0.5, which={"embed": [0, 1]})
+    found = spectra.repair(tuned, base, to=out, scale=0.5, which={"embed": [0, 1]})
     assert [layer.name for layer in found.layers] == ["model.embed_tokens"]
     assert spectra.verify(out).holds
     weights = next(path for path in out.glob("*.safetensors"))
@@ -370,7 +370,7 @@ def test_rows_that_the_base_does_not_have_are_kept_and_checked(tmp_path, make_ba
     assert [layer.name for layer in check.failed] == ["model.embed_tokens"]
     if kind == "factors":
         with pytest.raises(SpectraError, match="old rank"):
-            spectra.repair(tuned, None, base, scale=0.5, which={"embed": [0]}, keep_rank=True)
+            spectra.repair(tuned, base, scale=0.5, which={"embed": [0]}, keep_rank=True)
 
 
 def test_a_trained_adapter_is_not_replaced(tmp_path):
@@ -378,7 +378,7 @@ def test_a_trained_adapter_is_not_replaced(tmp_path):
     shutil.copytree(FIXTURES / "lora-r16", mine)
     before = checksums(mine)
     with pytest.raises(SpectraError, match="no earlier result"):
-        spectra.repair(FIXTURES / "lora-r1", mine, BASE, scale=0.7, force=True)
+        spectra.repair(FIXTURES / "lora-r1", BASE, to=mine, scale=0.7, force=True)
     assert checksums(mine) == before
 
 
@@ -387,14 +387,14 @@ def test_moved_together_it_is_still_found(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "lora-r1", home / "tuned")
     shutil.copytree(BASE, home / "base")
     monkeypatch.chdir(home)
-    spectra.repair("tuned", "out", "base", scale=0.7)
+    spectra.repair("tuned", "base", to="out", scale=0.7)
     monkeypatch.chdir(tmp_path)
     home.rename(tmp_path / "moved")
     assert spectra.verify("moved/out").holds
     (tmp_path / "moved" / "tuned").rename(tmp_path / "elsewhere")
     with pytest.raises(SpectraError, match="say where it is"):
         spectra.verify("moved/out")
-    assert spectra.verify("moved/out", "elsewhere").holds
+    assert spectra.verify("moved/out", source="elsewhere").holds
 
 
 def test_what_is_said_of_the_error_covers_vectors_close_to_each_other(tmp_path, make_base, make_adapter):
@@ -409,7 +409,7 @@ def test_what_is_said_of_the_error_covers_vectors_close_to_each_other(tmp_path, 
     base, tuned = make_base({"q.weight": W0}), make_adapter({"q": (B, A)})
     for which in ([0], [2, 3], [3]):
         out = tmp_path / f"out{which}"
-        found = spectra.repair(tuned, out, base, scale=0, which={"q": which})
+        found = spectra.repair(tuned, base, to=out, scale=0, which={"q": which})
         W1 = tuned_weights(base, tuned)["q.weight"]
         true = relative(tuned_weights(base, out)["q.weight"], formula(W1, dict.fromkeys(which, 0.0)))
         assert found.layers[0].weight_error is not None
@@ -423,10 +423,10 @@ def test_weights_that_vanish(tmp_path, make_base, make_adapter, rng):
     B, A = rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(2, 7)).astype(np.float32)
     base = make_base({"a.weight": zero, "b.weight": rng.normal(size=(5, 7)).astype(np.float32)})
     tuned = make_adapter({"a": (B * 0, A), "b": (B, A.copy())})
-    found = spectra.repair(tuned, tmp_path / "none", base, scale=0.5, which={"a": [0]})
+    found = spectra.repair(tuned, base, to=tmp_path / "none", scale=0.5, which={"a": [0]})
     assert spectra.verify(tmp_path / "none").holds
     assert found.layers[0].vectors[0].energy == 0
-    found = spectra.repair(tuned, tmp_path / "gone", base, scale=0, which={"b": range(5)})
+    found = spectra.repair(tuned, base, to=tmp_path / "gone", scale=0, which={"b": range(5)})
     assert [vector.index_after for vector in found.layers[0].vectors] == [None] * 5
     assert found.layers[0].weight_error is None
     assert spectra.verify(tmp_path / "gone").holds
@@ -439,15 +439,15 @@ def test_what_half_precision_cannot_hold_is_said_of_the_layer(tmp_path, make_bas
     base = make_base({"a.weight": torch.full((5, 7), 6e4, dtype=torch.float16)})
     tuned = make_adapter({"a": (B, A)})
     with pytest.raises(SpectraError, match="a: float16 cannot hold"):
-        spectra.repair(tuned, tmp_path / "out", base, scale=2, which={"a": [0]}, merged=True)
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=2, which={"a": [0]}, merged=True)
     with pytest.raises(SpectraError, match="a: float16 cannot hold"):
-        spectra.repair(tuned, tmp_path / "out", base, scale=1e9, which={"a": [0]}, dtype="float16")
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=1e9, which={"a": [0]}, store_dtype="float16")
 
 
 def test_numpy_numbers_are_numbers():
     which: Any = {"q_proj": np.arange(2), "k_proj": iter([np.int64(1)])}
-    found = spectra.repair(FIXTURES / "lora-r1", None, BASE, scale=float(np.float32(0.5)), which=which)
+    found = spectra.repair(FIXTURES / "lora-r1", BASE, scale=float(np.float32(0.5)), which=which)
     assert found.settings["which"] == {"q_proj": [0, 1], "k_proj": [1]}
     scale: Any = np.float32(0.5)
-    assert spectra.repair(FIXTURES / "lora-r1", None, BASE, scale=scale).settings["scale"] == 0.5
+    assert spectra.repair(FIXTURES / "lora-r1", BASE, scale=scale).settings["scale"] == 0.5
     json.dumps(found.to_dict())

@@ -78,7 +78,7 @@ def both(tmp_path, make, *, turned: bool, seed: int = 0, convert: bool = False, 
 
     W0 = matrix_of(state["c_attn.weight"])
     W1 = tuned_weights(tmp_path / "base", tmp_path / "adapter")["c_attn.weight"]
-    spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.3, epsilon=EPSILON)
+    spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", scale=0.3, epsilon=EPSILON)
     fresh = One(make())
     fresh.load_state_dict(state)
     ours = matrix_of(merged(fresh, tmp_path / "out")["c_attn.weight"])

@@ -14,7 +14,7 @@ from torch import nn
 
 from spectra.errors import UsageError, WrongBaseError
 from spectra.repairs.repair import repair
-from spectra.repairs.sweep import BASE, COLUMNS, CONTROLS, REPAIR, sweep, neighbours
+from spectra.repairs.sweep import BASE, COLUMNS, CONTROLS, REPAIR, neighbours, sweep
 from spectra.runs.jobs import Job
 from spectra.runs.run import open_run
 from spectra.runs.settings import checked_settings
@@ -156,9 +156,7 @@ def check_literally(frame, seen, W0, W1):
 def test_every_variant_is_what_it_says(lora, in_model):
     adapter, base = lora
     seen, model = Seen(), network() if in_model else None
-    frame = sweep(
-        adapter, base, evaluate=seen, model=model, scales=SCALES, controls=CONTROLS, seeds=2, top_k=K
-    )
+    frame = sweep(adapter, base, evaluate=seen, model=model, scales=SCALES, controls=CONTROLS, seeds=2, top_k=K)
     assert tuple(frame.columns) == (*COLUMNS, "value")
     order = [(REPAIR, 0), ("neighbour", 0), ("random", 0), ("random", 1), ("shrink", 0), ("weight", 0)]
     rows = list(zip(frame.variant, frame.scale, frame.seed, strict=True))
@@ -218,9 +216,7 @@ def test_dora(rng, make_base, make_adapter):
     }
     base, adapter = make_base(W0), make_adapter(parts, extra=extra, use_dora=True)
     seen = Seen()
-    frame = sweep(
-        adapter, base, evaluate=seen, scales=SCALES, controls=["neighbour", "shrink", "weight"], top_k=K
-    )
+    frame = sweep(adapter, base, evaluate=seen, scales=SCALES, controls=["neighbour", "shrink", "weight"], top_k=K)
     before, after = read_weights(base), {}
     for name, (B, A) in parts.items():
         plain = before[f"{name}.weight"] + 2 / 3 * B.astype(np.float64) @ A
@@ -296,7 +292,7 @@ def test_the_sweep_evaluates_what_a_repair_writes(lora, tmp_path):
     adapter, base = lora
     seen = Seen()
     sweep(adapter, base, evaluate=seen, scales=[0.5], controls=[], top_k=K)
-    repair(adapter, tmp_path / "out", base, scale=0.5, top_k=K)
+    repair(adapter, base, to=tmp_path / "out", scale=0.5, top_k=K)
     run = open_run(tmp_path / "out", base, checked_settings())
     for pair in run.pairs:
         W0 = Job(((run, pair),)).read_base()
@@ -307,9 +303,7 @@ def test_the_sweep_evaluates_what_a_repair_writes(lora, tmp_path):
 def test_layers_left_out_stay_as_the_fine_tune_has_them(lora):
     adapter, base = lora
     seen = Seen()
-    frame = sweep(
-        adapter, base, evaluate=seen, exclude=["layers.0"], scales=[0], top_k=K, controls=["weight"]
-    )
+    frame = sweep(adapter, base, evaluate=seen, exclude=["layers.0"], scales=[0], top_k=K, controls=["weight"])
     W0, W1 = read_weights(base), lora_weights(adapter, base, 2 / 3)
     for call in seen.calls[:2]:
         for name in ("model.layers.0.mlp.up.weight", "model.layers.0.mlp.down.weight"):

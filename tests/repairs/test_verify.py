@@ -24,7 +24,7 @@ def quiet():
 
 def test_a_check_finds_what_is_not_as_recorded(tmp_path):
     out = tmp_path / "out"
-    spectra.repair(FIXTURES / "lora-r4", out, BASE, scale=0.5)
+    spectra.repair(FIXTURES / "lora-r4", BASE, to=out, scale=0.5)
     assert spectra.verify(out).holds
     weights = out / "adapter_model.safetensors"
     kept = weights.read_bytes()
@@ -49,16 +49,16 @@ def test_a_check_finds_what_is_not_as_recorded(tmp_path):
     assert spectra.verify(out).holds
     other = tmp_path / "other"
     shutil.copytree(FIXTURES / "lora-r4", other)
-    assert spectra.verify(out, other).holds
+    assert spectra.verify(out, source=other).holds
     source = load_file(other / "adapter_model.safetensors")
     name = next(iter(source))
     source[name] = source[name] + 0.01
     save_file(source, other / "adapter_model.safetensors", metadata={"format": "pt"})
-    found = spectra.verify(out, other)
+    found = spectra.verify(out, source=other)
     assert not found.holds
     assert any("other values" in problem for problem in found.problems)
     with pytest.raises(SpectraError, match="nowhere"):
-        spectra.verify(out, FIXTURES / "lora-r4", tmp_path / "nowhere")
+        spectra.verify(out, tmp_path / "nowhere", source=FIXTURES / "lora-r4")
     with pytest.raises(SpectraError, match=r"spectra-record\.json"):
         spectra.verify(FIXTURES / "lora-r4")
 
@@ -80,7 +80,7 @@ RECORDS = {
 @pytest.mark.parametrize("what", RECORDS)
 def test_a_record_that_says_otherwise_does_not_hold(tmp_path, what):
     out = tmp_path / "out"
-    spectra.repair(FIXTURES / "lora-r1", out, BASE, scale=0.7)
+    spectra.repair(FIXTURES / "lora-r1", BASE, to=out, scale=0.7)
     edit_record(out, RECORDS[what])
     assert not spectra.verify(out).holds
 
@@ -99,7 +99,7 @@ def test_a_record_that_says_otherwise_does_not_hold(tmp_path, what):
 )
 def test_a_damaged_record_is_an_error(tmp_path, change):
     out = tmp_path / "out"
-    spectra.repair(FIXTURES / "lora-r1", out, BASE, scale=0.7)
+    spectra.repair(FIXTURES / "lora-r1", BASE, to=out, scale=0.7)
     edit_record(out, change)
     with pytest.raises(SpectraError, match=r"spectra-record\.json"):
         spectra.verify(out)
@@ -108,7 +108,7 @@ def test_a_damaged_record_is_an_error(tmp_path, change):
 def test_untouched_tensors_must_be_the_same_to_the_bit(tmp_path):
     for member in ("lora-r4", "full"):
         out = tmp_path / member
-        found = spectra.repair(FIXTURES / member, out, BASE, scale=0.5)
+        found = spectra.repair(FIXTURES / member, BASE, to=out, scale=0.5)
         changed = {layer.name for layer in found.layers}
         weights = out / ("adapter_model.safetensors" if member == "lora-r4" else "model.safetensors")
         tensors = load_file(weights)
@@ -132,7 +132,7 @@ def test_files_beside_the_weights_must_be_the_same(tmp_path):
     (source / "tokenizer.json").write_text("{}")
     (source / "modeling_own.py").write_text("")
     out = tmp_path / "out"
-    spectra.repair(source, out, BASE, scale=0.7)
+    spectra.repair(source, BASE, to=out, scale=0.7)
     (out / "README.md").write_text("the card is its owner's to edit")
     assert spectra.verify(out).holds
     for name, text in (
@@ -155,8 +155,8 @@ def test_a_merge_that_was_not_repaired_does_not_hold(tmp_path, headless):
     """However small the change is beside what the base's half precision rounds."""
     for scale in (0.5, 0.99):
         out, plain = tmp_path / f"out{scale}", tmp_path / f"plain{scale}"
-        spectra.repair(headless, out, BASE, scale=scale, merged=True)
-        spectra.repair(headless, plain, BASE, scale=1, merged=True)
+        spectra.repair(headless, BASE, to=out, scale=scale, merged=True)
+        spectra.repair(headless, BASE, to=plain, scale=1, merged=True)
         assert spectra.verify(out).holds
         shutil.copy(plain / "model.safetensors", out / "model.safetensors")
         assert not spectra.verify(out).holds

@@ -35,7 +35,7 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def fixtures_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
-    spectra.cache(BASE, root=folder)
+    spectra.cache(BASE, cache=folder)
     return folder
 
 

@@ -753,7 +753,7 @@ API: dict[str, Callable[[str, str | None], Any]] = {
     "inspect": lambda tuned, base: inspection.inspect(tuned, base),
     "compare": lambda tuned, base: spectra.compare([tuned], base, quick=True),
     "ranks": lambda tuned, base: spectra.ranks(tuned, base),
-    "mitigate": lambda tuned, base: spectra.repair(tuned, None, base, scale=0.5),
+    "mitigate": lambda tuned, base: spectra.repair(tuned, base, scale=0.5),
     "plot": lambda tuned, base: spectra.layer_spectra([tuned], base),
     "cache": lambda base, _: spectra.cache(base, dry_run=True),
 }

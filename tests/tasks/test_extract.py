@@ -208,7 +208,7 @@ def changes():
     "options", [{}, {"by": "type", "energy": 0.5}, {"by": "model", "use_rslora": True, "max_rank": 8}]
 )
 def test_an_extracted_adapter_is_the_truncation_that_it_says(tmp_path, changes, options):
-    made = spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", **options)
+    made = spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out", **options)
     assert made.report.suggestion is not None
     assert not made.left_out
     model = peft.PeftModel.from_pretrained(classifier(FIXTURES / "base"), tmp_path / "out")
@@ -232,7 +232,7 @@ def test_an_extracted_adapter_is_the_truncation_that_it_says(tmp_path, changes, 
 
 
 def test_an_extracted_adapter_is_audited_as_what_it_is(tmp_path):
-    spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", energy=0.999)
+    spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out", energy=0.999)
     full = spectra.audit(FIXTURES / "full", FIXTURES / "base", exclude=["embed"])
     again = spectra.audit(tmp_path / "out")
     assert not again.failed
@@ -244,7 +244,7 @@ def test_an_extracted_adapter_is_audited_as_what_it_is(tmp_path):
 
 
 def test_factors_alone(tmp_path):
-    made = spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", whole=False)
+    made = spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out", whole=False)
     assert made.whole == ()
     assert {"model.norm.weight", "score.weight"} <= made.left_out.keys()
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

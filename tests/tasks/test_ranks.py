@@ -72,26 +72,26 @@ def test_each_layer_is_decomposed_once(tmp_path, monkeypatch):
 
     for module, name in ((truncation, "decompose"), (measures, "singular_values")):
         monkeypatch.setattr(module, name, counted(name, vars(module)[name]))
-    spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base")
+    spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out")
     assert Counter(calls) == {"decompose": 28, "singular_values": 1}  # the embedding gets no factors
 
 
 def test_inputs_are_never_touched(tmp_path, make_base, rng):
     with pytest.raises(UsageError, match="adapter already"):
-        spectra.extract(FIXTURES / "lora-r4", tmp_path / "out")
+        spectra.extract(FIXTURES / "lora-r4", to=tmp_path / "out")
     W = rng.normal(size=(12, 10)).astype("f4")
     base, tuned = make_base({"a.weight": W}), make_base({"a.weight": W + 1}, folder="tuned")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for target in (base, tuned):
         with pytest.raises(UsageError, match="exists already"):
-            spectra.extract(tuned, target, base)
+            spectra.extract(tuned, base, to=target)
         with pytest.raises(UsageError, match=r"no PEFT adapter|what is being read"):
-            spectra.extract(tuned, target, base, force=True)
+            spectra.extract(tuned, base, to=target, force=True)
     with pytest.raises(UsageError, match="nothing to extract"):
-        spectra.extract(base, tmp_path / "out", base)
+        spectra.extract(base, base, to=tmp_path / "out")
     bad = make_base({"a.weight": np.full((12, 10), np.nan, "f4")}, folder="bad")
     with pytest.raises(UsageError, match=r"bad.*a.weight.*NaN"):
-        spectra.extract(bad, tmp_path / "out", base)
+        spectra.extract(bad, base, to=tmp_path / "out")
     assert {path: path.read_bytes() for path in before} == before
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.iterdir())) == 3
@@ -106,7 +106,7 @@ def test_tensors_are_matched_under_other_prefixes(tmp_path, make_base, rng):
     tuned = make_base(
         {"layer.0.q.weight": W + 1, "layer.0.norm.weight": norm, "layer.1.norm.weight": norm + 1}, folder="tuned"
     )
-    made = spectra.extract(tuned, tmp_path / "out", base)
+    made = spectra.extract(tuned, base, to=tmp_path / "out")
     assert made.whole == ("layer.1.norm",)
 
 
@@ -123,19 +123,19 @@ def test_a_layer_that_fails_is_named(capsys, make_base, make_adapter, rng):
 
 def test_the_schema_of_configs_is_pefts(tmp_path):
     """Every key of the written config is one that peft itself knows."""
-    spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", by="type")
+    spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out", by="type")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(config) <= set(peft.LoraConfig(task_type="SEQ_CLS").to_dict())
     assert config["task_type"] == "SEQ_CLS"
 
 
 def test_what_was_left_out_by_name_stays_out(tmp_path):
-    made = spectra.extract(FIXTURES / "full", tmp_path / "out", FIXTURES / "base", include=["q_proj"])
+    made = spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out", include=["q_proj"])
     assert len(made.relative_errors) == 4
     assert "model.layers.0.mlp.up_proj.weight" in made.left_out
     assert not any("mlp" in module for module in made.whole)
     with pytest.raises(UsageError, match="lies in what is being read"):
-        spectra.extract(FIXTURES / "full", FIXTURES / "full" / "inside", FIXTURES / "base")
+        spectra.extract(FIXTURES / "full", FIXTURES / "base", to=FIXTURES / "full" / "inside")
 
 
 def test_a_task_is_named_only_with_its_head(tmp_path):
@@ -152,7 +152,7 @@ def test_a_task_is_named_only_with_its_head(tmp_path):
             if "classifier" not in name:
                 parameter.add_(0.01 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "full")
-    spectra.extract(tmp_path / "full", tmp_path / "out", tmp_path / "base")
+    spectra.extract(tmp_path / "full", tmp_path / "base", to=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["task_type"] is None
     base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -164,7 +164,7 @@ def test_a_resized_vocabulary_is_said(tmp_path, make_base, rng):
     base = make_base({"q.weight": W, "model.embed_tokens.weight": words})
     more = np.concatenate([words + 1, words[:4]])
     tuned = make_base({"q.weight": W + 1, "model.embed_tokens.weight": more}, folder="tuned")
-    made = spectra.extract(tuned, tmp_path / "out", base)
+    made = spectra.extract(tuned, base, to=tmp_path / "out")
     assert "resize_token_embeddings(64)" in made.remarks[0]
     assert "resize_token_embeddings(64)" in (tmp_path / "out" / "README.md").read_text()
 

@@ -523,9 +523,9 @@ def test_mitigation_writes_the_merged_model_and_no_adapter(tmp_path):
     assert report.total("all") > 0
     options: dict[str, Any] = {"scale": 0.5, "top_k": 5, "epsilon": 0.99}
     with pytest.raises(UsageError, match=r"its initialisation \(pissa\) changed the base.*--merged"):
-        spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", **options)
+        spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    found = spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", merged=True, **options)
+    found = spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", merged=True, **options)
     written = load_file(tmp_path / "out" / "model.safetensors")
     base, tuned = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "adapter")
     for pair in pair_layers(base, tuned, plan_updates(tuned)).pairs:

@@ -78,7 +78,7 @@ def test_a_bias_that_is_stored_twice_with_other_values(make_base, make_adapter):
     }
     folder = make_adapter({"q": (np.ones((4, 2), np.float32), np.ones((2, 3), np.float32))}, extra=both)
     with pytest.raises(UsageError, match=r"norm\.bias.*other values"):
-        spectra.repair(folder, folder.parent / "new", base, scale=1.0, merged=True)
+        spectra.repair(folder, base, to=folder.parent / "new", scale=1.0, merged=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])

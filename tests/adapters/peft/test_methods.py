@@ -84,9 +84,9 @@ def test_every_engine_and_every_form_of_output(tmp_path, method):
 def test_a_merged_copy_is_the_merge_and_no_adapter_is_written(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
     with pytest.raises(UsageError, match=r"mitigate writes LoRA and DoRA.*--merged"):
-        spectra.repair(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0)
+        spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0)
     assert not (tmp_path / "new").exists()
-    spectra.repair(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0, merged=True)
+    spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0, merged=True)
     written = load_file(tmp_path / "new" / "model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -423,7 +423,7 @@ def test_other_commands_read_experts(tmp_path):
         value.numel() for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
     )
     with pytest.raises(UsageError):  # neither as an adapter nor merged into stacks
-        spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5)
+        spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", scale=0.5)
     with pytest.raises(UsageError):
-        spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5, merged=True)
+        spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", scale=0.5, merged=True)
     assert not (tmp_path / "out").exists()

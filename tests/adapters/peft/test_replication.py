@@ -56,7 +56,7 @@ def test_replicated_layers_equal_the_merge(tmp_path, seed):
             note = f"layer {index} of the model is layer {layers[index]} of the base"
             assert any(note in one for one in layer.notes)
     with pytest.raises(UsageError, match="layer_replication"):
-        spectra.repair(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=0.5, merged=True)
+        spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=0.5, merged=True)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_replicated_layers_are_repaired_and_compared_each_by_itself(tmp_path):
     )
     randomise(model, 1)
     model.save_pretrained(tmp_path / "adapter")
-    spectra.repair(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", scale=0.5)
+    spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "out", scale=0.5)
     assert spectra.verify(tmp_path / "out").holds
     with pytest.raises(UsageError, match="layer_replication"):
         spectra.compare([tmp_path / "adapter"], tmp_path / "base", merge=[[(0.5, tmp_path / "adapter")]], quick=True)

@@ -109,7 +109,7 @@ def test_tokens_that_the_base_does_not_have(make_base, make_adapter, rng):
     (layer,) = spectra.audit(folder, base, top_k=2).layers
     assert "1 others are rows that the base does not have" in " ".join(layer.notes)
     with pytest.raises(UsageError, match="rows that the base does not have"):
-        spectra.repair(folder, folder.parent / "new", base, scale=1.0, merged=True)
+        spectra.repair(folder, base, to=folder.parent / "new", scale=1.0, merged=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -133,7 +133,7 @@ def test_trainable_tokens_are_merged(tmp_path, method, tied):
     model = peft.get_peft_model(net, config)
     randomise(model, 1)
     model.save_pretrained(tmp_path / "adapter")
-    spectra.repair(tmp_path / "adapter", tmp_path / "new", tmp_path / "base", scale=1.0, merged=True)
+    spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0, merged=True)
     written = load_file(tmp_path / "new" / "model.safetensors")
     expected = model.double().merge_and_unload().state_dict()
     for name, value in written.items():
@@ -163,9 +163,9 @@ def with_tokens(tmp_path):
 def test_lora_beside_trainable_tokens_is_repaired(with_tokens, kind):
     source, base, out = with_tokens / kind, with_tokens / "base", with_tokens / "out"
     with pytest.raises(UsageError, match=r"embed_tokens: it is stored as the rows of some tokens.*--merged"):
-        spectra.repair(source, out, base, scale=0.5, epsilon=0.99)
-    spectra.repair(source, out, base, scale=0.5, epsilon=0.99, exclude=["embed_tokens"])
-    assert spectra.verify(out, source).holds
+        spectra.repair(source, base, to=out, scale=0.5, epsilon=0.99)
+    spectra.repair(source, base, to=out, scale=0.5, epsilon=0.99, exclude=["embed_tokens"])
+    assert spectra.verify(out, source=source).holds
     before, after = load_file(source / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} <= {n for n in before if "lora" in n}

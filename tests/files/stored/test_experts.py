@@ -498,20 +498,20 @@ def test_a_repair_of_experts_is_written_where_it_can_be(tmp_path, make_base, mak
     base = make_base(stacks, config={"model_type": "qwen3_moe", "hidden_size": h})
     factors = {"mlp.experts.1.up_proj": (30 * rng.normal(size=(i, 1)), rng.normal(size=(1, h)))}
     adapter = make_adapter(factors)
-    mitigated = spectra.repair(adapter, tmp_path / "repaired", base, scale=0.5)
+    mitigated = spectra.repair(adapter, base, to=tmp_path / "repaired", scale=0.5)
     assert [layer.name for layer in spectra.audit(tmp_path / "repaired", base=base).layers] == list(factors)
     assert mitigated.summary["vectors_scaled"] >= 1
     with pytest.raises(spectra.SpectraError, match=r"mlp\.experts\.1\.up_proj"):
-        spectra.repair(adapter, tmp_path / "merged", base, scale=0.5, merged=True)
+        spectra.repair(adapter, base, to=tmp_path / "merged", scale=0.5, merged=True)
     changed = {
         name: stack + 10 * rng.normal(size=(E, stack.shape[1], 1)) @ rng.normal(size=(E, 1, stack.shape[2]))
         for name, stack in stacks.items()
     }
     tuned = make_base(changed, folder="tuned", config={"model_type": "qwen3_moe", "hidden_size": h})
     with pytest.raises(spectra.SpectraError, match="expert 0 of"):
-        spectra.repair(tuned, tmp_path / "again", base, scale=0.5)
+        spectra.repair(tuned, base, to=tmp_path / "again", scale=0.5)
     with pytest.raises(spectra.SpectraError, match=r"expert 0 of.*no adapter is written"):
-        spectra.extract(tuned, tmp_path / "extracted", base)
+        spectra.extract(tuned, base, to=tmp_path / "extracted")
     assert not [path for path in ("merged", "again", "extracted") if (tmp_path / path).exists()]
 
 

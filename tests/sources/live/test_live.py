@@ -68,8 +68,8 @@ def test_full_fine_tunes_as_modules_and_as_state_dicts(name):
 
 def test_verified_fingerprints_are_those_of_the_folder():
     tuned, base = load("full"), load_file(FIXTURES / "base" / "model.safetensors")
-    found = spectra.audit(tuned, base, verify=True)
-    expected = spectra.audit(FIXTURES / "full", FIXTURES / "base", verify=True)
+    found = spectra.audit(tuned, base, hash_contents=True)
+    expected = spectra.audit(FIXTURES / "full", FIXTURES / "base", hash_contents=True)
     for side in ("tuned", "base"):
         assert getattr(found, side)["fingerprint"] == getattr(expected, side)["fingerprint"]
         assert getattr(found, side)["fingerprint_covers"] == "contents"
@@ -126,7 +126,7 @@ def test_everything_that_takes_a_path_takes_a_model(lora, tmp_path):
     assert ranks[0].layers == ranks[1].layers
     assert ranks[0].suggestion == ranks[1].suggestion
     for given, given_base, folder in ((full, base, "one"), (paths[1], home, "other")):
-        spectra.extract(given, tmp_path / folder, given_base, energy=0.5, **some)
+        spectra.extract(given, given_base, to=tmp_path / folder, energy=0.5, **some)
     extracted = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "other")]
     assert extracted[0].keys() == extracted[1].keys()
     assert all(torch.equal(extracted[0][name], extracted[1][name]) for name in extracted[0])
@@ -135,17 +135,17 @@ def test_everything_that_takes_a_path_takes_a_model(lora, tmp_path):
     assert seen[0].skipped == seen[1].skipped
     assert seen[0].files == ()
     assert "holds      peft adapter in memory\n" in render_inspection([seen[0]])
-    planned = [spectra.repair(given, None, scale=0.5, **some) for given in (lora, paths[0])]
+    planned = [spectra.repair(given, scale=0.5, **some) for given in (lora, paths[0])]
     assert planned[0].layers == planned[1].layers
-    assert spectra.repair(load("full-high"), None, base, scale=0.5, which="top").layers
+    assert spectra.repair(load("full-high"), base, scale=0.5, which="top").layers
     for item in before:
         item.check()
 
 
 def test_a_repair_of_a_live_adapter_is_written(lora, tiny, tmp_path):
     before = Unchanged(lora)
-    done: Any = spectra.repair(lora, tmp_path / "live", scale=0.5)
-    spectra.repair(FIXTURES / "lora-r4", tmp_path / "folder", scale=0.5, dtype="float32")
+    done: Any = spectra.repair(lora, to=tmp_path / "live", scale=0.5)
+    spectra.repair(FIXTURES / "lora-r4", to=tmp_path / "folder", scale=0.5, store_dtype="float32")
     before.check()
     mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("live", "folder"))
     assert mine.keys() == theirs.keys()
@@ -153,13 +153,13 @@ def test_a_repair_of_a_live_adapter_is_written(lora, tiny, tmp_path):
         rounded = "score" in name  # by loading it into a model of bfloat16
         assert torch.allclose(value.float(), theirs[name].float(), rtol=4e-3 if rounded else 0, atol=0), name
     assert done.output["source_from_here"] is None
-    assert spectra.verify(tmp_path / "live", lora, lora).holds
+    assert spectra.verify(tmp_path / "live", lora, source=lora).holds
     again = peft.PeftModel.from_pretrained(load("base"), tmp_path / "live")
     assert spectra.audit(again).total("all") == done.audit.total("all")
     with pytest.raises(UsageError, match="in memory is not written"):
-        spectra.repair(load("full"), tmp_path / "no", load("base"), scale=0.5)
+        spectra.repair(load("full"), load("base"), to=tmp_path / "no", scale=0.5)
     with pytest.raises(UsageError, match="in memory is not written"):
-        spectra.repair(tiny, tmp_path / "no", scale=0.5, merged=True)
+        spectra.repair(tiny, to=tmp_path / "no", scale=0.5, merged=True)
     assert not (tmp_path / "no").exists()
 
 
@@ -182,12 +182,12 @@ def test_a_sweep_needs_a_model_of_its_own(lora):
 
 def test_spectra_kept_of_a_base_in_memory(lora, tmp_path):
     some: dict[str, Any] = {"include": ["layers.1.mlp"]}
-    plan = spectra.cache(lora, root=tmp_path, dry_run=True, **some)
+    plan = spectra.cache(lora, cache=tmp_path, dry_run=True, **some)
     assert len(plan.layers) == 3
-    done = spectra.cache(lora, root=tmp_path, **some)
+    done = spectra.cache(lora, cache=tmp_path, **some)
     assert len(done.written) == 3
     assert not done.stale
-    again = spectra.cache(load("base"), root=tmp_path, **some)
+    again = spectra.cache(load("base"), cache=tmp_path, **some)
     assert len(again.there) == 3
     found = spectra.audit(lora, cache=tmp_path, engine="cached", **some)
     assert not found.base["changed_since_cached"]
