@@ -33,8 +33,8 @@ def main() -> None:
     command("cache", "base")
     assert "complete" in command("completion", "bash")
     assert command("ranks", "lora-r4", "--base", "base")
-    command("mitigate", "lora-r4", "--base", "base", "--scale", "0.5", "-o", "repaired")
-    command("mitigate", "lora-r4", "--verify", "repaired", "--base", "base")
+    command("repair", "lora-r4", "--base", "base", "--scale", "0.5", "--to", "repaired")
+    command("verify", "repaired", "--base", "base", "--source", "lora-r4")
     command("inspect", "lora-r4")
     assert json_schema()["$id"]
 

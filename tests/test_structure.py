@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import spectra
 from spectra import errors
 from spectra.analysis import layer as analysis
 from spectra.render import records
-from spectra.repairs import repair as mitigating
+from spectra.repairs import repair as repairing
 from spectra.tasks import compare as comparing
+from spectra.tasks import layers
 from spectra.tasks import ranks as ranking
 from tests.support.paths import ROOT
 
@@ -36,7 +38,19 @@ MAY_IMPORT = {
     "pairing": {"errors", "files", "updates", "sources", "adapters"},
     "analysis": {"errors", "updates", "records", "adapters", "svd"},
     "runs": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis"},
-    "tasks": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis", "runs"},
+    "tasks": {
+        "errors",
+        "files",
+        "updates",
+        "records",
+        "sources",
+        "adapters",
+        "svd",
+        "plots",
+        "pairing",
+        "analysis",
+        "runs",
+    },
     "repairs": {"errors", "files", "updates", "records", "sources", "adapters", "svd", "pairing", "analysis", "runs"},
     "training": {"errors", "files", "records", "sources", "svd", "analysis", "runs"},
     "cli": {"errors", "files", "records", "sources", "render", "page", "plots", "runs", "tasks", "repairs"},
@@ -136,15 +150,59 @@ def test_no_file_outgrows_its_purpose():
 
 def test_public_names():
     assert sorted(spectra.__all__) == [
-        "CachedBase", "Comparison", "Extraction", "Findings", "LayerSpectra", "Repair", "RankReport", "Report",
-        "Source", "SpectraError", "Verification", "__version__", "audit", "audit_many", "cache", "checkpoint_of",
-        "compare", "extract", "find_intruders", "layer_spectra", "mitigate", "sweep",
-        "similarity_matrices", "ranks", "to_html", "to_text", "verify",
+        "CachedBase", "Comparison", "Extraction", "Findings", "Inspection", "LayerSpectra", "RankReport", "Repair",
+        "Report", "Source", "SpectraError", "Update", "Verification", "__version__", "audit", "audit_many", "cache",
+        "checkpoint_of", "compare", "extract", "figure_of", "find_intruders", "inspect", "iter_layers",
+        "layer_spectra", "load", "plot", "plots", "ranks", "repair", "similarity_matrices", "sweep", "to_html",
+        "to_model_card", "to_sarif", "to_table_html", "to_text", "training", "verify",
     ]  # fmt: skip
     for name in spectra.__all__:
         assert getattr(spectra, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = spectra.nonsense
+
+
+READING = "include exclude allow_pickle local_files_only split_fused initial_adapter"
+DEVICE = "device threads progress"
+AUDIT = f"top_k epsilon side {READING} engine cache dtype {DEVICE} workers hash_contents"
+# The verbs, each with what it takes beside the shared options, and these; what is in brackets need not be given.
+SIGNATURES = {
+    "audit": f"tuned [base] | resume executor | {AUDIT}",
+    "audit_many": f"tuned [base] | on_unreadable resume executor | {AUDIT}",
+    "compare": f"tuned [base] | merge draws quick on_unreadable | {AUDIT}",
+    "plot": f"tuned [base] | kind to size | {AUDIT}",
+    "ranks": f"tuned [base] | energy max_rank by use_rslora alpha | {READING} dtype {DEVICE} workers hash_contents",
+    "extract": "tuned [base] | to energy max_rank by use_rslora alpha whole force | "
+    f"include exclude allow_pickle local_files_only dtype {DEVICE} workers",
+    "repair": f"tuned [base] | scale to method which keep_rank merged store_dtype force | {AUDIT}",
+    "verify": f"tuned [base] | source | allow_pickle local_files_only dtype {DEVICE}",
+    "sweep": f"tuned [base] | evaluate model scales which controls seeds include_base | {AUDIT}",
+    "cache": f"base | cache dry_run | include exclude allow_pickle local_files_only dtype {DEVICE}",
+    "inspect": f"tuned [base] | | {READING}",
+    "iter_layers": f"tuned [base] | | {READING} dtype {DEVICE}",
+    "layer_spectra": f"tuned [base] | size | top_k epsilon side {READING} dtype {DEVICE}",
+}
+
+
+@pytest.mark.parametrize("verb", SIGNATURES)
+def test_signatures(verb):
+    """In help(), in an editor and in the documentation: every option by its name, and explained."""
+    function = getattr(spectra, verb)
+    places, own, shared = (part.split() for part in SIGNATURES[verb].split("|"))
+    parameters = inspect.signature(function).parameters
+    assert list(parameters) == [name.strip("[]") for name in (*places, *own, *shared)]
+    for name in places:
+        parameter = parameters[name.strip("[]")]
+        assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        assert (parameter.default is None) == name.startswith("[")
+    for name in (*own, *shared):
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    for name in shared:
+        assert re.search(rf"^ +{name} : ", function.__doc__, flags=re.MULTILINE), name
+    assert "{options}" not in function.__doc__
+    needed = {name: None for name in own if parameters[name].default is inspect.Parameter.empty}
+    with pytest.raises(TypeError, match=rf"{verb}\(\): .*'no_such_option'"):
+        function("nothing", **needed, no_such_option=1)
 
 
 def test_importing_costs_nothing():
@@ -175,7 +233,7 @@ def test_the_errors_are_drawn_as_they_are():
 
 def test_docstring_examples(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for module in (analysis, comparing, mitigating, ranking, records):
+    for module in (analysis, comparing, repairing, ranking, records, layers):
         tried = doctest.testmod(module)
         assert (tried.attempted > 0, tried.failed) == (True, 0), module.__name__
 

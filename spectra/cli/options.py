@@ -34,7 +34,7 @@ EXIT_CODES = """exit codes:
 TEXT = ("txt", "md", "log")  # endings of files that take a table
 TUNED = (
     "adapter folder, checkpoint folder or pipeline, .safetensors or .gguf file (.bin with --allow-pickle), ORG/NAME "
-    "on the Hugging Face hub, or an address that fsspec reads (s3://…)"
+    "on the Hugging Face hub, or an address that fsspec reads (s3://...)"
 )
 DTYPES = ("float32", "float64")
 

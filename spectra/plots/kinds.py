@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from spectra.errors import UsageError
-from spectra.records.comparison import Comparison
-from spectra.records.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from spectra.records.comparison import Comparison
+    from spectra.records.report import Report
 
 
 class Kind(NamedTuple):
@@ -51,11 +52,10 @@ def figure_of(source: Comparison | Sequence[Report], kind: str) -> Figure:
             f"{kind}: needs singular vectors, which a record does not hold; use spectra.plot(tuned, kind={kind!r}), or "
             f"one of {drawn}"
         )
-    if not hasattr(source, "reports"):
-        from spectra.records.comparison import Comparison
+    from spectra.records.comparison import Comparison
 
-        reports = tuple(source)
-        source = Comparison(reports, (), reports[0].spectra_version)
+    if not isinstance(source, Comparison):
+        source = Comparison(tuple(source), (), source[0].spectra_version)
     return KINDS[kind].draw(source)
 
 

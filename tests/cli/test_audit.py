@@ -78,7 +78,7 @@ def test_several_give_a_summary_or_json_lines(capsys):
 
 def test_options_reach_the_analysis(capsys):
     options = ["-k", "3", "-e", "0.4", "--side", "right", "--include", "q_proj", "--exclude", "layers.3"]
-    options += ["--dtype", "float64", "--threads", "1", "--workers", "2", "--verify", "--format", "json"]
+    options += ["--dtype", "float64", "--threads", "1", "--workers", "2", "--hash-contents", "--format", "json"]
     _, out, _ = run(capsys, "audit", LORA, *options)
     report = json.loads(out)
     assert {len(layer["vectors"]) for layer in report["layers"]} == {3}
@@ -270,15 +270,15 @@ def test_an_adapters_file_is_its_folder(capsys):
 
 def test_baselines_with_and_without_verify_compare(capsys, tmp_path):
     known = str(tmp_path / "known.json")
-    run(capsys, "audit", LORA, "--verify", "-o", known)
+    run(capsys, "audit", LORA, "--hash-contents", "-o", known)
     assert run(capsys, "audit", LORA, "--baseline", known)[0] == 0
-    assert run(capsys, "audit", LORA, "--verify", "--baseline", known)[0] == 0
+    assert run(capsys, "audit", LORA, "--hash-contents", "--baseline", known)[0] == 0
     other = tmp_path / "base"
     shutil.copytree(BASE, other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.embed_tokens.weight"] += 1
     save_file(tensors, other / "model.safetensors")
-    code, _, err = run(capsys, "audit", LORA, "--base", str(other), "--verify", "--baseline", known)
+    code, _, err = run(capsys, "audit", LORA, "--base", str(other), "--hash-contents", "--baseline", known)
     assert code == 2
     assert "another base" in err
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from spectra.cli import _parser, main
+from spectra.cli import command_line, main
 from spectra.cli.completion import PATHS, SHELLS, arguments_of
 from tests.support.paths import ROOT
 
@@ -43,7 +43,7 @@ def completed(scripts, folder, *words):
 
 def test_every_argument_is_known():
     """A new one is either a path, or it is not; then it goes into one list or the other."""
-    for action in arguments_of(_parser()):
+    for action in arguments_of(command_line()):
         if action.nargs != 0 and not action.choices and action.dest != "device":
             assert action.metavar in (*PATHS, *FREE), action.dest
 
@@ -60,13 +60,24 @@ def test_the_shell_takes_it(scripts, shell):
 def test_it_knows_every_command_and_option(scripts, shell):
     text = (scripts / shell).read_text()
     assert text.endswith("\n")
-    for action in arguments_of(_parser()):
+    for action in arguments_of(command_line()):
         for option in action.option_strings:
             assert option.lstrip("-") in text, option
         if action.nargs != 0:
             for choice in action.choices or ():
                 assert choice in text, choice
-    for command in ("audit", "compare", "plot", "ranks", "mitigate", "cache", "inspect", "completion"):
+    for command in (
+        "audit",
+        "compare",
+        "plot",
+        "ranks",
+        "extract",
+        "repair",
+        "verify",
+        "cache",
+        "inspect",
+        "completion",
+    ):
         assert command in text
 
 
@@ -87,7 +98,7 @@ def test_it_knows_every_command_and_option(scripts, shell):
         (["audit", "--model-card", "READ"], {"README.md"}),
         (["plot", "sim"], {"similarity"}),
         (["plot", "similarity", "adapter/"], {"adapter/sub"}),
-        (["mitigate", "--verify", "adapter/"], {"adapter/sub"}),
+        (["repair", "adapter", "--to", "adapter/"], {"adapter/sub"}),
         (["cache", "--cache", "adapter/"], {"adapter/sub"}),
     ],
 )
@@ -101,7 +112,7 @@ def test_bash_completes(scripts, tmp_path, words, offered):
 
 def test_options_are_offered_for_a_dash_alone(scripts, tmp_path):
     offered = completed(scripts, tmp_path, "ranks", "-")
-    assert {"--energy", "--extract", "--base"} <= offered
+    assert {"--energy", "--alpha", "--base"} <= offered
     assert "--html" not in offered
 
 
@@ -115,7 +126,7 @@ def test_without_shtab_it_says_what_to_install(capsys, monkeypatch):
 
 def test_help_loads_none_of_it():
     code = (
-        "import sys; from spectra.cli import _parser; _parser().format_help()\n"
+        "import sys; from spectra.cli import COMMANDS, command_line; command_line().format_help()\n"
         "assert not {'shtab', 'pandas', 'pyarrow', 'torch', 'importlib.metadata'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

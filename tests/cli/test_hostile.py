@@ -65,7 +65,7 @@ WORST = {
     "inspect": ("34 MB of metadata", "two million tiny entries", "a rank pattern that hangs"),
     "compare": ("a million tensors of no values", "34 MB of one number"),
     "ranks": ("a model's configuration of 64 MB", "34 MB of brackets"),
-    "mitigate": ("patterns, 40,000 of them", "34 MB of metadata"),
+    "repair": ("patterns, 40,000 of them", "34 MB of metadata"),
     "plot": ("deep objects", "a million tensors of no values"),
     "cache": ("34 MB in one name", "two million tiny entries"),
 }
@@ -129,14 +129,14 @@ def run_in_process(capsys, arguments):
 
 
 @pytest.mark.parametrize("content", RECORDS)
-@pytest.mark.parametrize("command", ["plot", "mitigate"])
+@pytest.mark.parametrize("command", ["plot", "verify"])
 def test_a_hostile_record(tmp_path, capsys, command, content):
-    file = tmp_path / ("spectra-repair.json" if command == "mitigate" else "made.json")
+    file = tmp_path / ("spectra-repair.json" if command == "verify" else "made.json")
     file.write_bytes(RECORDS[content])
     if command == "plot":
         arguments = ["plot", "depth", str(file), "-o", str(tmp_path / "out.png")]
     else:
-        arguments = ["mitigate", "--verify", str(tmp_path)]
+        arguments = ["verify", str(tmp_path)]
     code, err = run_in_process(capsys, arguments)
     assert code == 2
     assert err.startswith(f"spectra: error: {file}: ")

@@ -85,7 +85,7 @@ def test_json_lines_name_layers_that_failed(capsys, tmp_path):
 
 
 def test_json_lines_of_a_repair(capsys):
-    command = ["mitigate", LORA, "--scale", "0.5", "--dry-run", *FEW]
+    command = ["repair", LORA, "--scale", "0.5", "--dry-run", *FEW]
     (line,) = run(capsys, *command, "--format", "jsonl")[1].splitlines()
     whole = json.loads(run(capsys, *command, "--format", "json")[1])
     assert json.loads(line)["summary"] == whole["summary"]

@@ -22,8 +22,8 @@ def test_the_command(capsys, tmp_path):
 
     target = tmp_path / "adapter"
     code, out, err = run(
-        capsys, "ranks", FIXTURES / "full", "--base", FIXTURES / "base", "--energy", 0.8, "--alpha", 16, "--rslora",
-        "--extract", target, "-o", tmp_path / "ranks.json",
+        capsys, "extract", FIXTURES / "full", "--base", FIXTURES / "base", "--energy", 0.8, "--alpha", 16, "--rslora",
+        "--to", target, "-o", tmp_path / "ranks.json",
     )  # fmt: skip
     assert (code, out) == (0, "")
     assert "wrote" in err
@@ -45,17 +45,29 @@ def test_the_command(capsys, tmp_path):
         (["lora-r4", "--energy", "2"], "energy = 2.0"),
         (["lora-r4", "--max-rank", "0"], "max_rank = 0"),
         (["lora-r4", "--alpha", "r2"], "alpha = 'r2'"),
-        (["lora-r4", "--force"], "--extract OUT"),
-        (["lora-r4", "--factors-only"], "--extract OUT"),
-        (["lora-r4", "--extract", "OUT"], "adapter already"),
         (["full"], "--base"),
         (["nothing"], "no such file"),
         (["lora-r4", "--dtype", "float64", "--device", "tpu"], "device = 'tpu'"),
     ],
 )
 def test_bad_usage(capsys, tmp_path, arguments, message):
-    named = [str(FIXTURES / arguments[0]), *(str(tmp_path / "x") if item == "OUT" else item for item in arguments[1:])]
-    code, out, err = run(capsys, "ranks", *named)
+    code, out, err = run(capsys, "ranks", FIXTURES / arguments[0], *arguments[1:])
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_config_alone(capsys, tmp_path):
+    target = tmp_path / "adapter_config.json"
+    code, out, _ = run(capsys, "ranks", FIXTURES / "full", "--base", FIXTURES / "base", "-o", target)
+    assert (code, out) == (0, "")
+    config = json.loads(target.read_text())
+    assert config["peft_type"] == "LORA"
+    assert peft.LoraConfig(**config).r == config["r"]
+
+
+def test_an_adapter_has_nothing_to_extract(capsys, tmp_path):
+    code, out, err = run(capsys, "extract", FIXTURES / "lora-r4", "--to", tmp_path / "x")
+    assert (code, out) == (2, "")
+    assert "adapter already" in err
+    assert not (tmp_path / "x").exists()

@@ -227,10 +227,10 @@ def test_an_audit_of_pickles_is_that_of_safetensors(pickled, name):
 
 COMMANDS = (
     ("audit", "{tuned}"), ("inspect", "{tuned}"), ("compare", "{tuned}", "--quick"), ("ranks", "{tuned}"),
-    ("cache", "{base}", "--dry-run"), ("mitigate", "{tuned}", "--scale", "0.5", "--dry-run"),
+    ("cache", "{base}", "--dry-run"), ("repair", "{tuned}", "--scale", "0.5", "--dry-run"),
     ("plot", "top-k", "{tuned}", "--quick", "-o", "{out}/a.svg"),
     ("plot", "similarity", "{tuned}", "-o", "{out}/b.svg"),
-    ("ranks", "{full}", "--extract", "{out}/extracted"),
+    ("extract", "{full}", "--to", "{out}/extracted"),
 )  # fmt: skip
 
 
@@ -247,12 +247,12 @@ def test_every_command_has_the_option_and_needs_it(pickled, tmp_path, capsys, co
 
 
 def test_a_repaired_adapter_is_written_as_safetensors(pickled, tmp_path, capsys):
-    words = ["mitigate", str(pickled / "lora-r4"), "--base", str(pickled / "base"), "--allow-pickle", "--quiet"]
+    words = ["repair", str(pickled / "lora-r4"), "--base", str(pickled / "base"), "--allow-pickle", "--quiet"]
     for scale, home in (("0.5", tmp_path / "half"), ("1", tmp_path / "same")):
-        assert main([*words, "--scale", scale, "-o", str(home)]) == 0
+        assert main([*words, "--scale", scale, "--to", str(home)]) == 0
         assert not (home / ADAPTER).exists()
         assert open_checkpoint(home).layout == "peft folder"
-        assert main(["mitigate", "--verify", str(home), "--allow-pickle", "--quiet"]) == 0
+        assert main(["verify", str(home), "--allow-pickle", "--quiet"]) == 0
     kept, source = load_file(tmp_path / "same" / "adapter_model.safetensors"), torch.load(pickled / "lora-r4" / ADAPTER)
     assert kept.keys() == source.keys()
     assert all(torch.equal(kept[name], source[name]) for name in kept)

@@ -233,7 +233,8 @@ def test_the_command_line_splits(rng, make_base, capsys, tmp_path):
         json.loads(text)
         assert "self_attn.q_proj" in text
         assert "mlp.up_proj" in text
-    assert main(["ranks", str(tuned), "--base", str(base), "--split-fused", "--extract", str(tmp_path / "x")]) == 2
+    with pytest.raises(SystemExit):  # factors are written for modules as the model has them, not for parts of them
+        main(["extract", str(tuned), "--base", str(base), "--split-fused", "--to", str(tmp_path / "x")])
 
 
 def test_what_is_left_out_need_not_be_known(rng, make_base):

@@ -73,7 +73,7 @@ def test_a_fine_tune_and_its_base_at_different_precisions(opened, rng):
 
 @pytest.mark.parametrize(
     "command",
-    [["compare"], ["ranks"], ["mitigate", "--scale", "0.5", "--dry-run"]],
+    [["compare"], ["ranks"], ["repair", "--scale", "0.5", "--dry-run"]],
 )
 def test_every_command_says_that_the_base_is_quantised(opened, make_adapter, rng, capsys, command):
     base = opened({"m.weight": draw(rng, 24, 20).to(E4M3)})

@@ -12,7 +12,7 @@ import referencing
 
 from spectra.cli.output import REPORT_MARKS
 from spectra.errors import CorruptFileError, MissingFileError, UsageError
-from spectra.records import repair as record
+from spectra.records import repair as repairs
 from spectra.records import report
 from spectra.records.repair import Repair
 from spectra.render.repair import render_verification, to_csv
@@ -24,7 +24,7 @@ def validator(schema):
     registry = referencing.Registry().with_resources(
         [
             (name, referencing.Resource.from_contents(home.json_schema()))
-            for name, home in (("spectra.report/1", report), ("spectra.repair/1", record))
+            for name, home in (("spectra.report/1", report), ("spectra.repair/1", repairs))
         ]
     )
     return jsonschema.Draft202012Validator(schema, registry=registry)
@@ -34,7 +34,7 @@ def validator(schema):
 @pytest.mark.parametrize("canonical", [False, True])
 def test_json_follows_the_schema_and_comes_back(made, canonical, tmp_path):
     text = made.to_json(canonical=canonical)
-    validator(record.json_schema()).validate(json.loads(text))
+    validator(repairs.json_schema()).validate(json.loads(text))
     path = tmp_path / "spectra-repair.json"
     path.write_text(text)
     again = load_repair(path)
@@ -46,7 +46,7 @@ def test_json_follows_the_schema_and_comes_back(made, canonical, tmp_path):
 
 
 def test_the_schema_lists_every_field():
-    schema = record.json_schema()
+    schema = repairs.json_schema()
     value = record().to_dict()
     assert schema["properties"].keys() == value.keys()
     assert set(schema["required"]) == value.keys() - {"seconds"}
@@ -138,11 +138,11 @@ def test_without_an_audit_the_layers_say_how_many_are_left():
 def test_dataframe():
     pytest.importorskip("pandas")
     frame = record().to_dataframe()
-    assert list(frame.columns) == list(record.ROW_COLUMNS)
+    assert list(frame.columns) == list(repairs.ROW_COLUMNS)
     assert list(frame["index"]) == [0, 3, 0]
     assert list(frame["layer_intruders_before"]) == [3, 3, 3]
     assert set(frame["rows"]) == {128}
-    assert list(record(layers=()).to_dataframe().columns) == list(record.ROW_COLUMNS)
+    assert list(record(layers=()).to_dataframe().columns) == list(repairs.ROW_COLUMNS)
 
 
 @pytest.mark.parametrize("made", AMISS.values(), ids=AMISS)

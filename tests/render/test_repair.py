@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 from spectra.cli.output import REPORT_MARKS
-from spectra.records import repair as record
+from spectra.records import repair as repairs
 from spectra.render.repair import render_repair, to_csv
 from tests.support.repairs import MANY, audit, each, layer, record, vector
 
@@ -120,7 +120,7 @@ def test_files_left_behind_are_listed_by_reason():
 
 def test_csv():
     rows = list(csv.DictReader(io.StringIO(to_csv(record()))))
-    assert tuple(rows[0]) == record.ROW_COLUMNS
+    assert tuple(rows[0]) == repairs.ROW_COLUMNS
     assert [row["index_after"] for row in rows] == ["2", "", "2"]
     assert {row["tuned"] for row in rows} == {"tuned"}
     assert to_csv(record()).encode().startswith(REPORT_MARKS)

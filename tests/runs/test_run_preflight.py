@@ -80,13 +80,13 @@ def changed(tensors, changes):
 
 
 @pytest.mark.parametrize("what", ADAPTERS)
-@pytest.mark.parametrize("command", ["audit", "compare", "ranks", "mitigate"])
+@pytest.mark.parametrize("command", ["audit", "compare", "ranks", "repair"])
 def test_nothing_is_read_where_the_last_layer_is_wrong(tmp_path, reads, capsys, what, command):
     own, options, base, named = ADAPTERS[what]
     folder = write(tmp_path / "adapter", changed(adapter_tensors(), own), config(**options))
     model = write(tmp_path / "base", changed(base_tensors(), base))
     arguments = {
-        "audit": [], "compare": [], "ranks": [], "mitigate": ["--scale", "0.5", "-o", str(tmp_path / "out")],
+        "audit": [], "compare": [], "ranks": [], "repair": ["--scale", "0.5", "--to", str(tmp_path / "out")],
     }[command]  # fmt: skip
     assert main([command, str(folder), "--base", str(model), "--quiet", *arguments]) == 2
     told = capsys.readouterr().err

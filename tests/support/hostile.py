@@ -706,7 +706,7 @@ def _(box: Path) -> Arguments:
 @case("sub-byte values that --verify reads", "box", "nothing to analyse")
 def _(box: Path) -> Arguments:
     raw(box / FILE, {Q: entry((8, 8), 0, 32, "F4")}, b"\0" * 32)
-    return ["audit", str(box), "--base", str(box.parent / "base"), "--verify"]
+    return ["audit", str(box), "--base", str(box.parent / "base"), "--hash-contents"]
 
 
 @case("a configuration given for weights", "config.json", "configuration")
@@ -753,7 +753,7 @@ API: dict[str, Callable[[str, str | None], Any]] = {
     "inspect": lambda tuned, base: inspection.inspect(tuned, base),
     "compare": lambda tuned, base: spectra.compare([tuned], base, quick=True),
     "ranks": lambda tuned, base: spectra.ranks(tuned, base),
-    "mitigate": lambda tuned, base: spectra.repair(tuned, base, scale=0.5),
+    "repair": lambda tuned, base: spectra.repair(tuned, base, scale=0.5),
     "plot": lambda tuned, base: spectra.layer_spectra([tuned], base),
     "cache": lambda base, _: spectra.cache(base, dry_run=True),
 }

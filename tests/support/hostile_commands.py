@@ -21,7 +21,7 @@ COMMANDS: dict[str, Callable[[str, str, Path], Arguments]] = {
     "inspect": lambda tuned, base, _: ["inspect", tuned, "--base", base],
     "compare": lambda tuned, base, _: ["compare", tuned, "--base", base, "--quick", "--quiet"],
     "ranks": lambda tuned, base, _: ["ranks", tuned, "--base", base, "--quiet"],
-    "mitigate": lambda tuned, base, out: ["mitigate", tuned, "--base", base, "--scale", "0.5", "-o", str(out / "out")],
+    "repair": lambda tuned, base, out: ["repair", tuned, "--base", base, "--scale", "0.5", "--to", str(out / "out")],
     "plot": lambda tuned, base, out: ["plot", "depth", tuned, "--base", base, "-o", str(out / "out.png"), "--quiet"],
     "cache": lambda _, base, out: ["cache", base, "--cache", str(out / "kept"), "--quiet"],
 }
@@ -46,7 +46,7 @@ NOT_SEEN = (
 UNREAD = tuple(name for name in CASES if name.startswith(("quantised: blocks", "quantised: scales", "quantised: SCB")))
 # What a command refuses for a reason of its own: too little room for a copy, no comparison.
 IN_OTHER_WORDS = {
-    "mitigate": ("four tebibytes of zeros without a byte on disk", "NaN and infinity in the base"),
+    "repair": ("four tebibytes of zeros without a byte on disk", "NaN and infinity in the base"),
     "plot": ("a configuration given for weights",),
 }
 
@@ -87,7 +87,7 @@ def check(job: str, found: dict[str, Any]) -> None:
     how, _, name = job.partition(": ")
     command = how.partition(",")[0]
     # What is written before the first weight is read lies in a folder that goes with the error.
-    assert all(command == "mitigate" and (".part" in event or "os.remove" in event) for event in found["events"])
+    assert all(command == "repair" and (".part" in event or "os.remove" in event) for event in found["events"])
     if found["code"] == 0 and command == "inspect":
         assert (
             name in NOT_SEEN

@@ -512,12 +512,11 @@ def test_every_command_takes_the_initial_adapter(tmp_path, capsys):
         capsys.readouterr()
     several = ["inspect", paths[0], *paths, "--initial-adapter", str(tmp_path / "initial")]
     assert main(several) == 2
-    assert main(["ranks", *paths, "--extract", str(tmp_path / "out"), "--initial-adapter", paths[0]]) == 2
     edit_config(tmp_path / "adapter", init_lora_weights=True)
     assert main(["inspect", *paths, "--initial-adapter", str(tmp_path / "initial")]) == 2
 
 
-def test_mitigation_writes_the_merged_model_and_no_adapter(tmp_path):
+def test_a_repair_writes_the_merged_model_and_no_adapter(tmp_path):
     adapted(tmp_path, trained=True)
     report = spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=5, epsilon=0.99)
     assert report.total("all") > 0

@@ -83,7 +83,7 @@ def test_every_engine_and_every_form_of_output(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merged_copy_is_the_merge_and_no_adapter_is_written(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
-    with pytest.raises(UsageError, match=r"mitigate writes LoRA and DoRA.*--merged"):
+    with pytest.raises(UsageError, match=r"repair writes LoRA and DoRA.*--merged"):
         spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0)
     assert not (tmp_path / "new").exists()
     spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0, merged=True)

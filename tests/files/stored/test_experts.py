@@ -498,9 +498,9 @@ def test_a_repair_of_experts_is_written_where_it_can_be(tmp_path, make_base, mak
     base = make_base(stacks, config={"model_type": "qwen3_moe", "hidden_size": h})
     factors = {"mlp.experts.1.up_proj": (30 * rng.normal(size=(i, 1)), rng.normal(size=(1, h)))}
     adapter = make_adapter(factors)
-    mitigated = spectra.repair(adapter, base, to=tmp_path / "repaired", scale=0.5)
+    repaired = spectra.repair(adapter, base, to=tmp_path / "repaired", scale=0.5)
     assert [layer.name for layer in spectra.audit(tmp_path / "repaired", base=base).layers] == list(factors)
-    assert mitigated.summary["vectors_scaled"] >= 1
+    assert repaired.summary["vectors_scaled"] >= 1
     with pytest.raises(spectra.SpectraError, match=r"mlp\.experts\.1\.up_proj"):
         spectra.repair(adapter, base, to=tmp_path / "merged", scale=0.5, merged=True)
     changed = {

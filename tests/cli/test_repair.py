@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import inspect
 import io
@@ -17,10 +16,9 @@ import pytest
 from spectra.cli import main
 from spectra.cli import repair as command
 from spectra.errors import UsageError
-from spectra.repairs import repair as mitigating
-from spectra.repairs import verify as checking
+from spectra.repairs import repair as repairing
 from tests.support.paths import ROOT
-from tests.support.repairs import AMISS, audit, check, record
+from tests.support.repairs import audit, record
 
 WHAT = ("tuned", "--scale", "0.7")
 
@@ -29,67 +27,56 @@ WHAT = ("tuned", "--scale", "0.7")
 def call(capsys, monkeypatch):
     """Calls the command with the functions behind it replaced; (exit code, out, err, what they were given)."""
 
-    def call(*arguments, made=None, verified=None):
+    def call(*arguments, made=None):
         given: dict[str, Any] = {}
 
-        def repair(tuned, output, base=None, **options):
-            given.update(options, tuned=tuned, output=output, base=base)
-            return made or record(output=record().output if output else None)
+        def repair(tuned, base=None, **options):
+            given.update(options, tuned=tuned, base=base)
+            return made or record(output=record().output if options["to"] else None)
 
-        def verify(folder, source=None, base=None, **options):
-            given.update(options, folder=folder, source=source, base=base)
-            return verified or check()
-
-        monkeypatch.setattr(mitigating, "mitigate", mitigate)
-        monkeypatch.setattr(checking, "verify", verify)
-        code = main(["mitigate", *map(str, arguments)])
+        monkeypatch.setattr(repairing, "repair", repair)
+        code = main(["repair", *map(str, arguments)])
         return code, *capsys.readouterr(), given
 
     return call
 
 
 def test_the_options_are_the_functions_own():
-    makes, checks = (inspect.signature(f).parameters for f in (mitigating.mitigate, checking.verify))
-    assert set(makes) == {"tuned", "output", "base", "scale", "which", "progress", *command.PASSED}
-    assert set(checks) == {"folder", "source", "base", "progress", *command.CHECKING}
-
-
-def test_the_defaults_are_told_apart_from_what_was_given():
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    options = vars(parser.parse_args(["mitigate", "tuned"]))
-    assert {name: options[name] for name in command.MAKING} == command.MAKING
-    free = {"tuned", "base", "verify", "device", "threads", "format", "quiet", "verbose", "run", "output"}
-    free |= {"allow_pickle", "local_files_only"}
-    assert options.keys() - command.MAKING.keys() == free
-    assert set(command.PASSED) - command.MAKING.keys() == set(command.CHECKING)
+    makes = inspect.signature(repairing.repair).parameters
+    assert set(makes) - {"hash_contents"} == {"tuned", "base", "scale", "to", "which", "progress", *command.PASSED}
 
 
 def test_what_is_passed_on(call):
-    code, out, err, given = call(*WHAT, "--base", "b", "-o", "out")
+    code, out, err, given = call(*WHAT, "--base", "b", "--to", "out")
     assert (code, err) == (0, "spectra: wrote out (peft-lora)\n")
     assert out.startswith("Repaired: ")
     progress = given.pop("progress")
     assert progress is None
-    defaults = {"dtype": None, "keep_rank": False, "merged": False, "force": False, "device": "cpu", "threads": None}
-    defaults |= {"allow_pickle": False, "local_files_only": False}
+    defaults = {"store_dtype": None, "keep_rank": False, "merged": False, "force": False, "device": "cpu"}
+    defaults |= {"allow_pickle": False, "local_files_only": False, "method": "intruders", "dtype": "float32"}
+    defaults |= {"threads": None, "split_fused": False, "initial_adapter": None}
     assert given == {
-        "tuned": "tuned", "output": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
+        "tuned": "tuned", "to": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
         "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, **defaults,
     }  # fmt: skip
     _, _, err, given = call(
-        *WHAT, "-o", "out", "--force", "--which", "top", "--keep-rank", "--dtype", "bfloat16", "-k", "5", "-e", "0.4",
-        "--side", "right", "--include", "a", "--exclude", "b", "--engine", "exact", "--device", "cuda", "--workers",
+        *WHAT, "--to", "out", "--force", "--which", "top", "--keep-rank", "--store-dtype", "bfloat16", "-k", "5", "-e",
+        "0.4", "--side", "right", "--include", "a", "--exclude", "b", "--engine", "exact", "--device", "cuda", "--workers",
         "3", "--threads", "2", "--no-cache", "--quiet",
     )  # fmt: skip
     assert err == ""
-    assert (given["which"], given["dtype"], given["side"], given["engine"]) == ("top", "bfloat16", "right", "exact")
+    assert (given["which"], given["store_dtype"], given["side"], given["engine"]) == (
+        "top",
+        "bfloat16",
+        "right",
+        "exact",
+    )
     assert (given["top_k"], given["epsilon"], given["workers"], given["threads"]) == (5, 0.4, 3, 2)
     assert given["force"]
     assert given["keep_rank"]
     assert given["cache"] is False
     assert (given["include"], given["exclude"], given["device"]) == (["a"], ["b"], "cuda")
-    assert call(*WHAT, "-o", "out", "--merged")[3]["merged"]
+    assert call(*WHAT, "--to", "out", "--merged")[3]["merged"]
 
 
 @pytest.mark.parametrize(
@@ -125,22 +112,22 @@ def test_vectors_by_name(call, arguments, which):
 
 
 def test_a_dry_run_writes_nothing(call):
-    code, out, err, given = call(*WHAT, "--dry-run", "-o", "out")
-    assert (code, err, given["output"]) == (0, "", None)
+    code, out, err, given = call(*WHAT, "--dry-run", "--to", "out")
+    assert (code, err, given["to"]) == (0, "", None)
     assert out.startswith("Dry run: ")
 
 
 def test_formats(call):
-    _, out, _, _ = call(*WHAT, "-o", "out", "--format", "json")
+    _, out, _, _ = call(*WHAT, "--to", "out", "--format", "json")
     assert json.loads(out)["schema"] == "spectra.repair/1"
-    _, out, err, _ = call(*WHAT, "-o", "out", "--format", "csv", "--quiet")
+    _, out, err, _ = call(*WHAT, "--to", "out", "--format", "csv", "--quiet")
     assert len(list(csv.DictReader(io.StringIO(out)))) == 3
     assert err.splitlines() == [
         "spectra: note: the adapter's own evaluation results are those of the source",
         "spectra: left behind: optimizer.pt: weights in another format",
         "spectra: left behind: runs: a folder",
     ]
-    short, long = (call(*WHAT, "-o", "out", *more, made=many())[1] for more in ((), ("--verbose",)))
+    short, long = (call(*WHAT, "--to", "out", *more, made=many())[1] for more in ((), ("--verbose",)))
     assert len(short) < len(long)
 
 
@@ -152,7 +139,7 @@ def many():
 def test_ascii_where_the_terminal_knows_no_more(call, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    call(*WHAT, "-o", "out", "--verbose")
+    call(*WHAT, "--to", "out", "--verbose")
     text = raw.getvalue().decode("ascii")
     assert "?" not in text
     assert "0 -> 2" in text
@@ -160,7 +147,7 @@ def test_ascii_where_the_terminal_knows_no_more(call, monkeypatch):
 
 def test_layers_that_could_not_be_analysed(call):
     bad = replace(audit().layers[0], status="non_finite", error="NaN in W1")
-    code, out, err, _ = call(*WHAT, "-o", "out", made=record(audit=replace(audit(), layers=(bad,))))
+    code, out, err, _ = call(*WHAT, "--to", "out", made=record(audit=replace(audit(), layers=(bad,))))
     assert code == 2
     assert out.startswith("Repaired: ")
     assert "spectra: error: model.layers.0.self_attn.q_proj: non_finite: NaN in W1" in err
@@ -170,9 +157,8 @@ def test_layers_that_could_not_be_analysed(call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "0.7", "-o", "out"], "nothing to repair"),
-        (["tuned", "-o", "out"], "--scale is missing"),
-        (["tuned", "--scale", "0.7"], "-o OUT is missing"),
+        (["tuned", "--to", "out"], "--scale is missing"),
+        (["tuned", "--scale", "0.7"], "--to OUT is missing"),
         (["tuned", "--scale", "x", "--dry-run"], "--scale x: 'x' is no number"),
         (["tuned", "--scale", "", "--dry-run"], "'' is no number"),
         (["tuned", "--scale=-1", "--dry-run"], "expected a finite number, 0 or more"),
@@ -189,16 +175,8 @@ def test_layers_that_could_not_be_analysed(call):
         ([*WHAT, "--dry-run", "--vectors", "q=3-1"], "no rising range"),
         ([*WHAT, "--dry-run", "--vectors", "q=0-99999999999999999999999"], "no rising range"),
         ([*WHAT, "--dry-run", "--vectors", "q=1", "--vectors", "q=2"], "a second value for q"),
-        ([*WHAT, "-o", "out", "--merged", "--keep-rank"], "--keep-rank is about an adapter's rank"),
-        ([*WHAT, "-o", "out", "--merged", "--dtype", "float16"], "--dtype is about an adapter's factors"),
-        (["--verify", "out", *WHAT], "--scale is for making a repair"),
-        (["--verify", "out", "-o", "other"], "--output is for making"),
-        (["--verify", "out", "--dry-run"], "--dry-run is for making"),
-        (["--verify", "out", "--force"], "--force is for making"),
-        (["--verify", "out", "--vectors", "q=0"], "--vectors is for making"),
-        (["--verify", "out", "-k", "3"], "--top-k is for making"),
-        (["--verify", "out", "--no-cache"], "--cache or --no-cache is for making"),
-        (["--verify", "out", "--keep-rank"], "--keep-rank is for making"),
+        ([*WHAT, "--to", "out", "--merged", "--keep-rank"], "--keep-rank is about an adapter's rank"),
+        ([*WHAT, "--to", "out", "--merged", "--store-dtype", "float16"], "--store-dtype is about an adapter's factors"),
     ],
 )
 def test_bad_usage(call, arguments, message):
@@ -210,58 +188,41 @@ def test_bad_usage(call, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "option", [["--scale"], ["--which", "some"], ["--dtype", "int8"], ["--cache", "d", "--no-cache"]]
+    "option", [["--scale"], ["--which", "some"], ["--store-dtype", "int8"], ["--cache", "d", "--no-cache"]]
 )
 def test_options_that_do_not_exist(call, option):
     with pytest.raises(SystemExit) as caught:
-        call(*WHAT, "-o", "out", *option)
+        call(*WHAT, "--to", "out", *option)
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize(("name", "made"), AMISS.items())
-def test_verify(call, name, made):
-    code, out, err, given = call("--verify", "out", verified=made)
-    assert code == (0 if made.holds else 1), name
-    assert err == ""
-    assert out.startswith("Verified: " if made.holds else "NOT verified: ")
-    assert given == {
-        "folder": "out", "source": None, "base": None, "device": "cpu", "threads": None, "progress": None,
-        "allow_pickle": False,
-        "local_files_only": False,
-    }  # fmt: skip
-
-
-def test_verify_where_the_source_moved(call):
-    arguments = ("--verify", "out", "moved", "--base", "b", "--threads", "2")
-    _, out, _, given = call(*arguments, "--format", "json")
-    assert (given["source"], given["base"], given["threads"]) == ("moved", "b", 2)
-    assert json.loads(out)["schema"] == "spectra.verification/1"
-    _, out, _, _ = call(*arguments, "--format", "csv")
-    assert [row["holds"] for row in csv.DictReader(io.StringIO(out))] == ["True", "True"]
-    assert "a " not in call(*arguments)[1].partition("\n\n")[2]
-    assert "holds" in call(*arguments, "--verbose")[1]
+def test_a_dry_run_needs_no_strength(call):
+    code, _, err, given = call("tuned", "--dry-run")
+    assert (code, given["scale"], given["to"]) == (0, 0.0, None)
+    assert err == "spectra: note: without --scale this shows what 0, their removal, would do\n"
+    assert call("tuned", "--dry-run", "--quiet")[2] == ""
 
 
 def test_errors_are_one_line(capsys, monkeypatch):
     def refuses(*_, **__):
         raise UsageError("out: exists")
 
-    monkeypatch.setattr(mitigating, "mitigate", refuses)
-    assert main(["mitigate", *WHAT, "-o", "out"]) == 2
+    monkeypatch.setattr(repairing, "repair", refuses)
+    assert main(["repair", *WHAT, "--to", "out"]) == 2
     assert capsys.readouterr().err == "spectra: error: out: exists\n"
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mitigating, "mitigate", interrupted)
-    assert main(["mitigate", *WHAT, "-o", "out"]) == 130
+    monkeypatch.setattr(repairing, "repair", interrupted)
+    assert main(["repair", *WHAT, "--to", "out"]) == 130
 
 
 def test_help_and_bad_usage_load_nothing_heavy():
     for arguments, code in ((["--help"], 0), (["tuned"], 2)):
         script = (
             "import sys\nfrom spectra.cli import main\n"
-            f"try: code = main(['mitigate', *{arguments!r}])\n"
+            f"try: code = main(['repair', *{arguments!r}])\n"
             "except SystemExit as exit: code = exit.code\n"
             f"assert code == {code}, code\n"
             "assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)\n"
@@ -272,5 +233,5 @@ def test_help_and_bad_usage_load_nothing_heavy():
 
 def test_help_is_ascii(capsys):
     with pytest.raises(SystemExit):
-        main(["mitigate", "--help"])
+        main(["repair", "--help"])
     assert capsys.readouterr().out.isascii()
