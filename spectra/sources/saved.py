@@ -48,7 +48,10 @@ def load(path: str | Path) -> Any:
             return None
         try:
             return _record(json.loads(text))
-        except json.JSONDecodeError:  # several, a line each
+        except json.JSONDecodeError:
+            if not text.strip():
+                raise
+            # Several, a line each.
             return [_record(json.loads(line)) for line in text.splitlines()]
 
     record = _read(path, made, HINT)

@@ -85,7 +85,7 @@ def test_options_reach_the_analysis(capsys):
     assert [layer["module_type"] for layer in report["layers"]] == ["self_attn.q_proj"] * 3
     assert report["settings"] == {
         "top_k": 3, "epsilon": 0.4, "side": "right", "engine": "auto", "dtype": "float64", "device": "cpu",
-        "threads": 1, "workers": 2, "include": ["q_proj"], "exclude": ["layers.3"], "verify": True,
+        "threads": 1, "workers": 2, "include": ["q_proj"], "exclude": ["layers.3"], "hash_contents": True,
     }  # fmt: skip
     assert report["base"]["fingerprint_covers"] == "contents"
 

@@ -61,16 +61,12 @@ def test_what_is_passed_on(call):
     }  # fmt: skip
     _, _, err, given = call(
         *WHAT, "--to", "out", "--force", "--which", "top", "--keep-rank", "--store-dtype", "bfloat16", "-k", "5", "-e",
-        "0.4", "--side", "right", "--include", "a", "--exclude", "b", "--engine", "exact", "--device", "cuda", "--workers",
-        "3", "--threads", "2", "--no-cache", "--quiet",
+        "0.4", "--side", "right", "--include", "a", "--exclude", "b", "--engine", "exact", "--device", "cuda",
+        "--workers", "3", "--threads", "2", "--no-cache", "--quiet",
     )  # fmt: skip
     assert err == ""
-    assert (given["which"], given["store_dtype"], given["side"], given["engine"]) == (
-        "top",
-        "bfloat16",
-        "right",
-        "exact",
-    )
+    assert (given["which"], given["store_dtype"]) == ("top", "bfloat16")
+    assert (given["side"], given["engine"]) == ("right", "exact")
     assert (given["top_k"], given["epsilon"], given["workers"], given["threads"]) == (5, 0.4, 3, 2)
     assert given["force"]
     assert given["keep_rank"]

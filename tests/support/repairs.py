@@ -13,7 +13,7 @@ SHA = "sha256:" + "0" * 64
 FACTS = {"fingerprint": SHA, "fingerprint_covers": "headers", "fingerprint_headers": SHA}
 AUDITED = {
     "top_k": 10, "epsilon": 0.5, "side": "left", "engine": "auto", "device": "cpu", "threads": 1, "workers": 2,
-    "include": [], "exclude": [], "verify": False,
+    "include": [], "exclude": [], "hash_contents": False,
 }  # fmt: skip
 
 
@@ -63,7 +63,16 @@ def record(layers=None, **changes):
         base={"path": "base", "format": "safetensors", "changed_since_cached": False, **FACTS},
         source={"path": "tuned", "format": "peft-lora", "rank": 4, "alpha": 8, "scaling": 2.0, **FACTS},
         output={"path": "out", "format": "peft-lora", "rank": None, "alpha": None, "scaling": None, **FACTS},
-        settings={"scale": 0.7, "which": "all", "keep_rank": False, "merged": False, "dtype": None, **AUDITED},
+        settings={
+            "method": "intruders",
+            "scale": 0.7,
+            "which": "all",
+            "keep_rank": False,
+            "merged": False,
+            "store_dtype": None,
+            "dtype": "float32",
+            **AUDITED,
+        },  # fmt: skip,
         layers=(layer(0, [vector(0), vector(3, index_after=None)]), layer(2)) if layers is None else tuple(layers),
         audit=audit(),
         intruders_before=6,
