@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -233,9 +232,9 @@ def check_device(device: str) -> None:
 
 def checked_question(top_k: Any, epsilon: Any, side: str) -> Question:
     """The question with its options checked; raises UsageError."""
-    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
+    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
         raise UsageError(f"top-k = {top_k!r:.80}; expected a whole number, at least 1")
-    if not isinstance(epsilon, Real) or isinstance(epsilon, bool) or not 0 < epsilon <= 1:
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float | np.number) or not 0 < epsilon <= 1:
         raise UsageError(f"epsilon = {epsilon!r:.80}; expected a cosine above 0, at most 1")
     top_k, epsilon = int(top_k), float(epsilon)
     if side == "left":

@@ -86,7 +86,7 @@ def compare(
     if saved := [one for one in several(tuned) if isinstance(one, Report) or is_saved(one)]:
         if len(saved) < len(several(tuned)) or merge:
             raise UsageError("saved reports are compared with saved reports alone; name these, or the fine-tunes")
-        return compared_reports([one if isinstance(one, Report) else load_report(one) for one in saved])
+        return compared_reports([one if isinstance(one, Report) else load_report(str(one)) for one in saved])
     started = time.perf_counter()
     runs = _open_all(tuned, base, merge, settings, on_unreadable)
     study = Study(draws=0 if quick else draws, weights=not quick, shift=not quick)

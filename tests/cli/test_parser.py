@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from spectra.cli import COMMANDS, command_line, main
@@ -56,7 +58,7 @@ def test_help_begins_with_its_main_use(capsys, command):
 
 def test_one_word_for_what_is_named():
     """TUNED, BASE, OUT and FILE: no command calls them otherwise."""
-    parser = command_line()
+    parser: Any = command_line()
     (commands,) = (action for action in parser._actions if action.choices and "audit" in action.choices)
     for name, command in commands.choices.items():
         for action in command._actions:

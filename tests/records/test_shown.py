@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import spectra
@@ -50,7 +52,7 @@ def test_a_comparison_by_label():
 def records(tmp_path_factory):
     """A record of each kind, of the fixtures."""
     lora, base = FIXTURES / "lora-r4", FIXTURES / "base"
-    few = {"include": "*.v_proj"}
+    few: Any = {"include": "*.v_proj"}
     out = tmp_path_factory.mktemp("records") / "out"
     return {
         "report": spectra.audit(lora, base, **few),

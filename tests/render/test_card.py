@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-
 from spectra.cli.model_card import home
+
 from spectra.errors import UsageError
-from spectra.render.card import BEGIN, END, model_card, with_section
+from spectra.render.card import BEGIN, END, to_model_card, with_section
 from spectra.render.naming import hub_name
 from tests.support.reports import layer, report
 
@@ -34,7 +34,7 @@ def test_names_of_the_hub_are_kept():
     assert hub_name("C:\\hub\\models--gpt2\\snapshots\\1f") == "gpt2@1f"
     assert hub_name("/data/models/name") is None
     made = report([layer("layers.0.q")], base={"path": cache, "format": "safetensors"})
-    text = model_card(made)
+    text = to_model_card(made)
     assert "| Base model | `org/name@abc123` |" in text
     assert invoked(text) == ["spectra", "audit", "tuned", "--base", "org/name@abc123"]
 
@@ -45,11 +45,11 @@ def test_names_of_the_hub_are_kept():
 )
 def test_the_base_that_the_config_names(named, shown):
     tuned = {"path": "tuned", "format": "peft-lora", "base_model_name_or_path": named}
-    text = model_card(report([layer("layers.0.q")], tuned=tuned))
+    text = to_model_card(report([layer("layers.0.q")], tuned=tuned))
     assert f"| Base model | `base` (the adapter's config names `{shown}`) |" in text
     assert "jo" not in text
     agreed = report([layer("layers.0.q")], tuned=tuned, base={"path": "base", "named_by_adapter": True})
-    assert "config names" not in model_card(agreed)
+    assert "config names" not in to_model_card(agreed)
 
 
 HOSTILE = ["<!-- spectra:end -->", "a|b", "`x` | <b>", "```", "<script>alert(1)</script>", "x\n<!-- spectra:end -->\ny",
@@ -62,10 +62,10 @@ def test_hostile_names_stay_text(name):
     base = {"path": f"/x/{name.replace('/', '')}", "caveat": name}
     tuned = {"path": "tuned", "format": "peft-lora", "base_model_name_or_path": name}
     made = report([layer("layers.0.q", [0], module_type=name), bad], base=base, tuned=tuned)
-    text = model_card(made)
+    text = to_model_card(made)
     harmless = [layer("layers.0.q", [0], module_type="q"), replace(bad, error="x: too large")]
     base, tuned = {"path": "/x/y", "caveat": "z"}, {**tuned, "base_model_name_or_path": "w"}
-    plain = model_card(report(harmless, base=base, tuned=tuned))
+    plain = to_model_card(report(harmless, base=base, tuned=tuned))
     assert [line for line in text.splitlines() if "spectra:" in line and line.strip() in (BEGIN, END)] == [BEGIN, END]
     assert len(text.splitlines()) == len(plain.splitlines())
     rendered = PARSER.parse(text)
@@ -80,8 +80,8 @@ def test_hostile_names_stay_text(name):
 
 def test_its_home_is_linked_only_if_it_has_one(monkeypatch):
     made = report([layer("layers.0.q")])
-    assert "Made with Spectra 0;" in model_card(made)
-    assert "Made with [Spectra](https://example.org/x) 0;" in model_card(made, url="https://example.org/x")
+    assert "Made with Spectra 0;" in to_model_card(made)
+    assert "Made with [Spectra](https://example.org/x) 0;" in to_model_card(made, url="https://example.org/x")
     assert home() is None
 
     class Metadata:
@@ -94,10 +94,10 @@ def test_its_home_is_linked_only_if_it_has_one(monkeypatch):
 
 def test_what_could_not_be_analysed_is_said():
     bad = layer("layers.1.q", vectors=(), status="non_finite", error="/home/jo/a/x.safetensors: NaN")
-    text = model_card(report([layer("layers.0.q"), bad]))
+    text = to_model_card(report([layer("layers.0.q"), bad]))
     assert "**1 that could not be analysed**" in text
     assert "- non\\_finite: layers.1.q: x.safetensors: NaN" in text
-    assert "CANNOT TELL" in model_card(report([bad]))
+    assert "CANNOT TELL" in to_model_card(report([bad]))
 
 
 @pytest.mark.parametrize(
