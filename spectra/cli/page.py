@@ -57,6 +57,7 @@ def write_page(
     """Writes the page, where one was asked for."""
     if target is None:
         return
+    from spectra.cli.model_card import public_root
     from spectra.page import reports_of, to_html
     from spectra.tasks.similarity import similarity_matrices
 
@@ -73,5 +74,5 @@ def write_page(
             )  # fmt: skip
     except SpectraError as error:  # files that went away after the audit; the page says that it has no matrices
         complain(error)
-    emit(to_html(record, matrices=matrices, unreadable=unreadable), target)
+    emit(to_html(record, matrices=matrices, unreadable=unreadable, root=public_root()), target)
     announce(target, "html", options)

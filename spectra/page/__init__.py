@@ -20,16 +20,23 @@ To add a part: a ``<section>`` in ``assets/body.html``.  What it shows comes fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePath
 
 from spectra.errors import UsageError
 from spectra.page.data import MATRICES, page_data
 from spectra.page.document import document
 from spectra.records.comparison import Comparison, report_labels
 from spectra.records.report import Report
+from spectra.render.naming import public_names, without_paths
 
 
 def to_html(
-    record: Report | Comparison | Sequence[Report], *, matrices: MATRICES = (), unreadable: Sequence[Exception] = ()
+    record: Report | Comparison | Sequence[Report],
+    *,
+    matrices: MATRICES = (),
+    unreadable: Sequence[Exception] = (),
+    root: str | PurePath | None = None,
 ) -> str:
     """The page of a report, of several reports, or of a comparison: one self-contained HTML file.
 
@@ -38,6 +45,8 @@ def to_html(
     record : what :func:`spectra.audit`, :func:`spectra.audit_many` or :func:`spectra.compare` gave.
     matrices : similarity matrices to show, from :func:`spectra.similarity_matrices` or :func:`spectra.layer_spectra`.
     unreadable : the errors of fine-tunes that could not be read, which the page then names.
+    root : the folder from which absolute paths below it are shown.  Of all other absolute paths the page shows the last
+        parts alone: it is made to be handed on, and names no folder of this machine.
 
     Raises
     ------
@@ -55,8 +64,36 @@ def to_html(
     if not reports:
         raise UsageError("nothing to show: there is no report")
     labels = report_labels(reports)
+    reports, problems = without_folders(reports, [str(error) for error in unreadable], root)
     overlaps = record.overlaps if isinstance(record, Comparison) else ()
-    return document(reports, labels, page_data(reports, labels, matrices, overlaps=overlaps), unreadable)
+    return document(reports, labels, page_data(reports, labels, matrices, overlaps=overlaps), problems)
+
+
+def without_folders(
+    reports: Sequence[Report], problems: Sequence[str], root: str | PurePath | None
+) -> tuple[list[Report], list[str]]:
+    """The reports and problems with paths as they may be shown elsewhere: no absolute ones."""
+    absolute = [
+        str(path)
+        for report in reports
+        for path in (report.tuned.get("path"), report.base.get("path"))
+        if path is not None and PurePath(path).is_absolute()
+    ]
+    names = public_names(absolute, root)
+
+    def said(text: str | None) -> str | None:
+        return None if text is None else without_paths(text, names, root)
+
+    shown = [
+        replace(
+            report,
+            tuned={**report.tuned, "path": names.get(str(report.tuned.get("path")), report.tuned.get("path"))},
+            base={**report.base, "path": names.get(str(report.base.get("path")), report.base.get("path"))},
+            layers=tuple(replace(layer, error=said(layer.error)) if layer.error else layer for layer in report.layers),
+        )
+        for report in reports
+    ]
+    return shown, [without_paths(problem, names, root) for problem in problems]
 
 
 def reports_of(record: Comparison | Sequence[Report]) -> Sequence[Report]:

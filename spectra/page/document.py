@@ -23,7 +23,7 @@ LISTED = 200  # skipped tensors of one reason that are named
 
 
 def document(
-    reports: Sequence[Report], labels: Sequence[str], data: Mapping[str, Any], unreadable: Sequence[Exception]
+    reports: Sequence[Report], labels: Sequence[str], data: Mapping[str, Any], unreadable: Sequence[str]
 ) -> str:
     """The whole file."""
     library, library_hash = plotly_library()
@@ -75,11 +75,11 @@ def _of_report(write: Any, reports: Sequence[Report]) -> Iterable[str]:
         yield f'<div data-report="{place}"{" hidden" if place else ""}>\n{write(report)}\n</div>'
 
 
-def _unreadable(errors: Sequence[Exception]) -> str:
-    if not errors:
+def _unreadable(problems: Sequence[str]) -> str:
+    if not problems:
         return ""
-    title = plural(len(errors), "fine-tune") + " could not be read"
-    return f'<section class="failed"><h3>{title}</h3>{_list(map(str, errors))}</section>'
+    title = plural(len(problems), "fine-tune") + " could not be read"
+    return f'<section class="failed"><h3>{title}</h3>{_list(problems)}</section>'
 
 
 def _several(reports: Sequence[Report], labels: Sequence[str]) -> str:

@@ -68,6 +68,28 @@ def test_names_are_text_in_what_is_written():
     assert b"\x1b" not in odd
 
 
+def test_a_page_names_no_folder_of_this_machine():
+    """It is made to be handed on: absolute paths are shown from the working directory, or by their last part."""
+    home = "/home/somebody/secret"
+    broken = layer("b", status="failed", vectors=(), error=f"{home}/runs/lora/x.safetensors: NaN", measures={})
+    made = report(
+        [layer("a", [0]), broken],
+        tuned={"path": f"{home}/runs/lora", "format": "peft-lora", "rank": 8, "alpha": 16, "scaling": 2.0},
+        base={"path": f"{home}/base", "format": "x", "fingerprint": "x"},
+    )
+    other = replace(made, tuned={**made.tuned, "path": f"{home}/runs/other"})
+    problem = OSError(f"{home}/gone: no such file")
+    for reports, root, shown in (
+        (made, None, "lora"), (made, f"{home}/runs", "lora"), ([made, other], home, "runs/other"),
+    ):  # fmt: skip
+        html = spectra.to_html(reports, unreadable=[problem], root=root)
+        assert "secret" not in html
+        assert "somebody" not in html
+        assert f"<bdi>{shown}</bdi>" in html
+    relative = spectra.to_html(replace(made, tuned={**made.tuned, "path": "fixtures/lora"}))
+    assert "<bdi>fixtures/lora</bdi>" in relative
+
+
 def test_odd_reports_have_a_page():
     assert "nothing changed" in spectra.to_html(report([layer("a", status="unchanged", vectors=())])).lower()
     broken = layer("a", status="failed", vectors=(), error="a: <holds> NaN", measures={})

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from spectra.cli.model_card import home
 
+from spectra.cli.model_card import home
 from spectra.errors import UsageError
 from spectra.render.card import BEGIN, END, to_model_card, with_section
 from spectra.render.naming import hub_name
