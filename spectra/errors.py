@@ -2,6 +2,7 @@
 
     SpectraError
     ├── UsageError                    (ValueError)           an argument makes no sense
+    │   └── MissingLayerError         (KeyError)             a record has no layer of that name
     ├── CheckpointError
     │   ├── MissingFileError          (FileNotFoundError)    nothing there, or nothing readable
     │   ├── CorruptFileError          (ValueError)           truncated, swapped, malformed
@@ -30,6 +31,12 @@ class SpectraError(Exception):
 
 class UsageError(SpectraError, ValueError):
     """An argument makes no sense."""
+
+
+class MissingLayerError(UsageError, KeyError):
+    """A record has no layer, or no fine-tune, of that name."""
+
+    __str__ = UsageError.__str__  # a KeyError would quote it
 
 
 class CheckpointError(SpectraError):
@@ -118,3 +125,8 @@ def in_one_line(text: str, most: int = 1500) -> str:
 def in_short(error: Exception) -> str:
     """The first line of what an error says, or its name."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def needs_extra(what: str, library: str, extra: str) -> UsageError:
+    """The error of what an optional library is missing for; the package is installed from a clone."""
+    return UsageError(f"{what} {library}: in the folder of Spectra, pip install '.[{extra}]'")

@@ -7,7 +7,7 @@ from typing import Any
 
 from spectra.cli.options import OK, Commands
 from spectra.cli.output import emit
-from spectra.errors import UsageError
+from spectra.errors import needs_extra
 
 SHELLS = ("bash", "zsh", "fish")
 # How the values of arguments are called that are files or folders; a test holds every argument to this and to FREE.
@@ -56,7 +56,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     try:
         import shtab
     except ImportError:
-        raise UsageError("completion needs shtab: pip install 'intruder-spectra[completion]'") from None
+        raise needs_extra("completion needs", "shtab", "completion") from None
     for action in arguments_of(parser):
         if action.metavar in PATHS:
             action.complete = shtab.FILE  # where shtab looks for it

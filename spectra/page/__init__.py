@@ -50,7 +50,7 @@ def to_html(
 
     Raises
     ------
-    UsageError : there is no report, or plotly is not installed (``pip install 'intruder-spectra[html]'``).
+    UsageError : there is no report, or plotly is not installed (``pip install '.[html]'``).
 
     Examples
     --------

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 from functools import lru_cache
 
-from spectra.errors import UsageError
+from spectra.errors import needs_extra
 
 
 def check_library() -> None:
@@ -15,7 +15,7 @@ def check_library() -> None:
     try:
         import plotly.offline  # noqa: F401
     except ImportError:
-        raise UsageError("HTML reports need plotly: pip install 'intruder-spectra[html]'") from None
+        raise needs_extra("HTML reports need", "plotly", "html") from None
 
 
 @lru_cache(maxsize=1)

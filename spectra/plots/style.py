@@ -10,7 +10,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec
 
-from spectra.errors import UsageError
+from spectra.errors import UsageError, needs_extra
 from spectra.plots.subjects import fitting
 
 try:
@@ -27,7 +27,7 @@ try:
     from matplotlib.textpath import TextPath
     from matplotlib.ticker import MaxNLocator
 except ImportError:
-    raise UsageError("figures need matplotlib: pip install 'intruder-spectra[plots]'") from None
+    raise needs_extra("figures need", "matplotlib", "plots") from None
 
 SINGLE, DOUBLE = 3.4, 7.0  # inches: one column of a paper, and two
 SMALL, NORMAL = 7.0, 8.0  # points

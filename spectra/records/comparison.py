@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from spectra.errors import UsageError
+from spectra.errors import MissingLayerError, UsageError
 from spectra.records import sweeps
 from spectra.records.report import Report
 from spectra.records.schemas import as_dataframe, read_schema
-from spectra.records.shown import MissingLayerError, Shown
+from spectra.records.shown import Shown
 
 if TYPE_CHECKING:
     import pandas

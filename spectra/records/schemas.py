@@ -8,7 +8,7 @@ from dataclasses import fields
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from spectra.errors import UsageError
+from spectra.errors import needs_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -19,7 +19,7 @@ def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> p
     try:
         import pandas
     except ImportError:
-        raise UsageError("to_dataframe() needs pandas: pip install 'intruder-spectra[dataframe]'") from None
+        raise needs_extra("to_dataframe() needs", "pandas", "dataframe") from None
     return pandas.DataFrame(rows, columns=list(columns))
 
 

@@ -7,9 +7,9 @@ names, which loads each when it is first used.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from spectra.errors import UsageError
+from spectra.errors import MissingLayerError
 
 NEAR = 3  # names that an error suggests
 
@@ -61,21 +61,15 @@ class OfLayers(Shown, Generic[Layer]):
 
         Raises
         ------
-        UsageError : no such layer, which is also a KeyError; the nearest names are said.
+        MissingLayerError : no such layer, which is a UsageError and a KeyError; the nearest names are said.
         IndexError : no such place.
         """
         if not isinstance(key, str):
             return self.layers[key]
-        found = [layer for layer in self.layers if layer.name == key]
-        if not found:
-            raise MissingLayerError(missing(key, [layer.name for layer in self.layers]))
-        return found[0]
-
-
-class MissingLayerError(UsageError, KeyError):
-    """No layer of that name."""
-
-    __str__ = UsageError.__str__  # a KeyError would quote it
+        for layer in self.layers:
+            if layer.name == key:
+                return layer
+        raise MissingLayerError(missing(key, [layer.name for layer in self.layers]))
 
 
 def missing(key: str, names: list[str]) -> str:
@@ -85,8 +79,3 @@ def missing(key: str, names: list[str]) -> str:
     near = [name for name in names if key in name][:NEAR] or get_close_matches(key, names, NEAR, 0.5)
     advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"no layer is called {key!r:.120}{advice}"
-
-
-def short(layers: Any) -> str:
-    """A tuple of layers in few words, for the repr of what holds it."""
-    return f"{len(layers)} layers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from spectra.errors import UsageError
+from spectra.errors import needs_extra
 from spectra.records.report import ROW_COLUMNS, Report
 from spectra.records.schemas import as_dataframe
 
@@ -48,5 +48,5 @@ def check_parquet() -> None:
         import pandas
         import pyarrow  # noqa: F401
     except ImportError:
-        raise UsageError("parquet needs pandas and pyarrow: pip install 'intruder-spectra[dataframe]'") from None
+        raise needs_extra("parquet needs", "pandas and pyarrow", "dataframe") from None
     del pandas

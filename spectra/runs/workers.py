@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from spectra.errors import SpectraError, UsageError, in_short
+from spectra.errors import SpectraError, UsageError, in_short, needs_extra
 
 R = TypeVar("R")
 
@@ -58,7 +58,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client
     except ImportError:
-        raise UsageError("--dask needs Dask: pip install 'intruder-spectra[dask]'") from None
+        raise needs_extra("--dask needs", "Dask", "dask") from None
     try:
         client: Any = Client(address, timeout=20, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:

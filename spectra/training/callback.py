@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from spectra.errors import SpectraError, UsageError, in_one_line
+from spectra.errors import SpectraError, in_one_line, needs_extra
 from spectra.records.history import Record
 from spectra.sources.live import Source
 from spectra.training.monitor import Monitor, checked
@@ -17,7 +17,7 @@ from spectra.training.monitor import Monitor, checked
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError:
-    raise UsageError("the callback needs transformers: pip install 'intruder-spectra[training]'") from None
+    raise needs_extra("the callback needs", "transformers", "training") from None
 
 logger = logging.getLogger("spectra.training")
 

@@ -120,7 +120,7 @@ def test_without_shtab_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert capsys.readouterr().err == (
-        "spectra: error: completion needs shtab: pip install 'intruder-spectra[completion]'\n"
+        "spectra: error: completion needs shtab: in the folder of Spectra, pip install '.[completion]'\n"
     )
 
 

@@ -84,7 +84,7 @@ from spectra.plots import KINDS
 from spectra.errors import UsageError
 for kind in KINDS.values():
     try: kind.draw([])
-    except UsageError as error: assert str(error).endswith("pip install 'intruder-spectra[plots]'"), error
+    except UsageError as error: assert str(error).endswith("pip install '.[plots]'"), error
     else: raise AssertionError
 """
     whole = """
