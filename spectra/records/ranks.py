@@ -134,6 +134,7 @@ class Suggestion:
     left_out_share : the share of Σ‖dW‖_F² over all layers that lies in the layers left out.
     rescaled : how many targets are DoRA's, whose dW also holds the rescaling of the base.
     layer_replication : as PEFT has it, where the names are those of a model whose layers are ranges of the base's.
+    task_type : as PEFT has it ("SEQ_CLS", "CAUSAL_LM"), where the fine-tune's own config tells; else None.
     """
 
     energy: float
@@ -156,6 +157,7 @@ class Suggestion:
     left_out_share: float
     rescaled: int
     layer_replication: tuple[tuple[int, int], ...] = ()
+    task_type: str | None = None
 
     def peft_config(self) -> dict[str, Any]:
         """The fragment that ``peft.LoraConfig(**fragment)`` takes."""
@@ -164,6 +166,8 @@ class Suggestion:
             "rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern),
             "use_rslora": self.use_rslora, "target_modules": list(self.target_modules),
         }  # fmt: skip
+        if self.task_type is not None:
+            config["task_type"] = self.task_type
         if self.exclude_modules:
             config["exclude_modules"] = list(self.exclude_modules)
         if self.layer_replication:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -36,12 +36,8 @@ from spectra.sources.live import Source
 from spectra.sources.live.memory import LiveCheckpoint
 from spectra.tasks.ranks import Ranking
 
-# Ends of transformers' class names, PEFT's names of their tasks, and the heads that PEFT then wants in the adapter.
-TASKS = {
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-}
+# The heads that PEFT wants in an adapter of a task.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -134,9 +130,9 @@ def extract(
 
     name, revision = _name_of(base, run.base)
     config = adapter_config(
-        report.suggestion.peft_config(),
+        replace(report.suggestion, task_type=None).peft_config(),
         base=name,
-        task_type=_task(run, along),
+        task_type=_task(report.suggestion.task_type, along),
         fan_in_fan_out=any(pair.layout == "conv1d" for pair in run.pairs if pair.name in choices),
         whole=along,
     )
@@ -200,10 +196,7 @@ def _whole(run: SingleRun, targets: set[str], wanted: bool) -> tuple[Whole, dict
     return along, left_out | dict(along.refused)
 
 
-def _task(run: SingleRun, along: Whole) -> str | None:
+def _task(task_type: str | None, along: Whole) -> str | None:
     """PEFT's name of the task, where the head that it then asks for goes along."""
-    for name in run.tuned.config.get("architectures") or ():
-        for ending, (task, heads) in TASKS.items():
-            if str(name).endswith(ending) and any(module.split(".")[-1] in heads for module in along.modules):
-                return task
-    return None
+    heads = HEADS.get(task_type or "", ())
+    return task_type if any(module.split(".")[-1] in heads for module in along.modules) else None

@@ -30,6 +30,14 @@ from spectra.updates.algebra import TunedWeight
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Ends of transformers' class names, and PEFT's names of their tasks.
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 # Why no config names a layer whose weight is none of the base's modules.
 CUT = "a part of a weight that the base holds whole (experts, projections): no module that a config could name"
 PARAMETER = "a parameter that is no module's weight: PEFT takes it by target_parameters"
@@ -111,8 +119,8 @@ class Ranking:
             others |= set(run.tuned.tensors)
         ranges = ranges_of(run.tuned)
         suggestion = suggest(ordered, **self.options, other_modules=sorted(others | copies(others, ranges)))
-        if suggestion is not None and ranges:  # whose layers the names are
-            suggestion = replace(suggestion, layer_replication=ranges)
+        if suggestion is not None:  # the ranges are those whose layers the names are
+            suggestion = replace(suggestion, layer_replication=ranges, task_type=_task_type(run))
         settings = run.settings.record()
         kept = ("dtype", "device", "threads", "workers", "include", "exclude", "hash_contents")
         return RankReport(
@@ -166,6 +174,15 @@ class Ranking:
         if not why_not(layer):
             self.factors[pair.name] = factors
         return layer
+
+
+def _task_type(run: SingleRun) -> str | None:
+    """PEFT's name of the task: an adapter's own, or what the class of a whole model says."""
+    named = (run.tuned.adapter_config or {}).get("task_type")
+    if named is not None:
+        return named if isinstance(named, str) else None
+    classes = [str(name) for name in run.tuned.config.get("architectures") or () if run.plan.format == "full"]
+    return next((task for name in classes for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
 
 
 def _unnamed(pair: LayerPair) -> str | None:

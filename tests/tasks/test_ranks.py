@@ -287,3 +287,23 @@ def test_dora_of_any_change_is_counted(tmp_path, on_out):
     assert report.suggestion is not None
     assert report.suggestion.rescaled == 2
     assert [layer.rescaled for layer in report.layers] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task_type"),
+    [
+        ("LlamaForCausalLM", "CAUSAL_LM"),
+        ("GPT2LMHeadModel", "CAUSAL_LM"),
+        ("BertForSequenceClassification", "SEQ_CLS"),
+        ("T5ForConditionalGeneration", None),  # several kinds of model are called so
+        (None, None),
+    ],
+)
+def test_the_task_where_the_class_tells(make_base, rng, architecture, task_type):
+    weight = rng.normal(size=(32, 16)).astype("float32")
+    base = make_base({"a.weight": weight})
+    config = {} if architecture is None else {"architectures": [architecture]}
+    tuned = make_base({"a.weight": weight + 0.1 * rng.normal(size=(32, 1)).astype("float32")}, "tuned", config)
+    config = spectra.ranks(tuned, base).suggestion.peft_config()
+    assert config.get("task_type") == task_type
+    assert peft.LoraConfig(**config).task_type == task_type
