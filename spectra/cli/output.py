@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,10 @@ def emit(content: str | bytes, target: Path | None) -> None:
 def _print(text: str) -> None:
     if sys.stdout is None:
         raise UsageError("standard output is closed")
+    if sys.stdout.isatty():
+        from spectra.render.columns import fitted
+
+        text = fitted(text, shutil.get_terminal_size().columns)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

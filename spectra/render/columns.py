@@ -10,6 +10,7 @@ from spectra.errors import in_one_line
 if TYPE_CHECKING:
     from spectra.records.report import LayerReport
 
+LEAST_NAME = 16  # characters that a first column keeps, however narrow the terminal
 NAMED, NOTES = 3, 4  # so many layers are named in a note, and so many notes shown
 # How the notes of layers begin that matter to who reads totals alone.
 WEIGHTY = (
@@ -107,3 +108,36 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def fitted(text: str, width: int) -> str:
+    """A text whose tables are no wider than a terminal, as far as their first columns can be shortened.
+
+    The end of a name stays, which tells layers apart.
+    """
+    lines = text.split("\n")
+    start = 0
+    while start < len(lines):
+        end = start
+        while end < len(lines) and "  " in lines[end].strip():
+            end += 1
+        if end - start > 1 and max(map(len, lines[start:end])) > width:
+            lines[start:end] = _narrowed(lines[start:end], width)
+        start = max(end, start + 1)
+    return "\n".join(lines)
+
+
+def _narrowed(lines: Sequence[str], width: int) -> list[str]:
+    longest = max(map(len, lines))
+    ends = (at for at in range(1, longest) if all(line[at : at + 2].strip() == "" for line in lines))
+    first = next(ends, longest)
+    room = max(LEAST_NAME, first - (longest - width))
+    if room >= first:
+        return list(lines)
+    narrowed = []
+    for line in lines:
+        name = line[:first].rstrip()
+        if len(name) > room:
+            name = f"~{name[1 - room :]}"
+        narrowed.append(f"{name:<{room}}{line[first:]}".rstrip())
+    return narrowed
