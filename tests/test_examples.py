@@ -61,7 +61,7 @@ def test_installations_name_extras_that_exist():
 
 
 def test_stand_ins_are_used():
-    text = (ROOT / "README.md").read_text()
+    text = "".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *PAGES])
     for name in STAND_INS:
         assert re.search(rf"\b{name.split('/')[0]}\b", text), name
     assert ELSEWHERE.match(".venv/bin/pip install -e .")
