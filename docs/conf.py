@@ -33,7 +33,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(np|numpy|torch|pandas|matplotlib|collections|concurrent|pathlib|typing)\b.*"),
     ("py:class", r"\w+|.*\[.*"),
     ("py:mod", r"spectra\..*"),
-    ("py:class", r"spectra\..*\.(Answer|Checkpoint|LayerPair|Skipped|TunedWeight)"),
+    ("py:func", r"spectra\.render\.naming\..*"),
+    ("py:class", r"spectra\..*\.(Answer|Checkpoint|LayerPair|Scanned|Skipped|TunedWeight)"),
 ]
 
 autodoc_member_order = "bysource"

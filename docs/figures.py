@@ -1,10 +1,12 @@
 """The pictures of the documentation, drawn when it is built: seeded, from the fixtures or from small matrices.
 
 Each function returns a figure in the style of ``spectra.plots``; the page that shows it gives it its colours.
+The picture of the README is a file, in a light and a dark version; ``python docs/figures.py`` writes both again.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -313,6 +315,25 @@ def layer_map() -> Figure:
     return plots.layer_index_counts(reports()[1])
 
 
+# Paper and ink of the README's picture: those of the pages that show it.
+THEMES = {"light": ("#ffffff", "#1f2328"), "dark": ("#0d1117", "#e6edf3")}
+
+
+def front(folder: Path) -> list[Path]:
+    """Writes the map of ``fixtures/lora-r4`` as ``front-light.svg`` and ``front-dark.svg``."""
+    drawn = plots.render(layer_map(), "svg").decode()
+    drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
+    # The width that Verdana gives a text is that of DejaVu Sans, which few readers have.
+    drawn = drawn.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    written = []
+    for theme, (paper, ink) in THEMES.items():
+        path = folder / f"front-{theme}.svg"
+        text = drawn.replace("#000000", ink).replace("#ffffff", paper).replace("<svg ", f'<svg fill="{ink}" ', 1)
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
 def size() -> Figure:
     """Intruders against the size of the update."""
     return plots.size_and_intruders(reports())
@@ -374,3 +395,8 @@ def training_history() -> Figure:
         optimiser.step()
         monitor.step(step, last=step == 300)
     return plots.training_history(monitor.history)
+
+
+if __name__ == "__main__":
+    for path in front(Path(__file__).parent / "static"):
+        print(path.name)

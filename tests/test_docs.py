@@ -155,7 +155,8 @@ def test_links_of_the_repository_lead_somewhere(path):
     if path.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
         text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<(?:img|source)[^>]* src(?:set)?="([^"]+)"', text)
+    for link in links:
         parts = urlsplit(link)
         if parts.scheme:
             assert parts.scheme in ("https", "data"), link

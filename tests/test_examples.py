@@ -27,7 +27,7 @@ def cluster():
     """One worker, in this process."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
     ) as running:
         yield running.scheduler_address
 
@@ -61,7 +61,7 @@ def test_installations_name_extras_that_exist():
 
 
 def test_stand_ins_are_used():
-    text = (ROOT / "README.md").read_text()
+    text = "".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *PAGES])
     for name in STAND_INS:
         assert re.search(rf"\b{name.split('/')[0]}\b", text), name
     assert ELSEWHERE.match(".venv/bin/pip install -e .")

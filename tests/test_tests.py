@@ -12,7 +12,7 @@ TESTS, PACKAGE = ROOT / "tests", ROOT / "spectra"
 # What no single module owns, and why.
 CONTRACTS = {
     "cli/test_hostile.py": "every hostile case by every command",
-    "cli/test_recipes.py": "the README's recipes and the hook, by the tool they are for",
+    "cli/test_recipes.py": "the recipes for CI, the action and the hook, by the tool they are for",
     "files/test_hostile.py": "what is broken or made to harm, whichever reader it meets",
     "page/test_browser.py": "the whole page, as a browser has it",
     "svd/test_engines.py": "what holds of every engine",
@@ -21,6 +21,7 @@ CONTRACTS = {
     "test_docs.py": "docs/",
     "test_examples.py": "what the README and the documentation show",
     "test_fixtures.py": "fixtures/",
+    "test_language.py": "the prose that users and contributors read",
     "test_notebooks.py": "notebooks/",
     "test_structure.py": "the whole package",
     "test_tests.py": "tests/",

@@ -18,7 +18,7 @@ from sphinx.environment import BuildEnvironment
 
 import spectra
 
-SECTIONS = ("Parameters", "Attributes", "Returns", "Raises", "Examples")
+SECTIONS = ("Parameters", "Attributes", "Returns", "Yields", "Raises", "Examples")
 EXCEPTION = re.compile(r"\b[A-Z]\w+Error\b")
 CODE = re.compile(r"(``.*?``|:\w+:`.*?`)")
 
@@ -65,7 +65,7 @@ def field(title: str, lines: list[str]) -> Iterator[str]:
         text = escaped(text)
         if title == "Raises":
             names = EXCEPTION.sub(lambda match: f":exc:`~spectra.errors.{match[0]}`", names)
-        elif title == "Returns":
+        elif title in ("Returns", "Yields"):
             names = f"*{names}*"
         else:
             names = ", ".join(f"**{escaped(name.strip())}**" for name in names.split(",") if name.strip())

@@ -70,7 +70,7 @@ def edited_update(
     """
     if not scaling or not math.isfinite(scaling):
         raise UsageError(f"scaling = {scaling}: no factors times that make the change")
-    # D·B·A + E is what is to be had; D is taken off again.
+    # D·B·A + E is the target; D is divided out again.
     U, s, Vh = product_svd(torch.cat([tuned.B, change.B], 1), torch.cat([tuned.A, change.A]))
     kept = min(s.size, rank or s.size)
     root = torch.from_numpy(np.sqrt(s[:kept] / abs(scaling))).to(U.device)

@@ -89,7 +89,7 @@ def add(commands: Commands) -> None:
     long.add_argument(
         "--resume",
         metavar="RUN.jsonl",
-        help="append each weight's results there as they come; given again after an end of any kind, the run goes on",
+        help="append each weight's results there as they come; rerun the command to continue after any interruption",
     )
     long.add_argument(
         "--dask",
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if options.resume is not None:
             print(
-                f"spectra: what is finished is in {options.resume}; the same command goes on from there",
+                f"spectra: finished work is saved in {options.resume}; rerun the command to continue",
                 file=sys.stderr,
             )
         raise

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
         help="decompose a base once, for many audits of its fine-tunes",
         description="Decomposes the weights of BASE and keeps their spectra, which audits of its fine-tunes then use "
         "instead of decomposing it again. Says first how much that is. What is there already is kept, so an "
-        "interrupted run goes on where it ended; a base that changed is noticed.",
+        "interrupted run continues where it ended; a base that changed is detected.",
     )
     parser.add_argument(
         "base", metavar="BASE", help="checkpoint folder, .safetensors file, or ORG/NAME on the Hugging Face hub"

@@ -51,7 +51,7 @@ def add_tuned(parser: argparse.ArgumentParser, *, several: bool = False) -> None
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """The base of all fine-tunes: ``options.base``, None where their configs shall say."""
+    """The base of all fine-tunes: ``options.base``, None to take it from their configs."""
     parser.add_argument(
         "--base", metavar="BASE", help="the model it was tuned from (default: the one the adapter's config names)"
     )

@@ -121,7 +121,7 @@ def whole_folder(folder: str | Path, *, force: bool = False, ours: Ours) -> Iter
 
 
 def _problem(error: BaseException, temporary: Path) -> str | None:
-    """What went wrong in writing, with the file where it is none of those being written; None where it is not that."""
+    """What went wrong in writing, with the file if it is another than those being written; None for any other error."""
     if isinstance(error, CheckpointError):
         within = temporary in (error.path, *error.path.parents)
         return str(error).replace(f"{temporary}{os.sep}", "") if within else None

@@ -97,7 +97,7 @@ class ForeignTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class Renamed(ForeignTensor):
-    """A tensor that is called otherwise than in its file; ``stored`` is what the file says."""
+    """A tensor stored under another name; ``stored`` is what the file says."""
 
     stored: TensorInfo | None = None
 

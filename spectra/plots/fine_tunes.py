@@ -148,7 +148,7 @@ def _rank_axis(axes: Axes, ranks: list[float]) -> None:
 
 @figure_function
 def trajectory(source: FineTunes) -> Figure:
-    """How intruders come about in training: their number, the update's size and its effective rank, step by step.
+    """How intruders appear during training: their number, the update's size and its effective rank, step by step.
 
     From checkpoints whose names end in their step (``checkpoint-200``), a line a run.  In the middle the largest
     ‖dW‖/‖W0‖ of any layer is the line, the mean over layers the thin one below it; at the bottom is the mean

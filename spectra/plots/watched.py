@@ -1,4 +1,4 @@
-"""The figure of a training that was watched: how its intruders came about."""
+"""The figure of a training that was watched: how its intruders appeared."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ class RankReport(OfLayers[LayerRank]):
 
     ``base``, ``tuned``, ``settings``, ``skipped``, ``spectra_version`` and ``seconds`` are as in a
     :class:`~spectra.records.report.Report`; ``failed`` has ``name``, ``status`` and ``error`` of the layers whose
-    values could not be had.
+    values could not be computed.
     """
 
     base: Mapping[str, Any]

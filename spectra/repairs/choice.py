@@ -73,7 +73,7 @@ class Choice:
         }
 
     def check(self, pairs: Iterable[LayerPair]) -> None:
-        """Raises UsageError where a pattern matches no layer, or an index is none of its weight."""
+        """Raises UsageError where a pattern matches no layer, or its weight has no such index."""
         pairs = list(pairs)
         for pattern in (*self.scales, *self.named):
             matches = [pair for pair in pairs if name_matches(pair.name, pattern)]

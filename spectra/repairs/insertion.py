@@ -31,7 +31,7 @@ def carried_beside(run: SingleRun, pairing: Pairing) -> list[Carried]:
     """
 
     def refuse(tensor: str, why: str) -> UsageError:
-        return UsageError(f"{run.tuned.path}: tensor {tensor!r}: {why}, so the fine-tuned model cannot be had")
+        return UsageError(f"{run.tuned.path}: tensor {tensor!r}: {why}, so the fine-tuned weights cannot be built")
 
     carried = carried_by(run.base, run.tuned, run.plan, pairing, refuse)
     paired = {name for pair in pairing.pairs for name in pair.update.tensors}

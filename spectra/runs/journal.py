@@ -1,4 +1,4 @@
-"""Runs that survive: what is finished is appended to a file, so that a run goes on where it ended.
+"""Resumable runs: finished work is appended to a file, so that a run continues where it ended.
 
 The first line says what the run is: its settings and what identifies its inputs.  Each further line is what one base
 weight gave, and is on the disk before the next weight is begun, so that a kill loses no more than the weight it hit.

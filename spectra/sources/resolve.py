@@ -176,7 +176,7 @@ def located(name: str | Path, access: Access, *, as_base: bool = False) -> Path:
 def _where(access: Access) -> str:
     if is_offline() or access.local_files_only:
         return "in this machine's hub cache; nothing is downloaded"
-    return "on the hub that can be had without a login (`hf auth login`, or HF_TOKEN)"
+    return "on the hub that is readable without a login (`hf auth login`, or HF_TOKEN)"
 
 
 def open_base(name: Source, access: Access = ANYWHERE) -> Checkpoint:

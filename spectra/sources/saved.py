@@ -37,7 +37,7 @@ def load(path: str | Path) -> Any:
 
     Raises
     ------
-    MissingFileError, CorruptFileError : it cannot be read, or is none of these.
+    MissingFileError, CorruptFileError : it cannot be read, or is not one of these.
     """
     path = Path(path)
     if path.is_dir():

@@ -38,7 +38,7 @@ TASK_TYPES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# Why no config names a layer whose weight is none of the base's modules.
+# Why no config names a layer whose weight is not one of the base's modules.
 CUT = "a part of a weight that the base holds whole (experts, projections): no module that a config could name"
 PARAMETER = "a parameter that is no module's weight: PEFT takes it by target_parameters"
 OTHER_FORM = "a weight that the base has under another name, or with others: no module that a config could name"
@@ -115,7 +115,7 @@ class Ranking:
                     failed[pair.name] = {"name": pair.name, "status": outcome.status, "error": outcome.message}
         ordered = [layers[pair.name] for pair in run.pairs if pair.name in layers]
         others = {*run.base.tensors} | {item.name for item in run.skipped} | set(failed)
-        if run.plan.format == "full":  # an adapter's tensors are none of the model's
+        if run.plan.format == "full":  # an adapter's tensors are not the model's
             others |= set(run.tuned.tensors)
         ranges = ranges_of(run.tuned)
         suggestion = suggest(ordered, **self.options, other_modules=sorted(others | copies(others, ranges)))

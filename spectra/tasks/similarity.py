@@ -102,7 +102,7 @@ def _in_memory(report: Report) -> bool:
 
 
 def _of_job(job: Job, *, labels: Mapping[int, str], size: int) -> list[Similarity]:
-    """The matrices of one base weight; what cannot be had is left out."""
+    """The matrices of one base weight; what cannot be computed is left out."""
 
     def prepared(W0: Tensor) -> tuple[Base, dict[int, Tensor | None]]:
         check_finite(W0)

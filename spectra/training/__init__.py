@@ -1,4 +1,4 @@
-"""Intruder dimensions watched while they come about: in the Trainer of transformers, or in a loop of one's own.
+"""Audits while a model is trained, in the Trainer of transformers or in any loop: watch intruders appear.
 
 Only :class:`SpectraCallback` needs transformers.
 """

@@ -1,10 +1,11 @@
-"""The recipes of the README, and the hook: read by the tool they are for, and their commands carried out."""
+"""The recipes of docs/ci.md, the action and the hook: read by the tool they are for, and their commands carried out."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 
 import pytest
@@ -18,10 +19,12 @@ from tests.support.sarif import checked
 
 ADAPTERS = ("lora-r1", "lora-r16")
 HOOKS = ROOT / ".pre-commit-hooks.yaml"
+ACTION = ROOT / "action.yml"
 
 
 def recipes():
-    return re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    """The action, the workflow written out, and the hook."""
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -36,8 +39,27 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_action(repository, capsys):
+    checkout, used = yaml_load(recipes()[0])
+    action = yaml_load(ACTION.read_text())
+    assert checkout["uses"].startswith("actions/checkout@")
+    assert used["uses"].endswith(f"@v{spectra.__version__}")
+    assert {name for name, given in action["inputs"].items() if given.get("required")} <= set(used["with"])
+    assert set(used["with"]) <= set(action["inputs"])
+    (audit,) = (step for step in action["runs"]["steps"] if step.get("id") == "audit")
+    given = {name.upper(): str(used["with"].get(name, value.get("default", "")))
+             for name, value in action["inputs"].items() if name.upper() in audit["env"]}  # fmt: skip
+    said = subprocess.run(
+        ["bash", "-euc", 'spectra() { printf "%s\\n" "$@"; }\n' + audit["run"]],
+        env={**given, "GITHUB_OUTPUT": "output"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert main(said.stdout.splitlines()) == 1, "one of them has more than 20"
+    assert (repository / (repository / "output").read_text().strip().removeprefix("sarif=")).is_file()
+    capsys.readouterr()
+
+
 def test_the_workflow(repository, capsys):
-    workflow = yaml_load(recipes()[0])
+    workflow = yaml_load(recipes()[1])
     (job,) = workflow["jobs"].values()
     *_, upload = job["steps"]
     commands = [shlex.split(step["run"]) for step in job["steps"] if "run" in step]
@@ -75,7 +97,7 @@ def test_the_hook(repository, capsys):
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {command: "spectra.cli:main"}
     names = [f"adapters/{name}/adapter_model.safetensors" for name in ADAPTERS]
     config = repository / ".pre-commit-config.yaml"
-    config.write_text(recipes()[1])
+    config.write_text(recipes()[2])
     (repo,) = load_config(str(config))["repos"]
     (used,) = repo["hooks"]
     assert used["id"] == hook["id"]

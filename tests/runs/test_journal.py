@@ -235,7 +235,7 @@ def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(journal.Journal, "add", stops)
     arguments = ["audit", str(TUNED), "--base", str(BASE), "--resume", str(file), "--include", "layers.0."]
     assert main(arguments) == 130
-    assert f"{file}; the same command goes on from there" in capsys.readouterr().err
+    assert f"{file}; rerun the command to continue" in capsys.readouterr().err
     monkeypatch.undo()
     assert main([*arguments, "--quiet"]) == 0
     assert "Verdict" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 A ``console`` block is commands, a ``python`` block is code, and a ``text`` block that follows one of them is what the
 last command, or the code, prints; […] stands for what is left out.  A ``text`` block that begins with ``$`` has its own
-command.  Names in the README that stand for the reader's own files are made here, from the fixtures.
+command.  Names that stand for the reader's own files are made here, from the fixtures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from spectra.cli import main
 from tests.support.paths import FIXTURES, ROOT
 
-# The reader's own files, by the names that the README gives them, and the fixtures that they are here, cut down to
+# The reader's own files, by the names that the pages give them, and the fixtures that they are here, cut down to
 # the first layer and some words so that commands take a second or two.
 STAND_INS = {
     "base": "base",

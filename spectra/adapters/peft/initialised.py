@@ -53,7 +53,7 @@ class InitialisedUpdate(LoraUpdate):
         return f"W1 = m/‖X‖ ⊙ X, norms by row, X = {own}, with B₀·A₀ from before training"
 
     def on(self, base: Weight) -> PlannedUpdate | Skipped:
-        """The update for a base weight; :class:`Skipped` where the initialisation cannot be had for it."""
+        """The update for a base weight; :class:`Skipped` where the initialisation cannot be computed for it."""
         if isinstance(base, Derived) and base.quantised:
             return Skipped(
                 self.module,
@@ -132,7 +132,7 @@ def with_initial(plan: Plan, tuned: Checkpoint, initial: Checkpoint | None) -> P
 
     Raises
     ------
-    UnsupportedMethodError : an initialisation that is not known, or that cannot be had from the base alone.
+    UnsupportedMethodError : an initialisation that is not known, or that cannot be computed from the base alone.
     AdapterError : ``initial`` has other modules, shapes or scalings.
     """
     config = tuned.adapter_config_file
@@ -199,7 +199,7 @@ def initialisation_of(config: Path, tuned: Checkpoint) -> str | None:
 
     Raises
     ------
-    UnsupportedMethodError : it is not known, or what it left of the base cannot be had.
+    UnsupportedMethodError : it is not known, or what it left of the base cannot be computed.
     """
     values = tuned.adapter_config or {}
     if values.get("peft_type") != "LORA":

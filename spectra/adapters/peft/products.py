@@ -76,7 +76,7 @@ def check_adalora(config: ConfigFields) -> None:
     """Refuses, by name, options that AdaLoRA does not have."""
     for option in ("use_dora", "lora_bias"):
         if config.switch(option):
-            raise UnsupportedMethodError(config.file, f"the option {option} = True is none of AdaLoRA's")
+            raise UnsupportedMethodError(config.file, f"the option {option} = True is not one of AdaLoRA's")
     init = config.values.get("init_lora_weights", True)
     if not any(init is value or init == value for value in NEUTRAL_INIT):
         raise UnsupportedMethodError(config.file, f"init_lora_weights = {init!r} cannot be read with AdaLoRA")

@@ -123,7 +123,7 @@ def model_in_memory(
     try:
         state = model.state_dict()
     except NotImplementedError as error:  # bitsandbytes' quantised embeddings
-        raise UnsupportedMethodError(path, f"its tensors cannot be had: {in_short(error)}") from None
+        raise UnsupportedMethodError(path, f"its tensors cannot be read: {in_short(error)}") from None
     own = {name: unwrapped(plain_name(name)) for name in state}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     kept = {name: state[inside] for inside, name in own.items() if name is not None and name not in ignored}

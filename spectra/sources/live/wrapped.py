@@ -142,8 +142,8 @@ def _chosen(model: torch.nn.Module, configs: Mapping[str, Any], name: str | None
     active = [item for item in _active(model) if item in configs]
     if len(active) > 1:
         raise UsageError(
-            f"{_title(model)}: several adapters are active ({', '.join(active)}), and their sum is none of them; name "
-            "one: spectra.checkpoint_of(model, adapter=…)"
+            f"{_title(model)}: several adapters are active ({', '.join(active)}), and their sum is not one of them; "
+            "name one: spectra.checkpoint_of(model, adapter=…)"
         )
     if not active and len(configs) > 1:
         raise UsageError(f"{_title(model)}: none of its adapters ({listed}) is active; name one with adapter=…")

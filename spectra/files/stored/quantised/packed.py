@@ -192,7 +192,7 @@ def _index(read: Reader, group: _Group, columns: int) -> Tensor:
     index = read(group.index.name).long()
     groups = blocks_of(columns, group.size)
     if bool((index < 0).any()) or bool((index >= groups).any()):
-        raise CorruptFileError(group.index.file, f"names groups that are none of the {groups}", group.index.name)
+        raise CorruptFileError(group.index.file, f"names groups beyond the {groups} that it has", group.index.name)
     return index
 
 
