@@ -24,7 +24,7 @@ from benchmarks.tables import machine, text, write_table
 # What each one measures is its module's docstring.
 NAMES = (
     "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "scale", "cuda",
-    "comparison", "repaired", "fixtures", "trained", "training", "page", "proof", "fuzz",
+    "comparison", "repair", "fixtures", "trained", "training", "page", "proof", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for models, deleted again; seven_b needs 14 GB")
     parser.add_argument("--repeat", type=int, metavar="N", help="runs after the warm-up, as time allows (default: 5)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory, comparison, repaired"
+        "--sizes", type=int, nargs="+", metavar="N", help="of engines, growth, memory, comparison, repair"
     )
     parser.add_argument("--rank", type=int, default=16, help="of LoRAs (default: 16)")
     width = "of seven_b (4096), ten_adapters, workers, trained (2048), hundred_adapters and training (1024)"

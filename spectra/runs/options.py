@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar
 
+from spectra.errors import UsageError
 from spectra.sources.live import Source
 
 # Called with (work done, work in all, layer just finished); work is in units of m·n·min(m, n).
@@ -244,3 +245,13 @@ def _explained(shared: Mapping[str, tuple[Any, Option]]) -> str:
         )  # fmt: skip
         lines.append(wrapped.replace("\x00", " "))
     return "\n".join(lines)
+
+
+def patterns_of(name: str, given: Any) -> tuple[str, ...]:
+    """Patterns over module names: one string is one pattern, never its letters; raises UsageError for anything else."""
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"{name} = {given!r:.80}; expected a pattern over module names, or several")
+    return patterns

@@ -10,7 +10,7 @@ import torch
 
 from spectra.analysis.layer import DTYPES, check_device, checked_question
 from spectra.errors import UsageError
-from spectra.runs.options import AuditOptions, defaults_of
+from spectra.runs.options import AuditOptions, defaults_of, patterns_of
 from spectra.sources.live import Source
 from spectra.sources.resolve import ANYWHERE, Access
 from spectra.svd import choose_engine
@@ -83,13 +83,3 @@ def _expect(options: Mapping[str, Any], names: Iterable[str], kind: type, words:
         value = options[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{name} = {value!r:.80}; expected {words}")
-
-
-def patterns_of(name: str, given: Any) -> tuple[str, ...]:
-    """Patterns over module names: one string is one pattern, never its letters; raises UsageError for anything else."""
-    if isinstance(given, str):
-        return (given,)
-    patterns = tuple(given) if isinstance(given, Iterable) else None
-    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UsageError(f"{name} = {given!r:.80}; expected a pattern over module names, or several")
-    return patterns

@@ -14,9 +14,8 @@ from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.pairs import LayerPair, pair_layers
 from spectra.runs.cache import SpectrumCache
-from spectra.runs.options import CacheOptions, takes_options
+from spectra.runs.options import CacheOptions, patterns_of, takes_options
 from spectra.runs.progress import shown
-from spectra.runs.settings import patterns_of
 from spectra.sources.live import Source
 from spectra.sources.resolve import Access, open_base
 

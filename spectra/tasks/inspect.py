@@ -15,8 +15,7 @@ from spectra.pairing.fused import split_apart
 from spectra.pairing.pairs import pair_layers
 from spectra.pairing.precision import caveat, quantised_as
 from spectra.records.inspection import Inspection
-from spectra.runs.options import InspectOptions, takes_options
-from spectra.runs.settings import patterns_of
+from spectra.runs.options import InspectOptions, patterns_of, takes_options
 from spectra.sources.live import Source, said_of
 from spectra.sources.resolve import Access, open_base, open_base_of, open_tuned
 

@@ -33,7 +33,7 @@ def test_the_options_are_the_pipelines_own():
 
 
 def test_table(capsys):
-    code, out, err = run(capsys, "compare", *of("lora-r1", "lora-r4", "full"), *BASE, "--draws", 2)
+    code, out, err = run(capsys, "compare", *of("lora-r1", "lora-r4", "full"), *BASE, "--draws", 2, "--quiet")
     assert (code, err) == (0, "")
     blocks = [block.splitlines() for block in out.split("\n\n")]
     titles = [block[0].split("  ")[0].strip() for block in blocks]

@@ -16,7 +16,9 @@ ROWS = [[name, "3", "0.25", "16"] for name in NAMES]
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_only_names_are_shortened(width):
     whole = table(HEADER, ROWS, left=(0,))
-    text = fitted(f"A sentence before it.\n\n{whole}\nA note after it that is longer than any terminal is wide.\n", width)
+    text = fitted(
+        f"A sentence before it.\n\n{whole}\nA note after it that is longer than any terminal is wide.\n", width
+    )
     lines = text.split("\n")
     shown = lines[2:6]
     room = max(width, LEAST_NAME + len("  intruders  cosine  rank"))

@@ -59,7 +59,7 @@ def test_a_check_finds_what_is_not_as_recorded(tmp_path):
     assert any("other values" in problem for problem in found.problems)
     with pytest.raises(SpectraError, match="nowhere"):
         spectra.verify(out, tmp_path / "nowhere", source=FIXTURES / "lora-r4")
-    with pytest.raises(SpectraError, match=r"spectra-record\.json"):
+    with pytest.raises(SpectraError, match=r"spectra-repair\.json"):
         spectra.verify(FIXTURES / "lora-r4")
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_record_is_an_error(tmp_path, change):
     out = tmp_path / "out"
     spectra.repair(FIXTURES / "lora-r1", BASE, to=out, scale=0.7)
     edit_record(out, change)
-    with pytest.raises(SpectraError, match=r"spectra-record\.json"):
+    with pytest.raises(SpectraError, match=r"spectra-repair\.json"):
         spectra.verify(out)
 
 
