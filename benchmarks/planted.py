@@ -73,8 +73,8 @@ PLANTED = (
     Planted(
         "a name that is decoded without a net",
         "files/headers.py",
-        "        name: str = json.loads(stored.decode())\n    except ValueError as error:",
-        "        name: str = json.loads(stored.decode())\n    except json.JSONDecodeError as error:",
+        "            name = json.loads(stored.decode())\n    except ValueError as error:",
+        "            name = json.loads(stored.decode())\n    except json.JSONDecodeError as error:",
         "UnicodeDecodeError",
         "header",
         quick=True,

@@ -32,6 +32,7 @@ SIGNATURES: tuple[tuple[str, str], ...] = (
         "a LoRA without its adapter_config.json (alpha is not known)",
     ),
 )
+ANY = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SIGNATURES))
 
 
 class Unsupported:
@@ -57,7 +58,7 @@ class Unsupported:
 
 def foreign_method(names: Iterable[str]) -> tuple[str, str] | None:
     """(name, method) of the first tensor name that gives away a method that is not read yet."""
-    names = list(names)
+    names = [name for name in names if ANY.search(name)]  # nearly always none, of what may be very many
     for pattern, method in SIGNATURES:
         for name in names:
             if re.search(pattern, name):

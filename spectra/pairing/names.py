@@ -204,6 +204,9 @@ def _endings(name: str) -> Iterator[str]:
 
 def _core(name: str) -> str:
     """The name without the wrappers that it begins with."""
+    first, dot, _ = name.partition(".")
+    if dot and first not in WRAPPERS:
+        return name
     parts = name.split(".")
     return ".".join(dropwhile(WRAPPERS.__contains__, parts[:-1])) + "." + parts[-1]
 
