@@ -304,6 +304,8 @@ def test_the_task_where_the_class_tells(make_base, rng, architecture, task_type)
     base = make_base({"a.weight": weight})
     config = {} if architecture is None else {"architectures": [architecture]}
     tuned = make_base({"a.weight": weight + 0.1 * rng.normal(size=(32, 1)).astype("float32")}, "tuned", config)
-    config = spectra.ranks(tuned, base).suggestion.peft_config()
+    suggestion = spectra.ranks(tuned, base).suggestion
+    assert suggestion is not None
+    config = suggestion.peft_config()
     assert config.get("task_type") == task_type
     assert peft.LoraConfig(**config).task_type == task_type
