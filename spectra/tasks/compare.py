@@ -83,12 +83,13 @@ def compare(
     if not isinstance(draws, int) or draws < 0:
         raise UsageError(f"draws = {draws!r}; expected a whole number, at least 0")
     settings = checked_settings(**options)
-    if saved := [one for one in several(tuned) if isinstance(one, Report) or is_saved(one)]:
-        if len(saved) < len(several(tuned)) or merge:
+    sources = several(tuned)
+    if saved := [one for one in sources if isinstance(one, Report) or is_saved(one)]:
+        if len(saved) < len(sources) or merge:
             raise UsageError("saved reports are compared with saved reports alone; name these, or the fine-tunes")
         return compared_reports([one if isinstance(one, Report) else load_report(str(one)) for one in saved])
     started = time.perf_counter()
-    runs = _open_all(tuned, base, merge, settings, on_unreadable)
+    runs = _open_all(sources, base, merge, settings, on_unreadable)
     study = Study(draws=0 if quick else draws, weights=not quick, shift=not quick)
     overlaps: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
 
