@@ -14,7 +14,7 @@ from tests.support.paths import FIXTURES
 def test_without_plotly_that_is_said_before_any_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert main(["audit", "nowhere-at-all", "--html", str(tmp_path / "page.html")]) == 2
-    assert "pip install 'intruder-spectra[html]'" in capsys.readouterr().err
+    assert "in the folder of Spectra, pip install '.[html]'" in capsys.readouterr().err
 
 
 def test_the_command_writes_a_page_and_replaces_nothing_else(tmp_path, capsys, monkeypatch):
