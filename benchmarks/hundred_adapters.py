@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 
 TITLE = "A hundred adapters of one base"
 RANKS = (8, 16, 16, 32)
-SAMPLE = 5
 
 
 def run(options: Options) -> Iterator[Row | str]:
     width = options.width or options.scale(quick=128, default=1024)
     layers = options.layers or options.scale(quick=1, default=4)
-    count = options.scale(quick=8, default=100)
+    count, some = options.scale(quick=(8, 2), default=(100, 5))
     shapes = weights(width, width * 43 // 16)
     with tempfile.TemporaryDirectory(dir=options.scratch) as home:
         folder = Path(home)
@@ -59,7 +58,7 @@ def run(options: Options) -> Iterator[Row | str]:
             return seconds, [Report.from_dict(json.loads(line)) for line in target.read_text().splitlines()]
 
         audited(adapters[:1])  # page cache and libraries are warm
-        sample = [audited([adapter]) for adapter in adapters[:: max(1, count // SAMPLE)][:SAMPLE]]
+        sample = [audited([adapter]) for adapter in adapters[:: count // some]]
         one = sum(seconds for seconds, _ in sample) / len(sample)
         together, reports = audited([folder / "adapters"])
         both, again = audited([folder / "adapters"], "--workers", "2")
@@ -76,7 +75,7 @@ def run(options: Options) -> Iterator[Row | str]:
                 "weights": layers * len(shapes),
                 "seconds": seconds,
                 "× one": seconds / one,
-                "how": "mean of five" if how == "one" else "extrapolated" if how == "one by one" else "measured",
+                "how": f"mean of {some}" if how == "one" else "extrapolated" if how == "one by one" else "measured",
                 "agrees": agrees and agrees_again and len(reports) == count,
             }
 

@@ -110,7 +110,7 @@ def run_case(case: str, size: int, engine: str = "exact") -> dict[str, Any]:
 
 def run(options: Options) -> Iterator[Row]:
     for size in options.sizes or options.scale(quick=(256,), default=(1024, 2048)):
-        for case in CASES:
+        for case in options.scale(quick=("lora settled",), default=CASES):
             for engine in ENGINES:
                 answer = run_case(case, size, engine)
                 yield {

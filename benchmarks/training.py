@@ -116,8 +116,8 @@ def bytewise(steps: int, every: int | None, width: int) -> Done:
 
 def run(options: Options) -> Iterator[Row | str]:
     width = options.width or options.scale(quick=128, default=1024)
-    steps, every = options.scale(quick=(8, 4), default=(240, 20))
-    few, seldom = options.scale(quick=(20, 10), default=(400, 50))
+    steps, every = options.scale(quick=(4, 2), default=(240, 20))
+    few, seldom = options.scale(quick=(10, 5), default=(400, 50))
     with tempfile.TemporaryDirectory(dir=options.scratch) as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainings: dict[str, Callable[[bool], Done]] = {

@@ -141,6 +141,6 @@ def test_lora_of_a_published_model(minilm):
 @published
 def test_full_fine_tune_of_a_published_model(minilm):
     base, folder, _ = minilm
-    # Words are left out for time: two float64 decompositions of 384 × 30522 add nothing to the proof.
-    reports = check_against_the_definition(folder / "full", base, include=["encoder.*", "pooler", "position"])
-    assert reports[0.5].summary["layers_analysed"] == 6 * 6 + 2
+    # For time: every kind of weight, but the words (two float64 decompositions of 384 × 30522), in two of six layers.
+    reports = check_against_the_definition(folder / "full", base, include=["*.layer.[05].*", "pooler", "position"])
+    assert reports[0.5].summary["layers_analysed"] == 2 * 6 + 2

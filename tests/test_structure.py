@@ -266,6 +266,6 @@ def test_peak_memory(case):
     assert spec.loader is not None
     memory = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(memory)
-    answer = memory.run_case(case, 2560)
+    answer = memory.run_case(case, 1536)
     assert answer["settled"] == case.endswith("settled")
     assert answer["pairs"] <= 6

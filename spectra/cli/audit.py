@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,15 +72,21 @@ def add(commands: Commands) -> None:
     gate = parser.add_argument_group("gate")
     gate.add_argument("--fail-above", type=int, metavar="N", help="exit with 1 if there are more than N intruders")
     gate.add_argument(
+        "--fail-above-share",
+        type=_share,
+        metavar="SHARE",
+        help="exit with 1 if more than this share of the vectors compared are intruders; 10%% or 0.1",
+    )
+    gate.add_argument(
         "--fail-on",
         choices=("all", "paper", "non-noise", "new"),
-        help="which total --fail-above looks at: all, paper (no embeddings, no heads), non-noise (outside "
+        help="which total these two look at: all, paper (no embeddings, no heads), non-noise (outside "
         "noise-like bases), new (since --baseline); default: all, or new with --baseline",
     )
     gate.add_argument(
         "--baseline",
         metavar="REPORT.json",
-        help="an earlier report; unless --fail-above says otherwise, any new intruder fails",
+        help="an earlier report; any new intruder fails, unless one of the two sets another limit",
     )
     add_definition(parser)
     add_layers(parser)
@@ -108,8 +115,9 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--baseline compares one fine-tune with one earlier report; give one TUNED")
     if options.fail_on == "new" and options.baseline is None:
         raise UsageError("--fail-on new needs --baseline REPORT.json")
-    if options.fail_on is not None and options.fail_above is None and options.baseline is None:
-        raise UsageError("--fail-on needs --fail-above N")
+    limited = options.fail_above is not None or options.fail_above_share is not None
+    if options.fail_on is not None and not limited and options.baseline is None:
+        raise UsageError("--fail-on needs --fail-above N or --fail-above-share SHARE")
     card = checked_card(options, len(tuned))
     target = check_output(options.output)
     page = check_page(options)
@@ -244,17 +252,33 @@ def _beside(report: Report, options: argparse.Namespace) -> str:
     return f"\nalso here, not read: {in_words(names)}\n" if names else ""
 
 
+def _share(text: str) -> Fraction:
+    """A share of vectors, written as 10% or 0.1."""
+    try:
+        share = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        share = None
+    if share is None or not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share such as 10% or 0.1, got {text!r}")
+    return share
+
+
 def _crossed(reports: Sequence[Report], options: argparse.Namespace) -> dict[str, str]:
     """The paths of the fine-tunes that a gate holds back, each with what to say of it."""
-    limit = options.fail_above
-    if limit is None and options.baseline is not None:
+    limit, share = options.fail_above, options.fail_above_share
+    if limit is None and share is None and options.baseline is not None:
         limit = 0
-    if limit is None:
-        return {}
     scope = options.fail_on or ("new" if options.baseline is not None else "all")
-    totals = {str(report.tuned["path"]): report.total(scope) for report in reports}
-    return {
-        path: f"{path}: intruders ({scope}): {total}, more than {limit}"
-        for path, total in totals.items()
-        if total > limit
-    }
+    crossed = {}
+    for report in reports:
+        path, total, compared = str(report.tuned["path"]), report.total(scope), report.compared(scope)
+        found = []
+        if limit is not None and total > limit:
+            found.append(f"{total}, more than {limit}")
+        if share is not None and total > share * compared:
+            found.append(
+                f"{total} of {compared:,} vectors ({total / compared:.1%}), more than {float(100 * share):.4g}%"
+            )
+        if found:
+            crossed[path] = f"{path}: intruders ({scope}): {'; '.join(found)}"
+    return crossed

@@ -26,7 +26,7 @@ OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
 
 EXIT_CODES = """exit codes:
   0  done
-  1  a gate was crossed (--fail-above, --baseline)
+  1  a gate was crossed (--fail-above, --fail-above-share, --baseline)
   2  bad usage, unreadable input, or a layer that could not be analysed
      (the report of the rest is still written)
 """

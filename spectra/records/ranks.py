@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ SCHEMA = "spectra.ranks/1"
 CURVE = tuple(2**i for i in range(9))  # the ranks whose errors the table lists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerRank:
     """What rank one layer's update dW = W1 − W0 uses.
 
@@ -63,10 +63,13 @@ class LayerRank:
     stable_rank: float
     noise_edge: float | None
     noise_rank: int | None
-    values: tuple[float, ...] = field(repr=False)
+    values: tuple[float, ...]
     rest_norm: float
     unnamed: str | None = None
     rescaled: bool = False
+
+    def __repr__(self) -> str:
+        return f"<LayerRank of {self.name}: rank {self.rank_90} for 90 % of the update, {self.rank_99} for 99 %>"
 
     @property
     def dense_parameters(self) -> int:
@@ -118,7 +121,7 @@ class Choice:
     dense_parameters: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Suggestion:
     """A LoRA config that could hold the change that was trained.
 
@@ -158,6 +161,12 @@ class Suggestion:
     rescaled: int
     layer_replication: tuple[tuple[int, int], ...] = ()
     task_type: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Suggestion of rank {self.r} for {len(self.choices)} layers: {self.parameters:,} parameters, "
+            f"{self.relative_error:.1%} of the update lost>"
+        )
 
     def peft_config(self) -> dict[str, Any]:
         """The fragment that ``peft.LoraConfig(**fragment)`` takes."""

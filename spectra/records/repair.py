@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import UsageError
 from spectra.records.report import DECIDED_STATUSES, Report
 from spectra.records.schemas import as_dataframe, known_fields, read_schema
-from spectra.records.shown import OfLayers
+from spectra.records.shown import Layers, OfLayers
 
 if TYPE_CHECKING:
     import pandas
@@ -53,7 +53,7 @@ class ScaledVector:
     intruder: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerRepair:
     """One layer of which vectors were chosen.
 
@@ -98,6 +98,10 @@ class LayerRepair:
     dtype: str
     noise_like_base: bool | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        scaled = sum(vector.scale != 1 for vector in self.vectors)
+        return f"<LayerRepair of {self.name}: {scaled} of {len(self.vectors)} vectors scaled>"
 
     @property
     def is_changed(self) -> bool:
@@ -148,7 +152,7 @@ class Repair(OfLayers[LayerRepair]):
     @property
     def changed(self) -> tuple[LayerRepair, ...]:
         """The layers whose weight is not what it was."""
-        return tuple(layer for layer in self.layers if layer.is_changed)
+        return Layers(layer for layer in self.layers if layer.is_changed)
 
     @property
     def scaled(self) -> tuple[ScaledVector, ...]:
@@ -300,7 +304,7 @@ class Verification(OfLayers[LayerCheck]):
     @property
     def failed(self) -> tuple[LayerCheck, ...]:
         """Layers that are not as recorded."""
-        return tuple(layer for layer in self.layers if not layer.holds)
+        return Layers(layer for layer in self.layers if not layer.holds)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready objects (schema ``spectra.verification/1``)."""

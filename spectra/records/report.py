@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import UsageError
 from spectra.records.layer import Vector
 from spectra.records.schemas import as_dataframe, known_fields, read_schema
-from spectra.records.shown import OfLayers
+from spectra.records.shown import Layers, OfLayers
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +35,7 @@ SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong
 CANNOT_TELL = "cannot tell"  # of a fine-tune of which no vector could be judged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerReport:
     """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings.
 
@@ -67,6 +67,10 @@ class LayerReport:
     orthogonality: float | None = None
     seconds: float | None = None
 
+    def __repr__(self) -> str:
+        found = f"{self.intruders} of {len(self.vectors)} vectors" if self.vectors else self.status
+        return f"<LayerReport of {self.name}: {found}>"
+
     @property
     def in_paper_scope(self) -> bool:
         return self.role not in ("embedding", "head")
@@ -90,7 +94,7 @@ class Report(OfLayers[LayerReport]):
     baseline: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
-        vectors = sum(len(layer.vectors) for layer in self.layers)
+        vectors = self.compared("all")
         return f"<Report on {self.tuned.get('path')}: {self.severity}, {self.total('all')} of {vectors} vectors>"
 
     @property
@@ -130,14 +134,20 @@ class Report(OfLayers[LayerReport]):
             if self.baseline is None:
                 raise UsageError("new intruders are counted against a baseline, and there is none")
             return int(self.baseline["intruders_new"])
+        return sum(layer.intruders for layer in self._within(scope))
+
+    def compared(self, scope: str) -> int:
+        """The vectors that :meth:`total` of the same scope looks at; of "new", those of all layers."""
+        return sum(len(layer.vectors) for layer in self._within("all" if scope == "new" else scope))
+
+    def _within(self, scope: str) -> tuple[LayerReport, ...]:
         if scope not in SCOPES:
             raise UsageError(f"scope = {scope!r}; expected one of {', '.join(SCOPES)}")
-        layers = self.layers
         if scope == "paper":
-            layers = tuple(layer for layer in layers if layer.in_paper_scope)
-        elif scope == "non-noise":
-            layers = tuple(layer for layer in layers if not layer.noise_like_base)
-        return sum(layer.intruders for layer in layers)
+            return tuple(layer for layer in self.layers if layer.in_paper_scope)
+        if scope == "non-noise":
+            return tuple(layer for layer in self.layers if not layer.noise_like_base)
+        return self.layers
 
     @property
     def base_quantised(self) -> bool:
@@ -155,18 +165,18 @@ class Report(OfLayers[LayerReport]):
     @property
     def share(self) -> float:
         """Of the vectors that the severity is about, how many are intruders: 0 to 1."""
-        vectors = sum(len(layer.vectors) for layer in self.judged)
+        vectors = self.compared("non-noise")
         return self.total("non-noise") / vectors if vectors else 0.0
 
     @property
     def judged(self) -> tuple[LayerReport, ...]:
         """The layers that the severity is about: those compared whose base is not noise-like."""
-        return tuple(layer for layer in self.layers if layer.vectors and not layer.noise_like_base)
+        return Layers(layer for layer in self.layers if layer.vectors and not layer.noise_like_base)
 
     @property
     def failed(self) -> tuple[LayerReport, ...]:
         """Layers that could not be analysed."""
-        return tuple(layer for layer in self.layers if layer.status in FAILED_STATUSES)
+        return Layers(layer for layer in self.layers if layer.status in FAILED_STATUSES)
 
     @staticmethod
     def _by_module_type(analysed: Sequence[LayerReport]) -> dict[str, dict[str, int]]:

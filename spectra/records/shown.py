@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from spectra.errors import MissingLayerError
 
 NEAR = 3  # names that an error suggests
+SHORT = 3  # layers that the repr of a tuple of them shows
 
 
 class Named(Protocol):
@@ -22,6 +23,16 @@ class Named(Protocol):
 
 
 Layer = TypeVar("Layer", bound=Named)
+
+
+class Layers(tuple[Layer, ...], Generic[Layer]):
+    """A tuple of layers, with a short ``repr`` however many there are."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        more = f", … {len(self) - SHORT} more" if len(self) > SHORT else ""
+        return f"({', '.join(map(repr, self[:SHORT]))}{more})"
 
 
 class Shown:
@@ -49,6 +60,9 @@ class OfLayers(Shown, Generic[Layer]):
     """A record with layers: iterated over, counted, and found by name or place."""
 
     layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", Layers(self.layers))  # the dataclasses are frozen
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from spectra.errors import SpectraError, UsageError, in_short, needs_extra
 
 R = TypeVar("R")
+PATIENCE = 20  # seconds that a scheduler has to answer
 
 
 def spread(
@@ -60,7 +61,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
     except ImportError:
         raise needs_extra("--dask needs", "Dask", "dask") from None
     try:
-        client: Any = Client(address, timeout=20, set_as_default=False)  # type: ignore[no-untyped-call]
+        client: Any = Client(address, timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise UsageError(f"{address}: no Dask scheduler could be reached there: {in_short(error)}") from None
     with client:

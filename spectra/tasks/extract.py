@@ -40,7 +40,7 @@ from spectra.tasks.ranks import Ranking
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Extraction:
     """An adapter made out of a full fine-tune.
 
@@ -60,6 +60,10 @@ class Extraction:
     whole: tuple[str, ...]
     left_out: Mapping[str, str]
     remarks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        rank = self.report.suggestion.r if self.report.suggestion else 0
+        return f"<Extraction to {self.folder}: rank {rank}, {len(self.relative_errors)} layers>"
 
 
 @takes_options(ExtractOptions)

@@ -123,6 +123,31 @@ def test_gate(capsys):
     assert f"intruders (all): {total}, more than {total - 1}" in err
 
 
+@pytest.mark.parametrize("at", ["12.5%", "0.125", "1/8"])
+def test_gate_on_a_share(capsys, at):
+    report = spectra.audit(LORA)
+    assert (report.total("all"), report.compared("all")) == (35, 280)
+    assert run(capsys, "audit", LORA, "--fail-above-share", at)[0] == 0, "at the limit is not above it"
+    code, _, err = run(capsys, "audit", LORA, "--fail-above-share", "12.4%")
+    assert code == 1
+    assert "intruders (all): 35 of 280 vectors (12.5%), more than 12.4%" in err
+
+
+def test_gates_on_a_number_and_a_share_hold_each(capsys):
+    code, _, err = run(capsys, "audit", LORA, "--fail-above", "30", "--fail-above-share", "50%")
+    assert (code, err.count("intruders (all): 35, more than 30\n")) == (1, 1)
+    code, _, err = run(capsys, "audit", LORA, "--fail-above", "30", "--fail-above-share", "1%")
+    assert "35, more than 30; 35 of 280 vectors (12.5%), more than 1%" in err
+
+
+@pytest.mark.parametrize("text", ["10", "-1%", "101%", "nan", "ten", "", "%", "1/0"])
+def test_a_share_is_a_share(capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, "audit", LORA, f"--fail-above-share={text}")
+    assert stop.value.code == 2
+    assert f"expected a share such as 10% or 0.1, got {text!r}" in capsys.readouterr().err
+
+
 def test_gate_on_a_chosen_total(capsys, make_base, make_adapter, rng):
     head = rng.normal(size=(40, 40)) * 0.01 + np.diag(np.linspace(9, 1, 40))
     base = make_base({"lm_head.weight": head.astype("f4"), "layer.0.q.weight": head.astype("f4")})
@@ -131,6 +156,8 @@ def test_gate_on_a_chosen_total(capsys, make_base, make_adapter, rng):
     assert spectra.audit(tuned, base).summary["layers_unchanged"] == 1
     assert run(capsys, "audit", tuned, "--fail-above", "0")[0] == 1
     assert run(capsys, "audit", tuned, "--fail-above", "0", "--fail-on", "paper")[0] == 0
+    assert run(capsys, "audit", tuned, "--fail-above-share", "0", "--fail-on", "paper")[0] == 0
+    assert run(capsys, "audit", tuned, "--fail-above-share", "0")[0] == 1
 
 
 def test_baseline_fails_on_new_intruders_only(capsys, tmp_path):
@@ -148,6 +175,8 @@ def test_baseline_fails_on_new_intruders_only(capsys, tmp_path):
     assert f"with {total}: {new} new, {total - gone} still there, {gone} gone." in out
     assert f"intruders (new): {new}" in err
     assert run(capsys, "audit", stronger, "--baseline", str(known), "--fail-above", str(new))[0] == 0
+    assert run(capsys, "audit", stronger, "--baseline", str(known), "--fail-above-share", f"{new}/280")[0] == 0
+    assert run(capsys, "audit", stronger, "--baseline", str(known), "--fail-above-share", f"{new - 1}/280")[0] == 1
     code, _, err = run(capsys, "audit", stronger, "--baseline", str(known), "-e", "0.4")
     assert code == 2
     assert "epsilon" in err

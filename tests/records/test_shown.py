@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,27 @@ def test_saved_and_loaded(records, kind, tmp_path):
     file.write_text(records[kind].to_json())
     assert spectra.load(file).to_json() == records[kind].to_json()
     assert spectra.load(str(file)) == spectra.load(file)
+
+
+@pytest.mark.parametrize("kind", ["report", "ranks", "repair", "verification"])
+def test_layers_are_short_in_one_line_however_many(records, kind):
+    record = records[kind]
+    for item in record:
+        assert len(repr(item)) < 200
+    assert isinstance(record.layers, tuple)
+    assert len(repr(record.layers)) < 800
+    many = replace(record, layers=record.layers * 1000)
+    assert len(repr(many.layers)) < 800
+    assert repr(many.layers).endswith(f"… {len(many) - 3} more)")
+
+
+def test_a_suggestion_and_an_extraction_in_one_line(records, tmp_path):
+    suggestion = repr(records["ranks"].suggestion)
+    assert suggestion.startswith("<Suggestion of rank ")
+    assert len(suggestion) < 200
+    made = repr(spectra.extract(FIXTURES / "full", FIXTURES / "base", to=tmp_path / "out", include="*.0.*.v_proj"))
+    assert made.startswith(f"<Extraction to {tmp_path / 'out'}: rank ")
+    assert made.endswith(", 1 layers>")
 
 
 def test_names_from_files_are_text():

@@ -12,6 +12,7 @@ import pytest
 import spectra
 from spectra.cli import main
 from spectra.errors import AdapterError, UsageError, WrongBaseError
+from spectra.runs import workers
 from tests.support.paths import ROOT
 
 TUNED, BASE = ROOT / "fixtures" / "lora-r4", ROOT / "fixtures" / "base"
@@ -98,7 +99,8 @@ def test_errors_travel_between_processes():
         assert getattr(again, "tensor", None) == getattr(error, "tensor", None)
 
 
-def test_dask_that_is_not_there(capsys):
+def test_dask_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 1)
     assert main(["audit", str(TUNED), "--base", str(BASE), "--dask", "tcp://127.0.0.1:9"]) == 2
     told = capsys.readouterr().err
     assert "no Dask scheduler could be reached" in told or "needs Dask" in told

@@ -11,6 +11,7 @@ import pytest
 import spectra
 from spectra.cli import main
 from spectra.errors import UsageError
+from spectra.runs import workers
 from spectra.runs.workers import dask_executor
 from tests.support.paths import ROOT
 
@@ -22,7 +23,7 @@ TUNED, BASE = ROOT / "fixtures" / "lora-r4", ROOT / "fixtures" / "base"
 @pytest.fixture(scope="module")
 def cluster():
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=None
     ) as running:
         yield running
 
@@ -68,6 +69,7 @@ def test_the_command(cluster, expected, tmp_path, capsys):
     assert load_report(out).to_json(canonical=True) == expected
 
 
-def test_nobody_there():
+def test_nobody_there(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 1)
     with pytest.raises(UsageError, match="no Dask scheduler could be reached"), dask_executor("tcp://127.0.0.1:9"):
         pass

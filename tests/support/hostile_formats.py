@@ -247,7 +247,7 @@ def _(box: Path) -> None:
 
 # Names.
 
-ENDS = 20_000
+ENDS = 10_000
 
 
 def alike(box: Path) -> Arguments:

@@ -1,8 +1,10 @@
-"""Every engine against the definition on 10,000 random and adversarial matrices (``benchmarks/proof.py``)."""
+"""Every engine against the definition on 2,000 random and adversarial matrices.
+
+``python -m benchmarks proof`` does it on 10,000.
+"""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -14,22 +16,22 @@ from spectra.svd import certificate
 from spectra.svd.matching import BORDERLINE
 
 
-def test_ten_thousand_matrices():
+def test_two_thousand_matrices():
     by_itself: Counter[str] = Counter()
     problems: list[str] = []
     vectors = intruders = 0
-    for outcome in proof.outcomes(seed=0, trials=10_000, large=0, workers=os.cpu_count() or 1):
+    for outcome in proof.outcomes(seed=0, trials=2_000, large=0, workers=1):
         by_itself.update(outcome.by_itself)
         problems += outcome.problems
         vectors += outcome.vectors
         intruders += outcome.intruders
     assert not problems, "\n".join(problems[:5])
-    assert vectors > 80_000
-    assert intruders > 15_000
+    assert vectors > 16_000
+    assert intruders > 3_000
     # Too few that an engine decided by itself would prove nothing about it.
-    assert by_itself["krylov"] > 500
-    assert by_itself["cached"] > 3000
-    assert by_itself["cached, float32 first"] > 3000
+    assert by_itself["krylov"] > 100
+    assert by_itself["cached"] > 600
+    assert by_itself["cached, float32 first"] > 600
 
 
 @pytest.mark.parametrize(
