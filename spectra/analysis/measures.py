@@ -116,7 +116,7 @@ def layer_measures(
         "base_norm_fro": base_size,
         "base_norm_spectral": base_top,
         # How far σ₁ stands out of plain noise of W0's size; up to 1.05 the base counts as noise-like.
-        "base_over_noise": base_top / (base_size / np.sqrt(m * n) * (np.sqrt(m) + np.sqrt(n))) if base_size else None,
+        "base_over_noise": base_top / (base_size / (m * n) ** 0.5 * (m**0.5 + n**0.5)) if base_size else None,
         "update_norm_fro": size,
         "update_norm_spectral": top,
         "update_norm_relative": size / base_size if base_size else None,

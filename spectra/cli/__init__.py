@@ -46,7 +46,7 @@ def command_line() -> Parser:
         prog="spectra",
         usage="spectra COMMAND ...",
         description="What did this fine-tune do to the spectrum of the weights?",
-        epilog="`spectra COMMAND --help` tells more.",
+        epilog="See `spectra COMMAND --help`.",
     )
     parser.add_argument("-V", "--version", action="version", version=f"spectra {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog="spectra")

@@ -53,8 +53,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "audit",
         help="flag the intruder dimensions of fine-tunes, per layer and per singular index",
-        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights that are\n"
-        "nearly orthogonal to every singular vector of the base. Several TUNED give a\nsummary table.",
+        description="Flags intruder dimensions: leading singular vectors of the fine-tuned weights whose\n"
+        "cosine with every singular vector of the base is below a threshold. Several TUNED\ngive a summary table.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,9 +63,10 @@ def add(commands: Commands) -> None:
     add_output(
         parser,
         formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table; several TUNED as json give one report a line; "
-        "sarif is for code scanning",
-        verbose_help="draw every layer, list every skipped tensor; on standard error a line a weight, with the memory",
+        format_help="default: by the ending of FILE, else table; several TUNED as json give one report per line; sarif "
+        "is for code scanning",
+        verbose_help="draw every layer, list every skipped tensor; print a line per weight, with the memory used, to "
+        "standard error",
     )
     add_model_card(parser)
     add_page(parser)
@@ -80,13 +81,13 @@ def add(commands: Commands) -> None:
     gate.add_argument(
         "--fail-on",
         choices=("all", "paper", "non-noise", "new"),
-        help="which total these two look at: all, paper (no embeddings, no heads), non-noise (outside "
+        help="which intruders these two count: all, paper (no embeddings, no heads), non-noise (outside "
         "noise-like bases), new (since --baseline); default: all, or new with --baseline",
     )
     gate.add_argument(
         "--baseline",
         metavar="REPORT.json",
-        help="an earlier report; any new intruder fails, unless one of the two sets another limit",
+        help="an earlier report; fails on any new intruder, unless one of the two allows some",
     )
     add_definition(parser)
     add_layers(parser)
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     """Audits; returns the exit code."""
     from spectra.sources.resolve import fine_tunes_of
 
-    tuned = fine_tunes_of(options.tuned)
+    tuned = fine_tunes_of(options.tuned, lambda text: print(f"spectra: note: {text}", file=sys.stderr))
     if options.baseline is not None and len(tuned) > 1:
         raise UsageError("--baseline compares one fine-tune with one earlier report; give one TUNED")
     if options.fail_on == "new" and options.baseline is None:

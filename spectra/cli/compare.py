@@ -41,15 +41,16 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "compare",
         help="put fine-tunes of one base side by side: sizes, ranks, intruders, thresholds, overlaps",
-        description="Compares fine-tunes of one base, whose weights are each decomposed once for all of them: the size "
-        "and rank of the updates, intruders in total, by module type, by epsilon and by the adapter's weight, against "
-        "random updates, and how much the updates have in common. A folder of checkpoint-N folders is a training run.",
+        description="Compares fine-tunes of one base: the size and rank of their updates, their intruders in total, by "
+        "module type, by epsilon and by the adapter's weight, and how much the updates have in common. Counts are "
+        "compared with those of random updates. Each base weight is decomposed only once. A folder of checkpoint-N "
+        "folders is a training run.",
     )
     add_compared(parser)
     add_output(
         parser,
         formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table; jsonl is the json in one line",
+        format_help="default: by the ending of FILE, else table; jsonl is JSON on one line",
         verbose_help="add each layer's counts",
     )
     add_page(parser)
@@ -69,7 +70,7 @@ def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
         action="append",
         default=[],
         metavar="PATH[=WEIGHT]",
-        help="one more column: these fine-tunes merged with their weights (default: 1) (repeatable)",
+        help="one more fine-tune: these merged, each with its weight, 1 by default (repeatable)",
     )
     add_base(parser)
     depth = parser.add_argument_group("how thoroughly")
@@ -78,7 +79,7 @@ def add_compared(parser: argparse.ArgumentParser, *, draws: int = 20) -> None:
         type=int,
         default=draws,
         metavar="N",
-        help=f"random updates of each layer to hold its count against (default: {draws})",
+        help=f"random updates of each layer to compare its count with (default: {draws})",
     )
     depth.add_argument(
         "--quick",

@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
         "extract",
-        help="write the low-rank adapter that a full fine-tune amounts to",
+        help="extract a low-rank adapter from a full fine-tune",
         description="Truncates each layer's change of a full fine-tune to the rank that `spectra ranks` suggests, and "
         "writes a PEFT LoRA adapter of it.",
     )
@@ -47,12 +47,12 @@ def add(commands: Commands) -> None:
         action="store_false",
         help="leave out what factors cannot carry: norms, biases, embeddings, new heads (default: modules_to_save)",
     )
-    result.add_argument("--force", action="store_true", help="replace an adapter that lies at OUT")
+    result.add_argument("--force", action="store_true", help="replace an adapter at OUT")
     add_output(
         parser,
         formats=FORMATS,
-        format_help="of the report on ranks; default: what the ending of FILE says, else table",
-        verbose_help="list every layer, and a config of any length",
+        format_help="of the report on ranks; default: by the ending of FILE, else table",
+        verbose_help="list every layer, and the whole config",
     )
     add_choice(parser)
     add_layers(parser)

@@ -46,7 +46,7 @@ SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
 
 def add_tuned(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """One fine-tune or several: ``options.tuned``, a list; ``several`` says that a folder of them or a list will do."""
-    more = "; a folder of several, or @FILE with a name a line" if several else ""
+    more = "; a folder of several adapters, or @FILE with one name per line" if several else ""
     parser.add_argument("tuned", nargs="+", metavar="TUNED", help=TUNED + more)
 
 
@@ -92,14 +92,15 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="only modules whose name matches, e.g. 'layers.*.q_proj' (repeatable)",
+        help="only modules with PATTERN, a shell pattern, anywhere in their name, e.g. 'layers.*.q_proj'; end a "
+        "layer's number with a dot ('layers.1.'), or 10 to 19 match too (repeatable)",
     )
     layers.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out modules whose name matches (repeatable)",
+        help="leave out modules with PATTERN anywhere in their name (repeatable)",
     )
 
 
@@ -115,8 +116,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     reading.add_argument(
         "--initial-adapter",
         metavar="DIR",
-        help="the adapter as it was saved before training, where its initialisation changed the base and that cannot "
-        "be computed again (pissa_niter, corda, lora_ga)",
+        help="the adapter as it was saved before training; needed if its initialisation changed the base in a way that "
+        "cannot be recomputed (pissa_niter, corda, lora_ga)",
     )
     add_access(parser, reading)
 
@@ -127,7 +128,7 @@ def add_access(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup |
     reading.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="also read weights that torch.save wrote (.bin, .pt), where there are no others; nothing is executed",
+        help="also read weights that torch.save wrote (.bin, .pt), if there are no others; nothing is executed",
     )
     reading.add_argument(
         "--local-files-only",
@@ -158,7 +159,10 @@ def add_computation(
     if "cache" in names:
         kept = how.add_mutually_exclusive_group()
         kept.add_argument(
-            "--cache", metavar="DIR", help="where `spectra cache` kept the base's spectra (default: its own default)"
+            "--cache",
+            metavar="DIR",
+            help="where `spectra cache` kept the base's spectra (default: SPECTRA_CACHE, else spectra in the user's "
+            "cache folder)",
         )
         kept.add_argument("--no-cache", dest="cache", action="store_false", default=None, help="use no kept spectra")
     option("hash_contents", action="store_true", help="hash every byte of the files into the fingerprints")
@@ -195,7 +199,7 @@ def format_of(target: Path | None, formats: Sequence[str]) -> str:
         return ending.lower()
     if target is not None and ending.lower() not in ("", *TEXT):
         known = ", ".join(f".{known}" for known in (*formats[1:], *TEXT))
-        raise UsageError(f"{target}: ends in none of {known}; rename it, or say with --format what to write")
+        raise UsageError(f"{target}: ends in none of {known}; rename it, or name the format with --format")
     return formats[0]
 
 

@@ -26,8 +26,8 @@ def add_page(parser: argparse.ArgumentParser) -> None:
         "--matrices",
         type=int,
         metavar="N",
-        help="similarity matrices in it, of the N layers of each fine-tune with the most intruders, which are read "
-        f"once more (default: {MATRICES}, fewer each of several fine-tunes; 0 for none)",
+        help="how many layers of each fine-tune get a similarity matrix, those with the most intruders first; they are "
+        f"read a second time (default: {MATRICES}, fewer if there are several fine-tunes; 0: none)",
     )
 
 

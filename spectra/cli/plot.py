@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw similarity matrices, sweeps, counts, spectra, trajectories: PNG, SVG or PDF",
-        description="Draws one figure of fine-tunes, or of a comparison that `spectra compare -o FILE.json` wrote.\n\n"
+        description="Draws one figure of fine-tunes, or of reports or a comparison that were saved as JSON.\n\n"
         "kinds:\n" + "\n".join(f"  {name:<12}{kind.help}" for name, kind in KINDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,10 +63,12 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="leading vectors of each side that a similarity matrix shows (default: all, at most 256)",
     )
-    output.add_argument("--format", choices=FORMATS, help="default: what the ending of FILE says, else png")
+    output.add_argument("--format", choices=FORMATS, help="default: by the ending of FILE, else png")
     output.add_argument("-o", "--output", metavar="FILE", help="write there (default: spectra-KIND.png)")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
-    output.add_argument("--verbose", action="store_true", help="on standard error a line a weight, with the memory")
+    output.add_argument(
+        "--verbose", action="store_true", help="print a line per weight, with the memory used, to standard error"
+    )
     add_definition(parser)
     add_layers(parser)
     add_reading(parser)
@@ -78,19 +80,18 @@ def run(options: argparse.Namespace) -> int:
     """Draws; returns the exit code."""
     kind = KINDS[options.kind]
     kept = [path for path in options.tuned if path.endswith(".json") and not path.endswith(".index.json")]
-    if kept and (len(options.tuned) > 1 or options.merge):
-        raise UsageError(f"{kept[0]}: a comparison is drawn by itself; name it alone, or fine-tunes")
+    if kept and (len(kept) < len(options.tuned) or options.merge):
+        raise UsageError(f"{kept[0]}: what was saved is drawn by itself; name it alone, or fine-tunes")
     changed = [name for name, value in AS_MADE.items() if kept and getattr(options, name) != value]
     if changed:
         option = changed[0].replace("_", "-")
-        raise UsageError(f"{kept[0]}: a comparison is drawn as it was made; --{option} is for fine-tunes")
+        raise UsageError(f"{kept[0]}: what was saved is drawn as it was made; --{option} is for fine-tunes")
     if kept and kind.needs == "layers":
-        raise UsageError(f"{kept[0]}: a comparison holds no singular vectors; name the fine-tunes themselves")
+        raise UsageError(f"{kept[0]}: what was saved holds no singular vectors; name the fine-tunes themselves")
     target = check_output(options.output or f"spectra-{options.kind}.{options.format or 'png'}", picture=True)
     assert target is not None
 
     from spectra.plots import file_format, render  # says so at once where matplotlib is missing
-    from spectra.sources.saved import load_comparison
 
     ending = options.format or file_format(target)
 
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     if kind.needs == "layers":
         source, failed = _layers(options)
     else:
-        source = load_comparison(kept[0]) if kept else _comparison(options, unreadable)
+        source = _saved(kept) if kept else _comparison(options, unreadable)
         failed = complain_of_layers(source.reports)
     try:
         picture = render(kind.draw(source), ending)
@@ -110,10 +111,26 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
         if not kept or isinstance(error, SpectraError):
             raise
-        raise CorruptFileError(kept[0], f"what this comparison says cannot be drawn: {in_short(error)}") from None
+        raise CorruptFileError(kept[0], f"what it says cannot be drawn: {in_short(error)}") from None
     emit(picture, target)
     announce(target, kind.help, options)
     return BAD if failed or unreadable else OK
+
+
+def _saved(paths: Sequence[str]) -> Comparison:
+    """A comparison that was saved, or reports side by side."""
+    from spectra.records.comparison import Comparison
+    from spectra.records.report import Report
+    from spectra.sources.saved import load
+    from spectra.tasks.compare import compared_reports
+
+    records = [load(path) for path in paths]
+    if len(records) == 1 and isinstance(records[0], Comparison):
+        return records[0]
+    for path, record in zip(paths, records, strict=True):
+        if not isinstance(record, Report):
+            raise UsageError(f"{path}: expected a report, or a comparison by itself")
+    return compared_reports(records)
 
 
 def _comparison(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:

@@ -41,9 +41,9 @@ def add(commands: Commands) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
         "ranks",
-        help="say what rank each layer really uses; suggest rank and alpha as a PEFT config",
-        description="Says what rank each layer's update really uses, what a lower one would lose, and suggests rank "
-        "and alpha as a PEFT config; -o adapter_config.json writes the config alone. `spectra extract` writes the "
+        help="show what rank each layer really uses; suggest rank and alpha as a PEFT config",
+        description="Shows what rank each layer's update really uses and what a lower one would lose, and suggests "
+        "rank and alpha as a PEFT config; -o adapter_config.json writes the config alone. `spectra extract` writes the "
         "adapter of a full fine-tune.",
     )
     parser.add_argument("tuned", metavar="TUNED", help=TUNED)
@@ -52,8 +52,8 @@ def add(commands: Commands) -> None:
     add_output(
         parser,
         formats=FORMATS,
-        format_help="default: what the ending of FILE says, else table; jsonl is the json in one line",
-        verbose_help="list every layer, and a config of any length",
+        format_help="default: by the ending of FILE, else table; jsonl is JSON on one line",
+        verbose_help="list every layer, and the whole config",
     )
     add_layers(parser)
     add_reading(parser)
@@ -69,7 +69,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.9,
         metavar="E",
-        help="the share of each update's squared norm that its rank is to hold (default: 0.9)",
+        help="the share of each update's squared norm that its rank must keep (default: 0.9)",
     )
     choice.add_argument("--max-rank", type=int, metavar="R", help="no rank above this (default: the break-even rank)")
     choice.add_argument(
@@ -79,12 +79,12 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         help="one rank for each layer, each module type, or the whole model (default: layer)",
     )
     choice.add_argument(
-        "--rslora", dest="use_rslora", action="store_true", help="for rsLoRA, whose scaling is alpha/sqrt(r)"
+        "--rslora", dest="use_rslora", action="store_true", help="suggest for rsLoRA (scaling alpha/sqrt(r))"
     )
     choice.add_argument(
         "--alpha",
         metavar="A",
-        help="a number, or a multiple of the rank such as 2r (default: 2r; with --rslora, one number)",
+        help="a number, or a multiple of the rank such as 2r (default: 2r; with --rslora a number is needed)",
     )
 
 

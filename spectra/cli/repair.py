@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -36,7 +35,7 @@ WRITTEN = ("float32", "bfloat16", "float16")
 PASSED = (
     "method", "keep_rank", "merged", "store_dtype", "force", "top_k", "epsilon", "side", "include", "exclude",
     "split_fused", "initial_adapter", "allow_pickle", "local_files_only", "engine", "dtype", "device", "workers",
-    "threads", "cache",
+    "threads", "cache", "hash_contents",
 )  # fmt: skip
 LONGEST = 1 << 16  # of a range of indices
 
@@ -50,11 +49,10 @@ def add(commands: Commands) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
         "repair",
-        help="scale the intruder dimensions of a fine-tune, and write it in the format that it has",
+        help="scale the intruder dimensions of a fine-tune, and write the result in the same format",
         description="Scales singular vectors of the fine-tuned weights, by default their intruder\n"
         "dimensions, and writes the result to a new folder: an adapter as an adapter, a\ncheckpoint as a checkpoint. "
-        "The fine-tune is not touched. What was forgotten and\nwhat was learnt, before and after, only an evaluation "
-        "can say.",
+        "The fine-tune is not touched. Only an evaluation can\nshow what was forgotten and learnt, before and after.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,7 +63,7 @@ def add(commands: Commands) -> None:
     add_definition(parser)
     add_layers(parser)
     add_reading(parser)
-    add_computation(parser, names=("engine", "dtype", "device", "workers", "threads", "cache"))
+    add_computation(parser, names=("engine", "dtype", "device", "workers", "threads", "cache", "hash_contents"))
     parser.set_defaults(run=run)
 
 
@@ -79,8 +77,8 @@ def _add_repair(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[PATTERN=]S",
-        help="what the singular values are multiplied by, from 1 (no change) to 0 (removed); with PATTERN, in modules "
-        "whose name matches: the last that matches counts, and one without is for all others (repeatable). "
+        help="what the singular values are multiplied by, from 1 (no change) to 0 (removed); PATTERN=S applies to "
+        "modules that match (the last match wins), a plain S to the rest (repeatable). "
         "--dry-run alone shows what 0 would do",
     )
     repair.add_argument(
@@ -94,33 +92,31 @@ def _add_repair(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATTERN=I,J",
         help="instead of --which: the singular vectors with these indices, e.g. 'layers.3.*.q_proj=0,2-4' (repeatable; "
-        "a module has all that its patterns name)",
+        "indices from all patterns that match are combined)",
     )
 
 
 def _add_result(parser: argparse.ArgumentParser) -> None:
     result = parser.add_argument_group("result")
     result.add_argument("--to", metavar="OUT", help="the folder to write, which must be new")
-    result.add_argument(
-        "--force", action="store_true", help="replace an earlier result of this command that lies at OUT"
-    )
+    result.add_argument("--force", action="store_true", help="replace an earlier result of this command at OUT")
     result.add_argument("--dry-run", action="store_true", help="compute and report everything, write nothing")
     result.add_argument(
         "--keep-rank",
         action="store_true",
-        help="the best approximation of the rank that the adapter has (default: exact, one rank more for each vector)",
+        help="keep the adapter's rank by the best approximation (default: exact; each vector adds one rank)",
     )
     result.add_argument("--merged", action="store_true", help="write an adapter merged into its base, as a checkpoint")
     result.add_argument(
         "--store-dtype",
         choices=WRITTEN,
-        help="precision of the changed factors as written (default: float32, and float64 where stored so)",
+        help="precision of the changed factors as written (default: float32, or float64 if stored in float64)",
     )
     result.add_argument(
         "--format",
         choices=FORMATS,
         default="table",
-        help="of the report (default: table); jsonl is the json in one line",
+        help="of the report (default: table); jsonl is JSON on one line",
     )
     result.add_argument("-o", "--output", metavar="FILE", help="write the report there instead of to standard output")
     result.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -197,8 +193,8 @@ def _scale(text: str) -> float:
         value = float(text)
     except ValueError:
         raise ValueError(f"{text!r} is no number") from None
-    if not 0 <= value < math.inf:
-        raise ValueError("expected a finite number, 0 or more")
+    if not 0 <= value <= 1:
+        raise ValueError("expected a number from 0 (removed) to 1 (no change)")
     return value + 0.0  # -0 is 0
 
 

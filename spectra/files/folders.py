@@ -46,13 +46,13 @@ def check_folder(folder: str | Path, *, force: bool = False, ours: Ours) -> None
     try:
         if not folder.exists() and not folder.is_symlink():
             return
-        if not force:
-            raise UsageError(f"{folder}: exists already, and is not overwritten")
         why = "exists and is no folder" if folder.is_symlink() or not folder.is_dir() else ours(folder)
+        if why is None and not force:
+            raise UsageError(f"{folder}: exists already; name another folder, or replace this one with force")
     except OSError as error:  # no permission, a name too long
         raise UsageError(f"{folder}: could not be written: {error.strerror or error}") from None
     if why is not None:
-        raise UsageError(f"{folder}: {why}, so it is not overwritten")
+        raise UsageError(f"{folder}: {why}, so it is not overwritten; name another folder")
 
 
 def recorded_files(folder: Path) -> frozenset[str] | None:

@@ -162,7 +162,10 @@ def trajectory(source: FineTunes) -> Figure:
     comparison = as_comparison(source)
     stepless = [label for label, step in zip(comparison.labels, comparison.steps, strict=True) if step is None]
     if stepless:
-        raise UsageError(f"{stepless[0]}: no training step in the name; expected one like checkpoint-200")
+        raise UsageError(
+            f"{stepless[0]}: a trajectory needs the checkpoints of a training run; this name has no step such as "
+            "checkpoint-200"
+        )
     runs: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for place, (report, step) in enumerate(zip(comparison.reports, comparison.steps, strict=True)):
         assert step is not None
@@ -228,7 +231,7 @@ def overlap_matrix(source: Comparison) -> Figure:
     UsageError : the comparison has no overlaps.
     """
     if not isinstance(source, Comparison) or not source.overlaps:
-        raise UsageError("no overlaps: they come with a comparison of at least two fine-tunes")
+        raise UsageError("overlaps need at least two fine-tunes, compared from their files")
     count = len(source.reports)
     values = np.full((count, count), np.nan)
     for pair in source.overlaps:

@@ -40,16 +40,16 @@ class Choice:
 
     Raises
     ------
-    UsageError : a scale that is negative or no finite number, or indices that are none.
+    UsageError : a scale that is no number from 0 to 1, or indices that are none.
     """
 
     def __init__(self, scale: Scale, which: Which = "all"):
         self.scales = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
         for pattern, value in self.scales.items():
             number = isinstance(value, NUMBERS) and not isinstance(value, bool)
-            if not number or not 0 <= value < np.inf:
+            if not number or not 0 <= value <= 1:
                 of = "" if pattern == "*" else f" for {pattern!r}"
-                raise UsageError(f"scale = {value}{of}; expected a number, at least 0 (1 changes nothing)")
+                raise UsageError(f"scale = {value}{of}; expected a number from 0 (removes) to 1 (changes nothing)")
         self.which = which
         if isinstance(which, str):
             if which not in ("all", "top"):

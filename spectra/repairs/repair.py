@@ -54,10 +54,10 @@ def repair(
     Parameters
     ----------
     tuned, base : a fine-tune and the model it was made from, as for :func:`spectra.audit`.
-    scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last that matches counts.
+    scale : 1 changes nothing, 0 removes; or {pattern over module names: scale}, of which the last match wins.
     to : the folder to write; it appears whole or not at all.  None writes nothing and only says what would be done.
-        From models in memory adapters are written, not whole checkpoints.
-    method : what is repaired; "intruders" is the only one.
+        For models in memory only adapters can be written.
+    method : what is repaired: "intruders", so far the only method.
     which : "all" intruders among the top ``top_k`` vectors, the "top" one of each weight (as in the paper), or
         {pattern: indices} for vectors by name, intruders or not.
     keep_rank : keep the adapter's rank r, by the best approximation of that rank; else a changed layer with q chosen
@@ -65,10 +65,10 @@ def repair(
     merged : write an adapter's result into a copy of the base, laid out and stored as the base is.
     store_dtype : the precision in which the factors of changed layers are written: "float32" (default; "float64" where
         the adapter is stored so), "bfloat16", "float16".  Checkpoints keep theirs.
-    force : replace an adapter folder, or an earlier result, that is there already.
+    force : replace an earlier result of a repair at ``to``; any other folder that exists is refused.
     {options}
 
-    Layers that ``include`` and ``exclude`` leave out are carried over as they are.
+    Layers that ``include`` and ``exclude`` leave out are written unchanged.
 
     Returns
     -------

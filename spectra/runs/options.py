@@ -47,9 +47,13 @@ class Layers(TypedDict, total=False):
 
     include: Annotated[
         str | Iterable[str],
-        Option((), "shell patterns over module names, or one; only modules that match one of them are analysed."),
+        Option(
+            (),
+            "shell patterns, or one; only modules with a match anywhere in their name are analysed.  End a layer's "
+            "number with a dot (``layers.1.``), or 10 to 19 match too.",
+        ),
     ]
-    exclude: Annotated[str | Iterable[str], Option((), "patterns, or one; modules that match any are left out.")]
+    exclude: Annotated[str | Iterable[str], Option((), "patterns, or one; modules with a match are left out.")]
 
 
 class AccessOptions(TypedDict, total=False):
@@ -65,7 +69,7 @@ class AccessOptions(TypedDict, total=False):
     ]
     local_files_only: Annotated[
         bool,
-        Option(False, "download nothing: names on the hub stand for what its cache on this machine holds."),
+        Option(False, "download nothing: names on the hub are resolved from the local cache only."),
     ]
 
 
@@ -99,12 +103,12 @@ class Device(TypedDict, total=False):
         Option(
             None,
             "threads for one weight.  It is recorded, since it may change last digits.  By default torch's own number "
-            "(which heeds OMP_NUM_THREADS), shared among the workers.",
+            "(which respects OMP_NUM_THREADS), shared among the workers.",
         ),
     ]
     progress: Annotated[
         Progress | bool | None,
-        Option(None, "called after each layer with the work done, the work in all and the layer; True shows a bar."),
+        Option(None, "called after each layer as progress(done, total, layer); True shows a bar."),
     ]
 
 

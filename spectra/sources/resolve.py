@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,11 +106,12 @@ def checkpoints_of(name: str | Path, *, within: bool = False) -> list[str | Path
     return [path for _, path in checkpoints] or [name]
 
 
-def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
+def fine_tunes_of(names: Iterable[str | Path], tell: Callable[[str], None] | None = None) -> list[str | Path]:
     """What is named, with ``@FILE`` replaced by that file's lines and a folder of fine-tunes by these.
 
     A folder of several adapters, or of several checkpoints, that holds no weights itself stands for them, by name (a
-    training run's by their step).  Empty lines and those that begin with # are left out.
+    training run's by their step).  Empty lines and those that begin with # are left out.  ``tell`` is called with a
+    sentence on what else lies in a folder of adapters.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
     fine_tunes: list[str | Path] = []
     for name in names:
         if not str(name).startswith("@"):
-            fine_tunes += _within(name)
+            fine_tunes += _within(name, tell)
             continue
         file = Path(str(name)[1:])
         try:
@@ -131,11 +132,11 @@ def fine_tunes_of(names: Iterable[str | Path]) -> list[str | Path]:
         listed = [line for line in listed if line and not line.startswith("#")]
         if not listed:
             raise UsageError(f"{file}: this list names nothing")
-        fine_tunes += [item for line in listed for item in _within(line)]
+        fine_tunes += [item for line in listed for item in _within(line, tell)]
     return fine_tunes
 
 
-def _within(name: str | Path) -> list[str | Path]:
+def _within(name: str | Path, tell: Callable[[str], None] | None) -> list[str | Path]:
     folder = Path(name)
     try:
         if not folder.is_dir() or (folder / "adapter_config.json").exists() or (folder / "model_index.json").exists():
@@ -151,7 +152,16 @@ def _within(name: str | Path) -> list[str | Path]:
         models: list[str | Path] = [child for child in folders if any(child.glob("*.safetensors"))]
     except OSError:  # a name too long, a folder that may not be read: opening it will say so
         return [name]
-    return adapters if len(adapters) > 1 else models if len(models) > 1 and not adapters else [name]
+    if len(adapters) > 1:
+        others = [
+            child.name
+            for child in folders
+            if child not in adapters and (child in models or len(checkpoints_of(child)) > 1)
+        ]
+        if others and tell is not None:
+            tell(f"{name}: not audited, as no adapters: {', '.join(others)}; name them to audit them")
+        return adapters
+    return models if len(models) > 1 and not adapters else [name]
 
 
 def open_tuned(name: Source, access: Access = ANYWHERE) -> Checkpoint:

@@ -79,6 +79,8 @@ def load_repair(path: str | Path) -> Repair:
     """Reads the record of a repair; ``path`` may be the folder that holds it; raises as :func:`load_report` does."""
     path = Path(path)
     hint = "not the record of a repair, as spectra repair writes it into its folder"
+    if path.is_dir() and not (path / RECORD).exists():
+        raise MissingFileError(path, f"was not written by spectra repair: it has no {RECORD}")
     return _read(path / RECORD if path.is_dir() else path, lambda text: _repair(json.loads(text)), hint)
 
 

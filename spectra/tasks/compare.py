@@ -50,7 +50,7 @@ def compare(
     on_unreadable: Callable[[SpectraError], None] | None = None,
     **options: Unpack[AuditOptions],
 ) -> Comparison:
-    """Compares fine-tunes of one base, each weight of which is decomposed once for all of them.
+    """Compares fine-tunes of one base.  Each base weight is decomposed only once.
 
     Parameters
     ----------
@@ -59,18 +59,24 @@ def compare(
         reports, or the JSON files that they were saved in: these are put side by side as they are, without the
         overlaps, random updates and counts by weight that only a comparison of the fine-tunes themselves has.
     base : the base of all of them; None takes the one that the adapters' configs name.
-    merge : further columns, each a list of (weight, path): W0 + Σ weight·dW.
-    draws : random updates with dW's singular values, per layer, against which the count of intruders is held; the
+    merge : further fine-tunes to compare, each a list of (weight, path): W0 + Σ weight·dW.
+    draws : random updates with dW's singular values, per layer, to compare the count of intruders with; the
         smallest p-value is 1/(1 + draws).
     quick : leave out what takes many more decompositions: random updates, the count as a function of the adapter's
         weight, and the shift of the spectrum.
-    on_unreadable : as for :func:`spectra.audit_many`.
+    on_unreadable : called with the error of each fine-tune that cannot be read; the others are compared.  None
+        raises it.
     {options}
+
+    With the engines "krylov" and "auto", cosines and whatever needs them are left out.
+
+    Returns
+    -------
+    Comparison : a report on each fine-tune, and the overlap of each pair of updates.
 
     Raises
     ------
-    UsageError : fine-tunes of different bases; bad options.  With the engines "krylov" and "auto" cosines are left out,
-        and whatever needs them.
+    UsageError : fine-tunes of different bases; bad options.
     SpectraError : as for :func:`spectra.audit`.
 
     Examples

@@ -74,12 +74,13 @@ def iter_layers(
     Yields
     ------
     (name, W0, update) : the layer's name; the base weight, (m, n), oriented as (out_features, in_features), in the
-        working precision; and its :class:`Update`, with ``update.factors`` where dW is a product.
+        working precision; and its :class:`Update`.  ``update.factors`` is (B, A), with the scaling included, or None
+        where dW is no product; ``update.delta()`` always gives dW.
 
     Raises
     ------
-    UsageError : a layer that cannot be read; it is named.
-    SpectraError : as for :func:`spectra.audit`; before the first layer where headers tell.
+    UsageError : if a layer cannot be read (the message names it).
+    SpectraError : as for :func:`spectra.audit`; before the first layer if the headers already show it.
 
     Examples
     --------

@@ -90,6 +90,35 @@ def test_without_a_layer_the_worst_ones_are_drawn(capsys, tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == [f"spectra-{kind}.png"]
 
 
+def test_saved_reports_are_drawn(capsys, tmp_path):
+    saved = []
+    for name in ("lora-r4", "lora-r1"):
+        saved.append(tmp_path / f"{name}.json")
+        assert run(capsys, "audit", FIXTURES / name, "--include", "layers.0.", "-o", saved[-1])[0] == 0
+    for kind, sources in (("layers", saved[:1]), ("layers", saved), ("size", saved)):
+        code, out, err = run(capsys, "plot", kind, *sources, "-o", tmp_path / "figure.svg")
+        assert (code, out) == (0, ""), err
+        assert b"<svg" in (tmp_path / "figure.svg").read_bytes()
+    for arguments, words in (
+        (["overlap", saved[0]], "overlaps need at least two fine-tunes"),
+        (["similarity", saved[0]], "holds no singular vectors"),
+        (["layers", saved[0], FIXTURES / "lora-r4"], "what was saved is drawn by itself"),
+        (["layers", *saved, "-k", "5"], "what was saved is drawn as it was made; --top-k is for fine-tunes"),
+    ):
+        code, out, err = run(capsys, "plot", *arguments, "-o", tmp_path / "none.png")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+        assert not (tmp_path / "none.png").exists()
+
+
+def test_a_comparison_is_drawn_by_itself(capsys, tmp_path, kept):
+    report = tmp_path / "report.json"
+    assert run(capsys, "audit", FIXTURES / "lora-r4", "--include", "layers.0.", "-o", report)[0] == 0
+    code, _, err = run(capsys, "plot", "layers", kept, report, "-o", tmp_path / "none.png")
+    assert code == 2
+    assert "expected a report, or a comparison by itself" in err
+
+
 def test_counts_by_adapter_weight_from_fine_tunes(capsys, tmp_path):
     target = tmp_path / "weights.svg"
     code, _, err = run(capsys, "plot", "weights", *of("lora-r4"), "--include", "layers.0.", "-o", target)

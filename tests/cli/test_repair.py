@@ -43,7 +43,7 @@ def call(capsys, monkeypatch):
 
 def test_the_options_are_the_functions_own():
     makes = inspect.signature(repairing.repair).parameters
-    assert set(makes) - {"hash_contents"} == {"tuned", "base", "scale", "to", "which", "progress", *command.PASSED}
+    assert set(makes) == {"tuned", "base", "scale", "to", "which", "progress", *command.PASSED}
 
 
 def test_what_is_passed_on(call):
@@ -57,7 +57,8 @@ def test_what_is_passed_on(call):
     defaults |= {"threads": None, "split_fused": False, "initial_adapter": None}
     assert given == {
         "tuned": "tuned", "to": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
-        "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, **defaults,
+        "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, "hash_contents": False,
+        **defaults,
     }  # fmt: skip
     _, _, err, given = call(
         *WHAT, "--to", "out", "--force", "--which", "top", "--keep-rank", "--store-dtype", "bfloat16", "-k", "5", "-e",
@@ -81,7 +82,7 @@ def test_what_is_passed_on(call):
         (["0.7"], 0.7),
         (["0"], 0.0),
         (["-0.0"], 0.0),
-        (["1.5"], 1.5),
+        (["1"], 1.0),
         (["q_proj=0.5"], {"q_proj": 0.5}),
         (["q_proj=0.5", "0.7", "layers.0.=0.6"], {"*": 0.7, "q_proj": 0.5, "layers.0.": 0.6}),
         (["q_proj=0.5", "*=0.6"], {"q_proj": 0.5, "*": 0.6}),
@@ -157,9 +158,10 @@ def test_layers_that_could_not_be_analysed(call):
         (["tuned", "--scale", "0.7"], "--to OUT is missing"),
         (["tuned", "--scale", "x", "--dry-run"], "--scale x: 'x' is no number"),
         (["tuned", "--scale", "", "--dry-run"], "'' is no number"),
-        (["tuned", "--scale=-1", "--dry-run"], "expected a finite number, 0 or more"),
-        (["tuned", "--scale", "nan", "--dry-run"], "expected a finite number"),
-        (["tuned", "--scale", "q=inf", "--dry-run"], "--scale q=inf: expected a finite number"),
+        (["tuned", "--scale=-1", "--dry-run"], "expected a number from 0 (removed) to 1 (no change)"),
+        (["tuned", "--scale", "1.5", "--dry-run"], "expected a number from 0 (removed) to 1 (no change)"),
+        (["tuned", "--scale", "nan", "--dry-run"], "expected a number from 0"),
+        (["tuned", "--scale", "q=inf", "--dry-run"], "--scale q=inf: expected a number from 0"),
         (["tuned", "--scale", "=0.5", "--dry-run"], "expected PATTERN=VALUE"),
         (["tuned", "--scale", "0.5", "--scale", "0.7", "--dry-run"], "a second value for the rest"),
         (["tuned", "--scale", "q=0.5", "--scale", "q=0.7", "--dry-run"], "a second value for q"),

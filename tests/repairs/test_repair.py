@@ -283,6 +283,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, make_b
 
     refused("scale = -0.1", scale=-0.1)
     refused("scale = nan", scale=float("nan"))
+    refused("scale = 1.01; expected a number from 0", scale=1.01)
     refused("'nothing' matches no layer", scale={"nothing": 0.5})
     refused("'nothing' matches no layer", which={"nothing": [0]})
     refused("which = 'some'", which="some")
@@ -435,13 +436,13 @@ def test_weights_that_vanish(tmp_path, make_base, make_adapter, rng):
 
 
 def test_what_half_precision_cannot_hold_is_said_of_the_layer(tmp_path, make_base, make_adapter, rng):
-    B, A = rng.normal(size=(5, 1)), rng.normal(size=(1, 7))
+    B, A = rng.normal(size=(5, 1)), 1e12 * rng.normal(size=(1, 7))
     base = make_base({"a.weight": torch.full((5, 7), 6e4, dtype=torch.float16)})
     tuned = make_adapter({"a": (B, A)})
     with pytest.raises(SpectraError, match="a: float16 cannot hold"):
-        spectra.repair(tuned, base, to=tmp_path / "out", scale=2, which={"a": [0]}, merged=True)
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=0.9, which={"a": [0]}, merged=True)
     with pytest.raises(SpectraError, match="a: float16 cannot hold"):
-        spectra.repair(tuned, base, to=tmp_path / "out", scale=1e9, which={"a": [0]}, store_dtype="float16")
+        spectra.repair(tuned, base, to=tmp_path / "out", scale=0.9, which={"a": [0]}, store_dtype="float16")
 
 
 def test_numpy_numbers_are_numbers():

@@ -31,7 +31,11 @@ def test_a_folder_stands_for_the_adapters_in_it(folder):
     (folder / "notes").mkdir()
     (folder / ".hidden").mkdir()
     shutil.copytree(BASE, folder / "base")  # what they were trained on often lies beside them
-    assert [Path(path).name for path in fine_tunes_of([folder])] == sorted(NAMES)
+    shutil.copytree(folder / "lora-r1", folder / "run" / "checkpoint-1")
+    shutil.copytree(folder / "lora-r1", folder / "run" / "checkpoint-2")
+    told: list[str] = []
+    assert [Path(path).name for path in fine_tunes_of([folder], told.append)] == sorted(NAMES)
+    assert told == [f"{folder}: not audited, as no adapters: base, run; name them to audit them"]
 
 
 def test_what_holds_weights_itself_stands_for_itself(folder):

@@ -83,7 +83,7 @@ def test_inputs_are_never_touched(tmp_path, make_base, rng):
     base, tuned = make_base({"a.weight": W}), make_base({"a.weight": W + 1}, folder="tuned")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for target in (base, tuned):
-        with pytest.raises(UsageError, match="exists already"):
+        with pytest.raises(UsageError, match=r"exists and is no PEFT adapter folder.*name another folder"):
             spectra.extract(tuned, base, to=target)
         with pytest.raises(UsageError, match=r"no PEFT adapter|what is being read"):
             spectra.extract(tuned, base, to=target, force=True)
