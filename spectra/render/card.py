@@ -30,7 +30,7 @@ WORDS = (
     "singular vector of the base weight ([Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228)). The count says "
     "how much of the top of the spectrum is new. It does not say how good this model is, nor how much it forgot: "
     "weights show risk, and only an evaluation shows forgetting. Counts of several fine-tunes compare "
-    "only where their updates are of like size."
+    "only where their updates are of similar size."
 )
 
 
@@ -65,7 +65,7 @@ def to_model_card(
         _module_types(report),
         "\n".join(f"- {_prose(note)}" for note in _notes(report, names, root)),
         WORDS,
-        f"Made with {home} {report.spectra_version}{f' ({made})' if made else ''}; the same again:",
+        f"Made with {home} {report.spectra_version}{f' ({made})' if made else ''}. To reproduce it:",
         f"```sh\n{invocation([report], names, further)}\n```",
     ]
     return "\n\n".join([BEGIN, *filter(None, sections), END])

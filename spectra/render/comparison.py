@@ -19,7 +19,7 @@ SHARED_WIDTH = 12  # of a column of the overlap matrix
 
 NOTES = {
     "size": "‖dW‖/‖W0‖ (Frobenius) and ‖dW‖₂/σ₁ (spectral) are means over layers, and so are the ranks: r₉₀ directions "
-    "hold 90 % of ‖dW‖².\nCounts at different ranks compare only where the updates are of like size.",
+    "hold 90 % of ‖dW‖².\nCounts at different ranks compare only where the updates are of similar size.",
     "counts": "Energy: the intruders' share of Σσ² over the vectors compared. In base: the share of dW's energy within "
     "the base's own top directions.\nKept: how much of the base's top subspace is still the tuned one's. Shift: "
     "‖σ(W1)−σ(W0)‖/‖σ(W0)‖.",

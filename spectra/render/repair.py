@@ -21,10 +21,10 @@ CHECK_COLUMNS = ("folder", "layer", "error", "tolerance", "holds")
 NOTES = {
     "table": "index: rank in W by singular value, 0 the largest (lower: below the leading ones that were computed; "
     "gone: removed). σ, energy (σ²/‖W‖²) and index are those of the fine-tune and of the result. change: "
-    "‖dW'−dW‖/‖dW‖. error: how far what was written is from the formula, over ‖dW'‖.",
+    "‖dW'−dW‖/‖dW‖. error: distance of the written weights from the formula, over ‖dW'‖.",
     "count": "note: {stayed} still among the top {top_k} of the result: a scaled vector keeps its direction, and a "
-    "scale close to 1 often only moves it down the ranks, where it counts as an intruder as before, though with less "
-    "energy. A smaller scale, or 0, takes it out.",
+    "scale close to 1 often only moves it down the ranks, where it still counts as an intruder, with less energy. "
+    "Use a smaller scale, or 0, to remove it.",
     "others": "note: the count of intruders did not fall: others that were below the leading ones moved up into them.",
     "noise": "note: the base of {layers} (*) is plain noise, as if it was never trained. Anything moves its vectors; "
     "what is scaled there is what was learnt.",
@@ -236,7 +236,7 @@ def _check(verification: Verification) -> str:
     if verification.holds:
         worst = max((layer.error or 0.0 for layer in verification.layers), default=0.0)
         compared = f"; {plural(count, 'layer')}, largest error {worst:.1g} of ‖W'‖" if count else ""
-        what = f"{verification.folder} is {verification.source} with the vectors and scales of its record"
+        what = f"{verification.folder} matches its record of a repair of {verification.source}"
         return f"Verified: {what}{compared}."
     amiss = [f"{len(verification.failed)} of {plural(count, 'layer')} not as recorded"] if verification.failed else []
     amiss += [plural(len(verification.problems), "problem")] if verification.problems else []

@@ -74,8 +74,8 @@ def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = 
         path, _, problem = str(error).partition(": ")
         rows.append([path, "not read", *["-"] * (len(header) - 3), in_one_line(problem, 100)])
     notes = (
-        "The worst first. ‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; non-noise leaves out "
-        "layers whose base is plain noise."
+        "Sorted by the number of intruders. ‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; "
+        "non-noise leaves out layers whose base is plain noise."
     )
     return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
 

@@ -104,7 +104,7 @@ def _identity(checkpoint: Checkpoint, facts: Mapping[str, Any], what: str) -> It
     elif "contents" == facts.get("fingerprint_covers") == now["fingerprint_covers"] and now["fingerprint"] != facts.get(
         "fingerprint"
     ):
-        yield f"{checkpoint.path}: {what} holds other values than the record was made with"
+        yield f"{checkpoint.path}: {what} has other values than when the record was made"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +197,7 @@ class _Check:
         for vector, sigma, scale in zip(repair.vectors, own.s, got, strict=True):
             close = abs(vector.sigma - sigma) <= RECORDED * sigma and abs(vector.scale_achieved - scale) <= RECORDED
             if not close:
-                self.said.append(f"{repair.name}: vector {vector.index} is not as the record has it")
+                self.said.append(f"{repair.name}: vector {vector.index} differs from the record")
             if vector.scale != choice.scale_of(repair.name):
                 self.said.append(f"{repair.name}: vector {vector.index} has another scale than the record's settings")
 

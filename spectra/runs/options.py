@@ -227,7 +227,8 @@ def takes_options(group: type, **defaults: Any) -> Callable[[Verb], Verb]:
             try:
                 bound = signature.bind(*given, **named)
             except TypeError as error:
-                raise TypeError(f"{verb.__name__}(): {error}") from None
+                named_only = "; give everything after tuned and base by name" if len(given) > 2 else ""
+                raise TypeError(f"{verb.__name__}(): {error}{named_only}") from None
             bound.apply_defaults()
             return verb(*bound.args, **bound.kwargs)
 

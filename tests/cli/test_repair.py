@@ -54,11 +54,10 @@ def test_what_is_passed_on(call):
     assert progress is None
     defaults = {"store_dtype": None, "keep_rank": False, "merged": False, "force": False, "device": "cpu"}
     defaults |= {"allow_pickle": False, "local_files_only": False, "method": "intruders", "dtype": "float32"}
-    defaults |= {"threads": None, "split_fused": False, "initial_adapter": None}
+    defaults |= {"threads": None, "split_fused": False, "initial_adapter": None, "hash_contents": False}
     assert given == {
         "tuned": "tuned", "to": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
-        "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, "hash_contents": False,
-        **defaults,
+        "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, **defaults,
     }  # fmt: skip
     _, _, err, given = call(
         *WHAT, "--to", "out", "--force", "--which", "top", "--keep-rank", "--store-dtype", "bfloat16", "-k", "5", "-e",

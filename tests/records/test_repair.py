@@ -153,7 +153,7 @@ def test_verifications(made):
     holds = made in (AMISS["holds"], AMISS["empty"])
     assert made.holds == value["holds"] == holds
     text = render_verification(made)
-    assert text.startswith("Verified: out is" if holds else "NOT verified: out")
+    assert text.startswith("Verified: out matches" if holds else "NOT verified: out")
     for problem in made.problems:
         assert f"problem: {problem}" in text
     assert [line.split()[0] for line in text.splitlines() if "DIFFERS" in line] == [item.name for item in made.failed]

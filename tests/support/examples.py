@@ -44,7 +44,7 @@ STAND_INS = {
 IN_THE_HUB_CACHE = {"org/name@revision": "base"}
 PICKLED = {"old": "base"}
 # How a command is to end, where its comment says so and it is not 0.
-CODE = re.compile(r" #.*\bexit code (\d+):")
+CODE = re.compile(r" #.*\b(?:exit code|exits with) (\d+):")
 # What cannot be run here as it stands, and what is run in its place.
 INSTEAD = {"tcp://host:8786": "the address of a cluster that the test starts"}
 # What other tests run: installations (.ci/run does those of the README), the tests themselves, and the site.

@@ -63,7 +63,7 @@ function drawComparison() {
   });
   updateComparison();
   byId("comparison-note").textContent =
-    "Layers: those with any intruder. Counts compare only between updates of like size. Choose a name to see that fine-tune below." +
+    "Layers: those with any intruder. Counts compare only between updates of similar size. Choose a name to see that fine-tune below." +
     (DATA.reports.some((report) => report.null)
       ? " Random: the mean count of random updates with the same singular values; p near 1 means fewer than its size and rank alone would bring."
       : "") +
