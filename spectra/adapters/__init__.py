@@ -21,6 +21,7 @@ from spectra.adapters.peft.methods import PeftMethods
 from spectra.adapters.peft.parameters import against_parameters
 from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped, formula_of, rescales_base
 from spectra.adapters.unsupported import Unsupported
+from spectra.errors import CorruptFileError
 from spectra.files.checkpoint import Checkpoint
 
 # The first that recognises a checkpoint reads it; FullCheckpoint takes what nobody else does.
@@ -54,11 +55,27 @@ def plan_updates(tuned: Checkpoint, initial: Checkpoint | None = None) -> Plan:
     Raises
     ------
     AdapterError : the adapter contradicts itself.
+    CorruptFileError : a weight has no values.
     UnsupportedMethodError : a method or an option that this version cannot read; it is named.
     """
     for dialect in DIALECTS:
         if dialect.recognises(tuned):
             plan = dialect.plan(tuned)
+            _refuse_empty(tuned, plan)
             plan = replace(plan, skipped=(*plan.skipped, *(Skipped(*item) for item in tuned.aside.items())))
             return with_initial(plan, tuned, initial) if isinstance(dialect, PeftAdapter) else plan
     raise AssertionError("FullCheckpoint recognises everything without an adapter config")
+
+
+def _refuse_empty(tuned: Checkpoint, plan: Plan) -> None:
+    """Refuses a tensor of floats without values, unless it is a factor, which its own dialect has looked at."""
+    factors = {name for update in plan.updates if update.kind != "dense" for name in update.tensors}
+    for name, info in tuned.tensors.items():
+        if info.size == 0 and info.is_float and name not in factors:
+            raise CorruptFileError(
+                info.file,
+                f"has no values (shape {list(info.shape)}), so this was saved incompletely. If DeepSpeed's ZeRO-3 "
+                "wrote it: zero_to_fp32.py makes whole weights of its shards, and "
+                "stage3_gather_16bit_weights_on_model_save saves them whole",
+                name,
+            )

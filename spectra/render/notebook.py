@@ -1,4 +1,4 @@
-"""What a notebook shows of a record: its headline and a small table, as HTML without style or script of its own."""
+"""What a notebook shows of a record: its headline and a small table, as HTML without script."""
 
 from __future__ import annotations
 
@@ -36,17 +36,24 @@ def to_table_html(record: Any) -> str:
 
 
 def _shown(headline: str, header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
-    """A paragraph and a table; ``more`` rows are said to be left out."""
+    """A paragraph and a table; ``more`` rows are said to be left out, and columns of which nothing is known are."""
     parts = [f"<p>{'<br>'.join(escape(line) for line in headline.splitlines())}</p>"]
     if rows:
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        known = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+        head = _cells("th", [header[i] for i in known])
+        body = "".join(f"<tr>{_cells('td', [row[i] for i in known])}</tr>" for row in rows)
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     if more > 0:
         parts.append(
             f"<p>and {plural(more, 'more layer')}; <code>print(….to_text(verbose=True))</code> has them all</p>"
         )
     return "".join(parts)
+
+
+def _cells(tag: str, cells: Sequence[str]) -> str:
+    """Names begin at the left; notebooks put everything at the right."""
+    left = ' style="text-align: left"'
+    return "".join(f"<{tag}{'' if i else left}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells))
 
 
 def _report(report: Report) -> str:

@@ -120,6 +120,12 @@ def test_a_suggestion_and_an_extraction_in_one_line(records, tmp_path):
     assert made.endswith(", 1 layers>")
 
 
+def test_a_column_of_which_nothing_is_known_is_left_out(records):
+    shown = records["comparison"]._repr_html_()  # --quick looks at no other weights
+    assert "outside noise-like bases" in shown
+    assert "weight of the first intruder" not in shown
+
+
 def test_names_from_files_are_text():
     hostile = report(
         [layer(HOSTILE, (0,))], tuned={**made().tuned, "path": HOSTILE}, base={**made().base, "path": f"b{HOSTILE}"}

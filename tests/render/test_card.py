@@ -80,8 +80,8 @@ def test_hostile_names_stay_text(name):
 
 def test_its_home_is_linked_only_if_it_has_one(monkeypatch):
     made = report([layer("layers.0.q")])
-    assert "Made with Spectra 0;" in to_model_card(made)
-    assert "Made with [Spectra](https://example.org/x) 0;" in to_model_card(made, url="https://example.org/x")
+    assert "Made with Spectra 0." in to_model_card(made)
+    assert "Made with [Spectra](https://example.org/x) 0." in to_model_card(made, url="https://example.org/x")
     assert home() is None
 
     class Metadata:

@@ -18,6 +18,7 @@ from spectra.adapters.peft.parameters import parameter_updates
 from spectra.adapters.peft.refused import refuse_method, refuse_option
 from spectra.adapters.peft.replication import replicated, replication
 from spectra.adapters.peft.tokens import replaced_tokens
+from spectra.adapters.peft.unknown import refuse_unknown
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.adapters.unsupported import foreign_method
 from spectra.errors import AdapterError, UnsupportedMethodError
@@ -177,6 +178,7 @@ class PeftAdapter:
                 f"a LoRA does not hold this: it belongs to {method}, which this version cannot read",
                 stored.plain[name].name,
             )
+        refuse_unknown(stored, "LoRA")
         for name, info in stored.plain.items():
             planned = stored.saved(name, info)
             if isinstance(planned, Skipped):

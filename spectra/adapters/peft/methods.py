@@ -12,6 +12,7 @@ from spectra.adapters.peft.method import MethodUpdate, Slot
 from spectra.adapters.peft.multiplied import check_oft, ia3, oft
 from spectra.adapters.peft.products import adalora, check_adalora, loha, lokr
 from spectra.adapters.peft.tokens import replaced_tokens
+from spectra.adapters.peft.unknown import refuse_unknown
 from spectra.adapters.peft.vera import vera
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
 from spectra.adapters.unsupported import foreign_method
@@ -128,6 +129,7 @@ class PeftMethods:
             raise UnsupportedMethodError(
                 info.file, f"{method.label} does not hold this: it belongs to {other}", info.name
             )
+        refuse_unknown(stored, method.label)
         for name, info in stored.plain.items():
             planned = stored.saved(name, info)
             if isinstance(planned, Skipped):

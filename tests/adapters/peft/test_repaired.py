@@ -408,7 +408,7 @@ def test_names_metadata_and_odd_dtypes_stay(tmp_path, rng, make_base):
         "base_model.model.q.lora_A.default.weight": torch.randn(2, 5).bfloat16(),
         "base_model.model.a.bias": torch.randn(7).to(torch.float8_e4m3fn),
         "base_model.model.flag": torch.tensor(True),
-        "base_model.model.empty": torch.zeros(0, 3),
+        "base_model.model.empty": torch.zeros(0, 3, dtype=torch.int64),
     }
     save_file(tensors, home / WEIGHTS, metadata={"format": "pt", "trained": "é"})
     (home / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "unknown": None, "revision": "é"}) + "\n")

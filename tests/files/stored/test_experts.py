@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
-from spectra.errors import UsageError, WrongBaseError
+from spectra.errors import CorruptFileError, UsageError, WrongBaseError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.derived import Derived, Unreadable
 from spectra.pairing.pairs import pair_layers
@@ -319,7 +319,6 @@ def test_a_lone_expert_is_read_by_itself(monkeypatch, make_base, rng):
         ),
         ({"experts.up_proj": (3, 4, 5)}, {"hidden_size": 7}, "cannot be told"),
         ({"experts.mixer": (3, 4, 5)}, {"hidden_size": 5}, "a name that is not known"),
-        ({"experts.gate_up_proj": (0, 8, 5), "experts.down_proj": (0, 5, 4)}, {}, "empty"),
         ({"experts.gate_up_proj": (20000, 2, 1), "experts.down_proj": (20000, 1, 1)}, {}, "more than any model has"),
         (
             {"experts.w1": (3, 4, 4), "experts.w2": (3, 4, 4)},
@@ -343,6 +342,14 @@ def test_what_cannot_be_told_is_not_guessed(make_base, rng, tensors, config, say
     pairing = pair_layers(base, base, plan_updates(base))
     assert [pair.name for pair in pairing.pairs] == ["q"]
     assert {item.name for item in pairing.skipped} == set(tensors)
+
+
+def test_a_stack_of_no_experts_was_saved_incompletely(make_base, rng):
+    arrays = {"experts.gate_up_proj": np.zeros((0, 8, 5)), "experts.down_proj": np.zeros((0, 5, 4))}
+    base = open_checkpoint(make_base({**arrays, "q.weight": rng.normal(size=(4, 4))}))
+    assert all(isinstance(base.weights[name], Unreadable) for name in arrays)
+    with pytest.raises(CorruptFileError, match=r"gate_up_proj|down_proj.*saved incompletely"):
+        plan_updates(base)
 
 
 @pytest.mark.parametrize("turned", [False, True])
