@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import spectra
+from benchmarks.browser import browser, chromium
 from spectra import plots
 from spectra.cli import COMMANDS
 from tests.support.paths import ROOT
@@ -166,3 +167,16 @@ def test_links_of_the_repository_lead_somewhere(path):
         assert target.exists(), link
         if parts.fragment:
             assert parts.fragment in anchors(target), link
+
+
+@pytest.mark.skipif(
+    chromium() is None and os.environ.get("SPECTRA_TEST_BROWSER") != "required", reason="there is no Chromium here"
+)
+@pytest.mark.parametrize("page", ["index", "usual", "repair", "speed"])
+def test_no_page_is_wider_than_the_window(site, page):
+    with browser() as running:
+        shown = running.new_page()
+        shown.goto((site / f"{page}.html").as_uri())
+        for width in (390, 800, 1100, 1200, 1263, 1264, 1320, 1552, 1695, 1696, 1900):  # on either side of each breakpoint
+            shown.set_viewport_size({"width": width, "height": 900})
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width, width
