@@ -216,6 +216,7 @@ def draw(rows: list[Row], axes: Axes) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(-0.5, 3 * max(row["intruders"] for row in rows) + 1)
     axes.set_xlabel("KL(base‖tuned), nats per token")
     axes.set_ylabel("intruder dimensions")
     axes.legend()
