@@ -177,6 +177,18 @@ def test_no_page_is_wider_than_the_window(site, page):
     with browser() as running:
         shown = running.new_page()
         shown.goto((site / f"{page}.html").as_uri())
-        for width in (390, 800, 1100, 1200, 1263, 1264, 1320, 1552, 1695, 1696, 1900):  # on either side of each breakpoint
+        for width in (
+            390,
+            800,
+            1100,
+            1200,
+            1263,
+            1264,
+            1320,
+            1552,
+            1695,
+            1696,
+            1900,
+        ):  # on either side of each breakpoint
             shown.set_viewport_size({"width": width, "height": 900})
             assert shown.evaluate("document.documentElement.scrollWidth") <= width, width

@@ -38,6 +38,7 @@ from spectra.files.headers import (
 )
 from spectra.files.pickles import read_pickle
 from spectra.files.pipelines import INDEX, components_of
+from spectra.files.shards import shards_in
 from spectra.files.stored import derive, other_forms, weights_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ PICKLED_FILES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
 SHARD = re.compile(r"-\d+-of-\d+\.")
 STEP = re.compile(r"checkpoint-\d+")  # a folder of a training run
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MLX_FILE = "adapters.safetensors"
+NO_ADAPTER_HERE = "adapter_config.json lies here without an adapter's weights; the whole model beside it was read"
 
 
 @dataclass(frozen=True)
@@ -263,9 +266,16 @@ def _open_folder(folder: Path, as_base: bool, allow_pickle: bool) -> Checkpoint:
     kinds = ("safetensors", "bin") if allow_pickle else ("safetensors",)
     whole = any((folder / name).exists() for name in names)
     whole |= any(any(folder.glob(f"*.{kind}.index.json")) for kind in kinds)
-    adapter = (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists()
-    if adapter and not (as_base and whole):
+    configured = (folder / "adapter_config.json").exists()
+    stale = configured and whole and not any((folder / name).exists() for name in (*ADAPTER_FILES, MLX_FILE))
+    if (configured or (folder / ADAPTER_FILES[0]).exists()) and not stale and not (as_base and whole):
         return _open_adapter(folder, allow_pickle)
+    opened = _open_model(folder, allow_pickle)
+    return replace(opened, aside={**opened.aside, "adapter_config.json": NO_ADAPTER_HERE}) if stale else opened
+
+
+def _open_model(folder: Path, allow_pickle: bool) -> Checkpoint:
+    """A folder that is no adapter's own."""
     config = _config(folder)
     for name in SINGLE_FILES:
         if os.path.lexists(folder / name):
@@ -299,6 +309,10 @@ def _open_folder(folder: Path, as_base: bool, allow_pickle: bool) -> Checkpoint:
         raise AmbiguousFilesError(folder, f"several GGUF files: {_names(ggufs)}; name one of them")
     if ggufs:
         return _open_gguf(folder, check_within(ggufs[0], folder))
+    if not any((folder / name).exists() for name in PICKLED_FILES) and not any(folder.glob("*.bin.index.json")):
+        shards = shards_in(folder)
+        if shards is not None:
+            raise MissingFileError(folder, shards)
     pickles = sorted(child for child in folder.iterdir() if child.suffix in PICKLE_SUFFIXES)
     if pickles and not allow_pickle:
         raise UnsafeFileError(pickles[0], PICKLE_ADVICE)
@@ -358,9 +372,9 @@ def _step(folder: Path) -> int:
 
 
 def _open_adapter(folder: Path, allow_pickle: bool = False) -> Checkpoint:
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists() and (folder / "adapter_model.bin").exists():
-        weights = folder / "adapter_model.bin"
+    weights, pickled = (folder / name for name in ADAPTER_FILES)
+    if not weights.exists() and pickled.exists():
+        weights = pickled
         if not allow_pickle:
             raise UnsafeFileError(weights, PICKLE_ADVICE)
     if not weights.exists():

@@ -343,8 +343,9 @@ def test_numbers_too_long_to_convert(tmp_path, good):
 def test_a_whole_model_beside_a_stray_adapter_config(tmp_path, good):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert open_checkpoint(tmp_path, as_base=True).layout == "safetensors"
-    with pytest.raises(MissingFileError, match="adapter's weights are missing"):
-        open_checkpoint(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    assert (opened.layout, opened.adapter_config) == ("safetensors", None)
+    assert "without an adapter's weights" in opened.aside["adapter_config.json"]
 
 
 def test_mlx_folders_are_named(tmp_path, good):
