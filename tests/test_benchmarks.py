@@ -11,25 +11,24 @@ import pytest
 from benchmarks.__main__ import NAMES
 from tests.support.paths import ROOT
 
+QUICK = [name for name in NAMES if name != "proof"]  # tests/svd/test_proof.py is that one
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "proof"])  # tests/svd/test_proof.py is that one
-def test_a_benchmark_runs(tmp_path, name):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        name,
-        "--quick",
-        "--output",
-        str(tmp_path),
-        "--scratch",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    table = json.loads((tmp_path / f"{name}.json").read_text())
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """What all of them wrote, one after the other in one process, as ``python -m benchmarks`` runs them."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    command = [sys.executable, "-m", "benchmarks", *QUICK, "--quick", "--output", str(folder), "--scratch", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_benchmark_runs(output, name):
+    table = json.loads((output / f"{name}.json").read_text())
     assert table["rows"]
     assert all(row.get("agrees", True) for row in table["rows"])
-    assert (tmp_path / f"{name}.md").read_text().count("|") > 10
+    assert (output / f"{name}.md").read_text().count("|") > 10
     for picture in ("png", "svg"):
-        assert (tmp_path / f"{name}.{picture}").stat().st_size > 2000
+        assert (output / f"{name}.{picture}").stat().st_size > 2000

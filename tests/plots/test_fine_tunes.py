@@ -70,7 +70,10 @@ def test_trajectory_in_the_order_of_steps():
 
 
 def test_trajectory_needs_steps():
-    with pytest.raises(UsageError, match="one: no training step in the name; expected one like checkpoint-200"):
+    with pytest.raises(
+        UsageError,
+        match="one: a trajectory needs the checkpoints of a training run; this name has no step such as checkpoint-200",
+    ):
         plots.trajectory([*STEPS, model(1, LLAMA)])
     with pytest.raises(UsageError, match="at least two checkpoints of one run"):
         plots.trajectory(STEPS[:1])
@@ -100,7 +103,7 @@ def test_overlap_matrix():
         assert written[b, a] == "0.02"
     assert np.isnan(np.diag(values)).all()
     assert "random" in axes.get_title()
-    with pytest.raises(UsageError, match="no overlaps"):
+    with pytest.raises(UsageError, match="overlaps need at least two"):
         plots.overlap_matrix(replace(comparison, overlaps=()))
 
 

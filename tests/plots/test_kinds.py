@@ -98,5 +98,5 @@ assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_nothing_to_draw(kind):
-    with pytest.raises(UsageError, match=r"nothing to draw|no overlaps"):
+    with pytest.raises(UsageError, match=r"nothing to draw|overlaps need at least two"):
         kind.draw([])

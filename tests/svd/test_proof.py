@@ -1,4 +1,4 @@
-"""Every engine against the definition on 2,000 random and adversarial matrices.
+"""Every engine against the definition on 1,000 random and adversarial matrices.
 
 ``python -m benchmarks proof`` does it on 10,000.
 """
@@ -16,22 +16,22 @@ from spectra.svd import certificate
 from spectra.svd.matching import BORDERLINE
 
 
-def test_two_thousand_matrices():
+def test_a_thousand_matrices():
     by_itself: Counter[str] = Counter()
     problems: list[str] = []
     vectors = intruders = 0
-    for outcome in proof.outcomes(seed=0, trials=2_000, large=0, workers=1):
+    for outcome in proof.outcomes(seed=0, trials=1_000, large=0, workers=1):
         by_itself.update(outcome.by_itself)
         problems += outcome.problems
         vectors += outcome.vectors
         intruders += outcome.intruders
     assert not problems, "\n".join(problems[:5])
-    assert vectors > 16_000
-    assert intruders > 3_000
+    assert vectors > 8_000
+    assert intruders > 1_500
     # Too few that an engine decided by itself would prove nothing about it.
-    assert by_itself["krylov"] > 100
-    assert by_itself["cached"] > 600
-    assert by_itself["cached, float32 first"] > 600
+    assert by_itself["krylov"] > 50
+    assert by_itself["cached"] > 300
+    assert by_itself["cached, float32 first"] > 300
 
 
 @pytest.mark.parametrize(

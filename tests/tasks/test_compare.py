@@ -150,7 +150,7 @@ def test_counts_and_thresholds_by_adapter_weight(family, base):
     """The counts at every weight, and that the first crossing lies where it is said to lie."""
     for member in ("lora-r4", "full", "dora-r16"):
         report = family.reports[MEMBERS.index(member)]
-        for layer in report.layers[1:20:6]:
+        for layer in report.layers[1:20:9]:
             W0, dW = base[f"{layer.name}.weight"], plain_update(member, layer.name, base)
             curve = layer.weights
             assert [weight for weight, _ in curve["counts"]] == list(WEIGHTS)
