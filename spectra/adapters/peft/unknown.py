@@ -37,7 +37,7 @@ def refuse_unknown(stored: StoredKeys, label: str) -> None:
         if _METHODS_OWN.search(own):
             why = f"is no tensor that {label} is known to have, though it is named as one of an adapter method"
         elif (module := _home(own, adapted)) is not None:
-            why = f"lies in {module}, which has factors of {label}, and {label} has no such tensor; what it does is not known"
+            why = f"lies in {module}, which has factors of {label}; {label} is not known to have such a tensor"
         elif (half := _HALF_NAMED.search(own)) and _other(name, half[1]) in stored.plain:
             why = (
                 "is no name of peft's for a factor: an adapter that is called 'lora' is saved so, since peft takes "
