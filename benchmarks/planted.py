@@ -89,7 +89,7 @@ PLANTED = (
     ),
     Planted(
         "deep nesting in an index",
-        "files/headers.py",
+        "files/configs.py",
         "    except (OSError, ValueError, RecursionError) as error:\n        raise CorruptFileError(path, f",
         "    except (OSError, ValueError) as error:\n        raise CorruptFileError(path, f",
         "RecursionError",
@@ -97,7 +97,7 @@ PLANTED = (
     ),
     Planted(
         "a field of an entry that occurs twice",
-        "files/headers.py",
+        "files/configs.py",
         "            if name in entries:\n",
         "            if name in entries and tensor is None:\n",
         "",

@@ -21,6 +21,7 @@ from spectra.errors import (
     SpectraError,
     UnsafeFileError,
 )
+from spectra.files.configs import read_json
 from spectra.files.derived import Alternative, Derived, Unreadable, Weight, in_component, read_rows
 from spectra.files.fingerprints import Fingerprint, digest_of, digest_of_file, fingerprint_of
 from spectra.files.gguf import model_of, read_gguf
@@ -33,20 +34,20 @@ from spectra.files.headers import (
     check_within,
     leads_out,
     read_header,
-    read_json,
     stored_value,
 )
 from spectra.files.pickles import read_pickle
 from spectra.files.pipelines import INDEX, components_of
 from spectra.files.shards import shards_in
 from spectra.files.stored import derive, other_forms, weights_of
+from spectra.files.wrapped import by_own_names
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "BYTES_PER_ELEMENT", "PICKLE_SUFFIXES", "SINGLE_FILES", "Checkpoint", "Fingerprint", "TensorInfo",
-    "leads_out", "open_checkpoint", "read_header", "read_json",
+    "leads_out", "open_checkpoint", "read_header",
 ]  # fmt: skip
 
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -218,7 +219,8 @@ def open_checkpoint(path: str | Path, *, as_base: bool = False, allow_pickle: bo
     """
     path = Path(path)
     try:
-        return _open_folder(path, as_base, allow_pickle) if path.is_dir() else _open_file(path, allow_pickle)
+        opened = _open_folder(path, as_base, allow_pickle) if path.is_dir() else _open_file(path, allow_pickle)
+        return replace(opened, tensors=by_own_names(opened.tensors.values()))
     except SpectraError:
         raise
     except OSError as error:  # no permission, a name too long, a disk that fails

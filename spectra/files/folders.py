@@ -15,8 +15,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from spectra.errors import CheckpointError, SpectraError, UsageError
-from spectra.files.checkpoint import PICKLE_SUFFIXES, Checkpoint, leads_out, read_json
+from spectra.files.checkpoint import PICKLE_SUFFIXES, Checkpoint, leads_out
+from spectra.files.configs import read_json
 from spectra.files.whole import PARTIAL
+from spectra.files.wrapped import own_name
 
 RECORD = "spectra-repair.json"  # what a repaired folder says of how it was made
 CARD = "README.md"
@@ -236,7 +238,8 @@ def _own_index(folder: Path, source: Checkpoint) -> str | None:
     shards = {name: info.file.name for name, info in source.tensors.items()}
     for path in sorted(folder.glob("*.safetensors.index.json")):
         with contextlib.suppress(SpectraError):
-            if read_json(path).get("weight_map") == shards:
+            named = read_json(path).get("weight_map")
+            if isinstance(named, dict) and {own_name(name): shard for name, shard in named.items()} == shards:
                 return path.name
     return None
 

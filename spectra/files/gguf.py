@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectra.errors import CorruptFileError, MissingFileError, UnsupportedMethodError
-from spectra.files.headers import CHUNK, MAX_HEADER_BYTES, MAX_NAME, ForeignTensor, TensorInfo, check_regular
+from spectra.files.configs import MAX_NAME, check_regular
+from spectra.files.headers import CHUNK, MAX_HEADER_BYTES, ForeignTensor, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

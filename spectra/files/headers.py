@@ -1,4 +1,4 @@
-"""What files say before any tensor is read: safetensors headers and small JSON files.
+"""What files say before any tensor is read: safetensors headers.
 
 Whoever made a file may have meant harm, so everything is bounded before it is read or parsed.  A header is parsed
 entry by entry: one that is broken costs no memory in proportion to its length.
@@ -10,13 +10,12 @@ import json
 import math
 import os
 import re
-import stat
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from spectra.errors import CorruptFileError, MissingFileError, UnsafeFileError
+from spectra.files.configs import MAX_NAME, check_regular, unique_names
 from spectra.files.values import DTYPES, Stamp, stamp_of, values_at
 
 if TYPE_CHECKING:
@@ -40,13 +39,9 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_METADATA_BYTES = 32_000_000  # trainers store their settings and captions there, of some megabytes
 MAX_PADDING_BYTES = 1_000_000  # writers align to 8 bytes, some to pages
 MAX_ENTRY_BYTES = 1 << 16
-MAX_NAME = 500  # letters; the longest names in use have less than 200
 # An entry takes some 70 bytes: from here on a header must be smaller than the data it describes.
 MANY_ENTRIES_BYTES = 1 << 19
 CHUNK = 1 << 18
-
-MAX_CONFIG_BYTES, MAX_CONFIG_ITEMS = 4_000_000, 100_000  # the largest name 20,000 labels, twice
-MAX_INDEX_BYTES, MAX_INDEX_ITEMS = 32_000_000, 400_000  # the largest models have 150,000 tensors
 
 _SPACE = rb"[ \t\r\n]*+"
 _STRING = rb'"(?:[^"\\\x00-\x1f]|\\.)*+"'
@@ -75,6 +70,11 @@ class TensorInfo:
     @property
     def is_float(self) -> bool:
         return self.dtype in BYTES_PER_ELEMENT
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether its values are numbers with a point, eight bits included, which without scales only factors have."""
+        return self.is_float or self.dtype in ("F8_E4M3", "F8_E5M2")
 
     @property
     def size(self) -> int:
@@ -148,66 +148,6 @@ def check_within(file: Path, folder: Path) -> Path:
             file, f"this is a link that leads out of its folder, to {outside}; name that itself, or copy it"
         )
     return file
-
-
-def check_regular(path: Path) -> int:
-    """The size of a file in bytes.
-
-    Raises
-    ------
-    MissingFileError : it is a pipe, a device or a folder, where reading would wait or never end.
-    OSError : it is not there.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise MissingFileError(path, f"could not be opened: no regular file, but {what}")
-    return status.st_size
-
-
-def read_json(path: Path, *, unique: bool = False, index: bool = False) -> dict[str, Any]:
-    """A JSON object, or {} where the file does not exist.
-
-    With ``unique`` a name that occurs twice is an error: readers differ in which they take.  An ``index`` may be
-    longer than a configuration.
-
-    Raises
-    ------
-    MissingFileError, CorruptFileError
-    """
-    most_bytes, most_items = (MAX_INDEX_BYTES, MAX_INDEX_ITEMS) if index else (MAX_CONFIG_BYTES, MAX_CONFIG_ITEMS)
-    try:
-        size = check_regular(path)
-        if size > most_bytes:
-            raise CorruptFileError(path, f"{size:,} bytes; expected at most {most_bytes:,} of such a file")
-        with path.open("rb") as file:
-            raw = file.read(most_bytes)
-        if sum(raw.count(mark) for mark in (b",", b"{", b"[")) > most_items:
-            raise CorruptFileError(path, f"more than {most_items:,} items, which no such file has")
-        value = json.loads(raw.decode(), object_pairs_hook=_unique(path) if unique else None)
-    except FileNotFoundError as error:
-        if isinstance(error, MissingFileError):
-            raise
-        return {}
-    except CorruptFileError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptFileError(path, f"not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CorruptFileError(path, f"expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def _unique(path: Path, tensor: str | None = None) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in entries:
-                raise CorruptFileError(path, f"{name[:MAX_NAME]!r} occurs twice", tensor)
-            entries[name] = value
-        return entries
-
-    return hook
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -386,7 +326,7 @@ def _tensor(path: Path, name: str, stored: bytes, begins: int, stamp: Stamp) -> 
     try:
         entry = json.loads(stored.decode())
         if len(entry) != stored.count(b":"):  # a key that occurs twice, or a colon in a text
-            entry = json.loads(stored.decode(), object_pairs_hook=_unique(path, name))
+            entry = json.loads(stored.decode(), object_pairs_hook=unique_names(path, name))
     except CorruptFileError:
         raise
     except (ValueError, RecursionError):

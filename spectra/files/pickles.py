@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.errors import AmbiguousFilesError, CorruptFileError, MissingFileError, SpectraError, UnsafeFileError
 from spectra.files.archives import Archive, read_members
-from spectra.files.headers import MAX_NAME, ForeignTensor, TensorInfo, check_regular
+from spectra.files.configs import MAX_NAME, check_regular
+from spectra.files.headers import ForeignTensor, TensorInfo
 from spectra.files.values import raw_at
 
 if TYPE_CHECKING:

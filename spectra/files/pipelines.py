@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import AmbiguousFilesError, CorruptFileError, MissingFileError, UnsafeFileError
-from spectra.files.headers import PICKLE_ADVICE, PICKLE_SUFFIXES, check_within, read_json
+from spectra.files.configs import read_json
+from spectra.files.headers import PICKLE_ADVICE, PICKLE_SUFFIXES, check_within
 
 INDEX = "model_index.json"
 # Weights of a component, or their index: of diffusers' models and of transformers', with a variant or without.

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from spectra import __version__
 from spectra.errors import SpectraError
-from spectra.files.checkpoint import Checkpoint, read_json
+from spectra.files.checkpoint import Checkpoint
+from spectra.files.configs import read_json
 from spectra.files.orientation import Layout, matrix_shape
 from spectra.files.places import default_root
 from spectra.files.whole import PARTIAL, write_whole

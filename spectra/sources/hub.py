@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from spectra.errors import AmbiguousFilesError, MissingFileError, SpectraError, UnsafeFileError, UsageError, in_short
 from spectra.files.checkpoint import PICKLED_FILES, SINGLE_FILES
-from spectra.files.headers import PICKLE_ADVICE, read_json
+from spectra.files.configs import read_json
+from spectra.files.headers import PICKLE_ADVICE
 from spectra.files.pipelines import INDEX, weights_among
 
 CONFIGS = ("config.json", "adapter_config.json", INDEX)

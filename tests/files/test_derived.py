@@ -203,7 +203,7 @@ def test_many_quantised_tensors_take_no_time_for_each_other(tmp_path):
     tensors = {
         f"m.{i}.weight": TensorInfo(f"m.{i}.weight", "F8_E4M3", (4, 4), tmp_path, (16 * i, 16)) for i in range(50_000)
     }
-    before = time.perf_counter()
+    before = time.process_time()
     made = spectra.files.stored.derive(tensors, {})
     assert len(spectra.files.stored.weights_of(tensors, made)) == len(made) == 50_000
-    assert time.perf_counter() - before < 10
+    assert time.process_time() - before < 10

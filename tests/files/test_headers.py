@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spectra.errors import CorruptFileError, MissingFileError
-from spectra.files.headers import MAX_ENTRY_BYTES, MAX_METADATA_BYTES, read_header, read_json
+from spectra.files.configs import read_json
+from spectra.files.headers import MAX_ENTRY_BYTES, MAX_METADATA_BYTES, read_header
 from tests.support import hostile
 
 PLACE = Path("model.safetensors")

@@ -647,7 +647,7 @@ def typed(box: Path, dtype: str, bits: int) -> None:
     raw(box / WEIGHTS, {A: entry((2, 8), 0, size, dtype), B: entry((8, 2), size, 2 * size, dtype)}, b"\0" * (2 * size))
 
 
-for _dtype, _bits in (("I32", 32), ("BOOL", 8), ("F8_E4M3", 8), ("F4", 4), ("C64", 64)):
+for _dtype, _bits in (("I32", 32), ("BOOL", 8), ("F8_E8M0", 8), ("F4", 4), ("C64", 64)):
     case(f"factors of {_dtype}", WEIGHTS, A, _dtype)(partial(typed, dtype=_dtype, bits=_bits))
 
 
@@ -789,7 +789,7 @@ def in_a_fork(arguments: Arguments, answer: Path, known: Arguments) -> dict[str,
             _run_here(arguments, answer, known)
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120  # of a busy machine; what it may take is counted in processor time
     while os.waitpid(child, os.WNOHANG)[0] == 0:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)

@@ -45,6 +45,8 @@ RENAMED = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe", "minimax_m3_v
 FUSED = "gate_up_proj"
 FROM_HIDDEN = frozenset({FUSED, "gate_proj", "up_proj", "w1", "w3", "v1", "fc1", "fc3", "input_linear"})
 TO_HIDDEN = frozenset({"down_proj", "w2", "fc2", "output_linear"})
+# What gpt-oss's experts are called where each is a linear module of its own, as Unsloth has them.
+LISTED = {FUSED: "gate_up_projs", "down_proj": "down_projs"}
 LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 # More experts than any model has; and how many weights may come of how many bytes, or a small file could name millions.
@@ -211,6 +213,9 @@ def other_forms(
         for own in (home, *_renamed(home, family, named)):
             for part, info in plain.items():
                 yield from _same(info, own, part, lettered)
+                if part in LISTED and (not named or family in INTERLEAVED):
+                    stack, _, number = own.rpartition(".")
+                    yield _alias(info, f"{stack}.{LISTED[part]}.{number}.weight")
             gate, up = plain.get("gate_proj"), plain.get("up_proj")
             if gate is not None and up is not None and gate.shape == up.shape and gate.dtype == up.dtype:
                 yield _fused(gate, up, f"{own}.{FUSED}.weight", joined)
@@ -220,6 +225,8 @@ def other_forms(
 
 def _routers(info: Weight, family: str | None, named: bool) -> Iterator[Alternative]:
     """What else the matrix is called that chooses among the experts."""
+    if info.name.endswith(".mlp.router.weight") and (not named or family in INTERLEAVED):
+        yield _alias(info, info.name.replace(".router.weight", ".router.linear.weight"))
     pairs = [(".block_sparse_moe.router.layer.", ".block_sparse_moe.router.")]
     if not named or family in RENAMED:
         pairs.append((".block_sparse_moe.gate.", ".mlp.router." if family == "phimoe" else ".mlp.gate."))

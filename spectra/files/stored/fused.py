@@ -5,7 +5,8 @@ store apart, ``X.q_proj``, ``X.k_proj`` and ``X.v_proj``, ``X.gate_proj`` and ``
 for models that are not in it, their authors' code) split the output:
 
 ===========  ========================================================================================================
-thirds       q, k and v, as long as each other: GPT-2, MPT, ModernBERT, Baichuan, torch's MultiheadAttention
+thirds       q, k and v, as long as each other: GPT-2, MPT, ModernBERT, Baichuan, torch's MultiheadAttention; the qkv
+             of image transformers that come without a config of transformers
 grouped      all of q, then the fewer heads of k and v: Phi-3, DBRX, multi-query GPT-BigCode, ChatGLM, Falcon-7B
 by head      q, k and v of the first head, then of the next: GPT-NeoX, BLOOM, Falcon-RW, Persimmon
 by group     the queries of a group of heads, its key, its value, then the next: Falcon-40B and 180B, InternLM2
@@ -28,8 +29,10 @@ GATED = ("gate_proj", "up_proj")
 # What modules with several projections are called, and what the same are called where they are apart.
 FUSED_QKV = ("qkv_proj", "query_key_value", "Wqkv", "wqkv", "c_attn", "W_pack", "qkv", "in_proj_weight")
 FUSED_GATED = ("gate_up_proj", "dense_h_to_4h")
-APART_QKV = frozenset({*QKV, "query", "key", "value", "q", "k", "v", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin"})
+APART_QKV = frozenset({*QKV, "query", "key", "value", "q", "k", "v", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin",
+                        "to_q", "to_k", "to_v"})  # fmt: skip
 APART_GATED = frozenset({*GATED, "w1", "w3"})
+PROJECTIONS = frozenset({*APART_QKV, *APART_GATED, *FUSED_QKV, *FUSED_GATED})
 
 Splitter = Callable[["_Fields", tuple[int, int]], "dict[str, Rows]"]
 
@@ -241,8 +244,8 @@ def is_turned(name: str, config: Mapping[str, Any]) -> bool:
 def _parts(name: str, shape: tuple[int, int], config: Mapping[str, Any]) -> dict[str, Rows]:
     """The rows of each projection in a fused matrix of ``shape`` (out, in); raises _Missing."""
     module, values, family = fused_module(name), _of_module(name, config), _family(name, config)
-    if module == "in_proj_weight":
-        split: Splitter | None = _thirds
+    if module == "in_proj_weight" or (module == "qkv" and not family and shape[0] == 3 * shape[1]):
+        split: Splitter | None = _thirds  # the latter of image transformers, whose single files have no config
     elif not family:
         raise _Missing("config.json does not give model_type")
     elif is_expert(name):

@@ -16,8 +16,10 @@ from spectra.errors import (
     in_short,
 )
 from spectra.files.checkpoint import Checkpoint
+from spectra.files.configs import MAX_NAME
 from spectra.files.derived import Alternative, Derived, Reader, Unreadable, Weight, read_rows, sources_of
-from spectra.files.headers import MAX_NAME, ForeignTensor, TensorInfo
+from spectra.files.headers import ForeignTensor, TensorInfo
+from spectra.files.wrapped import own_name
 from spectra.sources.live.saving import config_of, saved_names, tied_names
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def model_in_memory(
         state = model.state_dict()
     except NotImplementedError as error:  # bitsandbytes' quantised embeddings
         raise UnsupportedMethodError(path, f"its tensors cannot be read: {in_short(error)}") from None
-    own = {name: unwrapped(plain_name(name)) for name in state}
+    own = {name: unwrapped(own_name(name)) for name in state}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     kept = {name: state[inside] for inside, name in own.items() if name is not None and name not in ignored}
     saved = saved_names(model, kept)
@@ -216,11 +218,6 @@ def _renamed(info: Weight, name: str) -> Alternative | Unreadable:
         how=info.how if isinstance(info, Derived) else "",
         quantised=info.quantised if isinstance(info, Derived) else None, whole=False, uses=(info.name,),
     )  # fmt: skip
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name without what compiling or checkpointing single modules puts into it."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _check_whole(path: Path, model: torch.nn.Module) -> None:

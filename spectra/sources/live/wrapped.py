@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UnsupportedMethodError, UsageError, in_short
-from spectra.sources.live.memory import ADAPTER_IN_MEMORY, LiveCheckpoint, model_in_memory, plain_name, tensors_of
+from spectra.files.wrapped import own_name
+from spectra.sources.live.memory import ADAPTER_IN_MEMORY, LiveCheckpoint, model_in_memory, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def base_of(model: torch.nn.Module) -> LiveCheckpoint:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     prefixes = []
-    for name, module in [(plain_name(name), module) for name, module in inner.named_modules()]:
+    for name, module in [(own_name(name), module) for name, module in inner.named_modules()]:
         if isinstance(module, BaseTunerLayer):
             if module.merged:
                 raise UsageError(
@@ -187,7 +188,7 @@ def _adapter_state(model: torch.nn.Module, name: str, path: Path) -> dict[str, A
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UnsupportedMethodError(path, f"peft cannot tell what it would save: {in_short(error)}") from None
     before = "" if isinstance(model, PeftModel) else PREFIX
-    return {before + plain_name(key): value for key, value in state.items()}
+    return {before + own_name(key): value for key, value in state.items()}
 
 
 def _with_embeddings(model: torch.nn.Module, config: Any) -> bool:
