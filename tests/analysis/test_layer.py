@@ -73,12 +73,12 @@ def test_a_cosine_of_exactly_epsilon_is_no_intruder():
 
 
 def test_large_clusters_take_no_time():
-    started = time.perf_counter()
+    started = time.process_time()
     rotation = scipy.linalg.hadamard(512) / np.sqrt(512)
     found = find_intruders(np.eye(512), rotation, top_k=5)
     assert len(found.vectors) == 512
     assert found.intruders == ()
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_a_cluster_that_reaches_into_the_null_space_counts_whole():

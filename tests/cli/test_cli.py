@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -32,6 +33,39 @@ def test_help_answers_at_once(arguments):
         assert result.returncode == 0
         assert result.stdout
     assert min(seconds) < 0.5
+
+
+WAITS = "import os, sys; sys.argv = ['spectra', 'inspect', sys.argv[1]]; from spectra.cli import main; main(); "
+WAITS += "import torch; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "PASSIVE None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"), ({"GOMP_SPINCOUNT": "9"}, "None 9")],
+)
+def test_threads_that_wait_let_others_work(given, expected):
+    """As ``python -m benchmarks neighbours`` measures; never over what the user has chosen."""
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    environment = {name: value for name, value in os.environ.items() if name not in chosen} | given
+    command = [sys.executable, "-c", WAITS, LORA]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == expected
+
+
+def test_where_torch_is_loaded_already_nothing_is_set(monkeypatch):
+    import torch  # noqa: F401
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert main(["inspect", LORA]) == 0
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
+def test_an_audit_loads_no_library_that_it_does_not_need():
+    heavy = ("scipy.stats", "scipy.integrate", "pandas", "matplotlib", "transformers", "peft", "plotly")
+    code = f"import sys; from spectra.cli import main; assert main(['audit', {LORA!r}, '--quiet']) == 0; "
+    code += f"assert not {set(heavy)} & set(sys.modules), {set(heavy)} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_interrupt_exits_with_130(tmp_path, make_base, rng):

@@ -15,7 +15,7 @@ from typing import Any
 
 from spectra.errors import AdapterError
 
-SECONDS = 0.5  # for all that one pattern table takes
+SECONDS = 0.5  # of processor time, for all that one pattern table takes: a busy machine refuses nothing
 MAX_EXPRESSIONS = 200  # peft itself writes plain names, people a handful of expressions
 MAX_LENGTH = 500
 MAX_GROUPS = 20
@@ -61,18 +61,18 @@ class Pattern:
         return self._values[first] if first < len(self._values) else default
 
     def _matches(self, expression: Any, module: str) -> bool:
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             return expression.match(module, timeout=self._seconds_left) is not None
         except TimeoutError:
             raise AdapterError(self.file, f"the pattern {expression.pattern[8:80]!r} takes too long to match") from None
         finally:
-            self._seconds_left = max(self._seconds_left - (time.monotonic() - started), 1e-3)
+            self._seconds_left = max(self._seconds_left - (time.thread_time() - started), 1e-3)
 
     def _compile(self, key: str) -> Any:
         import regex
 
-        started = time.monotonic()
+        started = time.thread_time()
         counts = [int(number) for number in re.findall(r"\d+", key)] if "{" in key else []
         elaborate = key.count("(") > MAX_GROUPS or math.prod(counts) > MAX_REPEATS or "(?" in key.replace("(?:", "")
         if len(key) > MAX_LENGTH or elaborate:
@@ -81,7 +81,7 @@ class Pattern:
             compiled = regex.compile(rf"(.*\.)?({key})$", cache_pattern=False)
         except (regex.error, MemoryError, RecursionError, OverflowError) as error:
             raise AdapterError(self.file, f"the pattern {key[:80]!r} is no regular expression: {error}") from None
-        self._seconds_left -= time.monotonic() - started
+        self._seconds_left -= time.thread_time() - started
         if self._seconds_left <= 0:
             raise AdapterError(self.file, f"the pattern {key[:80]!r} takes too long to compile")
         return compiled

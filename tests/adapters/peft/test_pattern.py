@@ -61,8 +61,8 @@ def test_patterns_match_as_in_peft():
 
 def test_many_plain_patterns_are_fast():
     pattern = Pattern(FIXTURES, {f"model.layers.{i}.self_attn.q_proj": i for i in range(2000)})
-    started = time.perf_counter()
+    started = time.process_time()
     assert [pattern.lookup(f"model.layers.{i}.self_attn.q_proj", -1) for i in range(0, 2000, 10)] == list(
         range(0, 2000, 10)
     )
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
