@@ -17,6 +17,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core; threads
     torch.set_num_threads(1)
 
 
+# The files that take longest, so that no process ends with one of them while the others wait.
+LONGEST = (
+    "test_benchmarks", "test_notebooks", "test_compare", "test_fixtures", "test_examples", "test_kinds", "test_repair",
+    "test_proof", "test_browser", "test_hostile", "test_plot", "test_callback",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; within them, and after them, the order stays."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
