@@ -6,6 +6,7 @@ line in ``DIALECTS``.  The tests over the registry then run on it by themselves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from spectra.adapters.diffusers import DiffusersLora
@@ -14,6 +15,7 @@ from spectra.adapters.full import FullCheckpoint, WholeTensor
 from spectra.adapters.gguf import GgufLora, with_heads
 from spectra.adapters.kohya import KohyaLora
 from spectra.adapters.mlx import MlxAdapter
+from spectra.adapters.peft.ignored import inert_options, without_options
 from spectra.adapters.peft.initialised import InitialisedUpdate, uses_initial, with_initial
 from spectra.adapters.peft.lora import PeftAdapter
 from spectra.adapters.peft.method import MethodUpdate
@@ -21,30 +23,35 @@ from spectra.adapters.peft.methods import PeftMethods
 from spectra.adapters.peft.parameters import against_parameters
 from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped, formula_of, rescales_base
 from spectra.adapters.unsupported import Unsupported
+from spectra.adapters.xlabs import XlabsLora
 from spectra.errors import CorruptFileError
+from spectra.files.beside import beside
 from spectra.files.checkpoint import Checkpoint
+from spectra.files.derived import Weight
 
 # The first that recognises a checkpoint reads it; FullCheckpoint takes what nobody else does.
 DIALECTS: tuple[Dialect, ...] = (
-    GgufLora(), MlxAdapter(), PeftMethods(), PeftAdapter(), KohyaLora(), DiffusersLora(), Unsupported(),
-    FullCheckpoint(),
+    GgufLora(), MlxAdapter(), PeftMethods(), PeftAdapter(), XlabsLora(), KohyaLora(), DiffusersLora(),
+    Unsupported(), FullCheckpoint(),
 )  # fmt: skip
 
 __all__ = [
     "DIALECTS", "Dialect", "InitialisedUpdate", "MethodUpdate", "Plan", "PlannedUpdate", "Skipped",
-    "StoredFactors", "WholeTensor", "against_base", "formula_of", "plan_updates", "rescales_base",
-    "uses_initial",
+    "StoredFactors", "WholeTensor", "against_base", "formula_of", "lying_beside", "plan_updates",
+    "rescales_base", "uses_initial", "without_options",
 ]  # fmt: skip
 
 
-def against_base(plan: Plan, base: Checkpoint) -> Plan:
+def against_base(plan: Plan, base: Checkpoint, parts: Mapping[str, Weight] | None = None) -> Plan:
     """The plan with what only the base tells of its updates: which modules they are of, and their order of rows.
+
+    ``parts`` are the weights that the base's are split into, if they are.
 
     Raises
     ------
     WrongBaseError : several weights of the base could be meant, or it does not tell what is needed.
     """
-    return against_parameters(with_heads(placed_in(plan, base), base), base)
+    return against_parameters(with_heads(placed_in(plan, base, parts), base), base)
 
 
 def plan_updates(tuned: Checkpoint, initial: Checkpoint | None = None) -> Plan:
@@ -62,9 +69,16 @@ def plan_updates(tuned: Checkpoint, initial: Checkpoint | None = None) -> Plan:
         if dialect.recognises(tuned):
             plan = dialect.plan(tuned)
             _refuse_empty(tuned, plan)
-            plan = replace(plan, skipped=(*plan.skipped, *(Skipped(*item) for item in tuned.aside.items())))
+            aside = (Skipped(*item, "no_update") for item in tuned.aside.items())
+            plan = replace(plan, skipped=(*plan.skipped, *aside, *inert_options(tuned)))
             return with_initial(plan, tuned, initial) if isinstance(dialect, PeftAdapter) else plan
     raise AssertionError("FullCheckpoint recognises everything without an adapter config")
+
+
+def lying_beside(tuned: Checkpoint, plan: Plan) -> Iterator[Skipped]:
+    """What holds weights beside the files of a fine-tune that were read."""
+    for item in beside(tuned, adapter=not plan.complete):
+        yield Skipped(item.name, item.reason, "not_read" if item.trained else "no_update")
 
 
 def _refuse_empty(tuned: Checkpoint, plan: Plan) -> None:

@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectra.adapters.factors import StoredFactors, check_factors, common_facts, scalar
+from spectra.adapters.factors import ALONE, StoredFactors, check_factors, common_facts, scalar
+from spectra.adapters.peft.fields import INERT
 from spectra.adapters.peft.lora import KNOWN_FIELDS, NEUTRAL_INIT
 from spectra.adapters.peft.pattern import Pattern
 from spectra.adapters.plan import AddedToBias, Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.errors import AdapterError, CorruptFileError, UnsupportedMethodError
-from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.checkpoint import PICKLE_SUFFIXES, Checkpoint, TensorInfo
 
 METADATA = "lora_adapter_metadata"
 
 _COMPONENT = r"(?P<component>unet|transformer(?:_[0-9])?|text_encoder(?:_[0-9])?|diffusion_model)\."
 _FACTOR = (
-    r"(?P<name>.+)\.(?P<tail>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?"
+    r"(?P<name>.+)\.(?P<tail>lora_[AB](?:\.(?P<adapter>\w+))?\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?"
     r"|lora\.(?:down|up)\.weight|lora_linear_layer\.(?:down|up)\.weight|alpha)"
 )
 _KEY = re.compile(_COMPONENT + _FACTOR)
@@ -38,9 +39,14 @@ _BARE = re.compile(_FACTOR)
 _EARLY = re.compile(
     rf"(?:{_COMPONENT})?(?P<name>.+?)(?P<own>\.processor)?\.to_(?P<to>[qkv]|out)_lora\.(?P<end>down|up)\.weight"
 )
+_NAMED = re.compile(r"(?P<name>.+)\.lora_[AB]\.\w+\.weight")
+# What only language models call their projections.
+LANGUAGE = frozenset(
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query_key_value", "c_attn",
+     "qkv_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "lm_head", "embed_tokens"]
+)  # fmt: skip
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
-ALONE = "model"  # the component of a file that holds one model's LoRA under the model's own names
 _DOWN = ("lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 _UP = ("lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 _GPT = re.compile(r"transformer\.h\.[0-9]+\..*")  # a language model's own name, by PEFT without its config
@@ -65,14 +71,16 @@ class DiffusersLora:
         parses = ((name, _parse(name, bare=False)) for name in names)
         if any(parsed is not None and parsed[2] != "alpha" for _, parsed in parses):
             return True
-        return any(name.endswith(".lora_A.weight") for name in names) and _is_bare(tuned)
+        if any(name.endswith(".lora_A.weight") for name in names) and _is_bare(tuned):
+            return True
+        return _has_adapters_name(names)
 
     def plan(self, tuned: Checkpoint) -> Plan:
         components: dict[str, dict[str, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
         skipped: list[Skipped] = []
         biases: dict[str, TensorInfo] = {}
         rest: dict[str, TensorInfo] = {}
-        bare = _is_bare(tuned)
+        bare = _is_bare(tuned) or not any(_KEY.fullmatch(key) or _EARLY.fullmatch(key) for key in tuned.tensors)
         for key, info in tuned.tensors.items():
             parsed = None if _GPT.fullmatch(key) else _parse(key, bare=bare)
             if parsed is None:
@@ -82,7 +90,7 @@ class DiffusersLora:
             slot = components[component][module]
             if tail == "lora_B.bias":
                 biases[f"{component}.{module}"] = info
-                skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum"))
+                skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum", "without_spectrum"))
             elif tail in slot:
                 raise AdapterError(info.file, f"{tail} occurs twice for {component}.{module}", key)
             else:
@@ -118,7 +126,19 @@ def _parse(key: str, *, bare: bool) -> tuple[str, str, str] | None:
     match = (_BARE if bare else _KEY).fullmatch(key)
     if match is None:
         return None
-    return ALONE if bare else match["component"], match["name"], re.sub(r"_vector(\.weight)?$", "", match["tail"])
+    tail = match["tail"] if match["adapter"] is None else f"{match['tail'].partition('.')[0]}.weight"
+    return ALONE if bare else match["component"], match["name"], re.sub(r"_vector(\.weight)?$", "", tail)
+
+
+def _has_adapters_name(names: Sequence[str]) -> bool:
+    """Whether these are a model's own names and, in each key, the adapter's, as DiffSynth writes them.
+
+    A language model's projections do not count: a state dict of PEFT's leaves out their alpha.
+    """
+    named = [match for match in map(_NAMED.fullmatch, names) if match]
+    return bool(named) and not any(
+        match["name"].startswith("base_model.") or match["name"].rpartition(".")[2] in LANGUAGE for match in named
+    )
 
 
 def _is_bare(tuned: Checkpoint) -> bool:
@@ -233,6 +253,8 @@ def _configs(tuned: Checkpoint, components: Mapping[str, object]) -> dict[str, _
 def _metadata(file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
+    if file.suffix in PICKLE_SUFFIXES:
+        return {}
     try:
         with safe_open(file, framework="np") as opened:
             raw = (opened.metadata() or {}).get(METADATA, "{}")
@@ -250,7 +272,7 @@ class _Config:
     def __init__(self, file: Path, values: Mapping[str, Any]):
         self.file, self.values = file, values
         for key, value in values.items():
-            if key not in KNOWN_FIELDS and value:
+            if key not in KNOWN_FIELDS | INERT.keys() and value:
                 raise UnsupportedMethodError(
                     file, f"the option {key[:80]} = {str(value)[:80]!r} in {METADATA} cannot be read by this version"
                 )

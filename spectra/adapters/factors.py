@@ -8,15 +8,18 @@ which only the base's own names can undo.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
+from spectra.adapters.ldm import aliases
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.errors import AdapterError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.derived import Derived, Weight
 from spectra.files.orientation import Layout, role_of
 
 if TYPE_CHECKING:
@@ -31,16 +34,31 @@ WRAPPERS = ("text_model", "model", "transformer")
 COMPONENTS = {
     **{name: (name,) for name in ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2",
                                   "text_encoder_3")},
-    "lora_unet": ("unet", "transformer"), "diffusion_model": ("unet", "transformer"),
-    "lora_transformer": ("transformer",), "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",),
+    "lora_unet": ("unet", "transformer", "transformer_2"), "diffusion_model": ("unet", "transformer", "transformer_2"),
+    "lora_transformer": ("transformer", "transformer_2"), "transformer": ("transformer", "transformer_2"),
+    "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",),
     "lora_te2": ("text_encoder_2",), "lora_te3": ("text_encoder_3",),
 }  # fmt: skip
+# Which of a pipeline's text encoders a component is, and how single files call the first and the second.
+TEXT_ENCODERS = {
+    "lora_te": 1, "lora_te1": 1, "text_encoder": 1, "lora_te2": 2, "text_encoder_2": 2, "lora_te3": 3,
+    "text_encoder_3": 3,
+}  # fmt: skip
+_ENCODER = re.compile(
+    r"(?P<first>cond_stage_model|conditioner\.embedders\.0|(?:text_encoders\.)?clip_l|text_encoder)\..+"
+    r"|(?P<second>conditioner\.embedders\.1|(?:text_encoders\.)?clip_g|text_encoder_2)\..+"
+    r"|(?P<last>(?:text_encoders\.)?t5xxl|text_encoder_3)\..+"
+)
+SECOND = ("text_encoders.clip_g.", "clip_g.", "text_encoder_2.")  # where a third follows
+NOT_PLACED = "no weight of the base has its name, or as many values; name a base that has this part of the model"
+ALONE = "model"  # the component of a file that holds one model's update under the model's own names
 DEEPEST = 32  # parts of a module's name that are looked at; a crafted file could have any number
 NO_ALPHA = "no alpha is stored, so it is taken for the rank, as its tools do: the scaling is 1"
 ZERO_ALPHA = (
     "the stored alpha is 0, which the trainer takes for the rank (a scaling of 1) and its merging script for no "
     "change; this report follows the trainer"
 )
+SPLIT_AS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v"}  # what diffusers calls the parts of a qkv
 SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}  # of struct; BF16 is half a float32
 
 
@@ -158,7 +176,7 @@ def check_factors(down: TensorInfo, up: TensorInfo, mid: TensorInfo | None = Non
     AdapterError : dtypes or shapes contradict each other.
     """
     for info in (down, up, *([] if mid is None else [mid])):
-        if not info.is_float:
+        if not info.holds_floats:
             raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
         if len(info.shape) < 2 or info.size == 0:
             raise AdapterError(info.file, f"expected a matrix, found shape {list(info.shape)}", info.name)
@@ -239,11 +257,12 @@ def _is_placeable(update: PlannedUpdate) -> TypeGuard[Placeable]:
     return bool(getattr(update, "component", ""))
 
 
-def placed_in(plan: Plan, base: Checkpoint) -> Plan:
+def placed_in(plan: Plan, base: Checkpoint, parts: Mapping[str, Weight] | None = None) -> Plan:
     """The plan with the modules of a :class:`Placeable` found among the base's names.
 
     All modules of one component stand under one prefix of the base: the one under which most of them fit.  Components
-    of which the base has no module are skipped, unless that is so for all.
+    of which the base has no module are not placed, unless that is so for all.  ``parts`` are the weights that the
+    base's are split into.
 
     Raises
     ------
@@ -257,26 +276,36 @@ def placed_in(plan: Plan, base: Checkpoint) -> Plan:
         return plan
     family = base.config.get("model_type")
     for component, group in groups.items():
-        of_diffusers = isinstance(group[0], StoredFactors) and component.startswith("transformer")
+        of_diffusers = isinstance(group[0], StoredFactors) and component.startswith(("transformer", ALONE))
         if of_diffusers and group[0].alpha is None and isinstance(family, str):
             raise WrongBaseError(
                 base.path,
                 f"{group[0].module!r} is read as a LoRA of diffusers, but this base is a {family[:80]} model of "
                 "transformers: without its adapter_config.json its alpha is not known",
             )
-    indices = {joint: _ends(base, joint) for joint in {update.joint for group in groups.values() for update in group}}
+    weights = {**base.weights, **(parts or {})}
+    joints = {update.joint for group in groups.values() for update in group}
+    indices = {joint: _ends(weights, joint) for joint in joints}
     placed: dict[str, PlannedUpdate] = {}
+    homes: dict[str, str] = {}
     absent: list[str] = []
     for component, group in groups.items():
-        resolved = _resolve(base, group, _within(base, component, indices[group[0].joint]))
+        resolved = _resolve(base, weights, group, _within(base, component, groups, indices[group[0].joint]))
         if resolved is None:
             absent.append(component)
-        else:
-            placed |= resolved
+            continue
+        home, found = resolved
+        if component in TEXT_ENCODERS and homes.setdefault(home, component) != component:
+            raise WrongBaseError(
+                base.path,
+                f"the text encoders {homes[home]} and {component} both fit its modules, which do not say which of the "
+                "two they are: name the whole model as the base, or the pipeline's folder",
+            )
+        placed |= found
     if len(absent) == len(groups):
         absent = []
     skipped = [
-        Skipped(update.module, f"of {component}, another model than this base, which has none of its modules")
+        Skipped(update.module, f"of {component}: {NOT_PLACED}", "not_placed", update.parameters)
         for component in absent for update in groups[component]
     ]  # fmt: skip
     left = {item.name for item in skipped}
@@ -285,37 +314,66 @@ def placed_in(plan: Plan, base: Checkpoint) -> Plan:
 
 
 def _within(
-    base: Checkpoint, component: str, named: Mapping[str, list[tuple[str, str]]]
+    base: Checkpoint, component: str, others: Container[str], named: Mapping[str, list[tuple[str, str]]]
 ) -> Mapping[str, list[tuple[str, str]]]:
-    """Of a pipeline's weights by the ends of their names, those of the models that a component may be."""
-    models = tuple(f"{name}." for name in COMPONENTS.get(component, ()))
-    if base.layout != "diffusers pipeline" or not models:
+    """Of a base's weights by the ends of their names, those of the models that a component may be.
+
+    ``others`` are all components of the file: what one of them is by name, no other is.
+    """
+    if base.layout == "diffusers pipeline" and component in COMPONENTS:
+        models = tuple(f"{name}." for name in COMPONENTS[component] if name == component or name not in others)
+        return {end: [item for item in items if item[1].startswith(models)] for end, items in named.items()}
+    if component not in TEXT_ENCODERS:
         return named
-    return {end: [item for item in items if item[1].startswith(models)] for end, items in named.items()}
+    number = TEXT_ENCODERS[component]
+    last = 3 if any(name.startswith(SECOND) for name in base.weights) else 2
+    return {
+        end: [item for item in items if _encoder_of(item[1], last) in (number, None)] for end, items in named.items()
+    }
 
 
-def _ends(base: Checkpoint, joint: str) -> dict[str, list[tuple[str, str]]]:
-    """End of a module's name, its parts joined → (what stands before it, tensor) of each weight with such a name."""
+def _encoder_of(name: str, last: int) -> int | None:
+    """Which text encoder a single file's weight is of; None where its name does not say."""
+    match = _ENCODER.fullmatch(name)
+    return None if match is None else {"first": 1, "second": 2, "last": last}[str(match.lastgroup)]
+
+
+def _ends(weights: Mapping[str, Weight], joint: str) -> dict[str, list[tuple[str, str]]]:
+    """End of a module's name, its parts joined → (what stands before it, tensor) of each weight with such a name.
+
+    A name that other tools have for a module counts as one of its names.
+    """
     ends: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name, info in base.weights.items():
-        if name.endswith(".weight") and len(info.shape) >= 2:
-            parts = name.split(".")[:-1]
-            for length in range(1, min(len(parts), DEEPEST) + 1):
-                ends[joint.join(parts[-length:])].append((".".join(parts[:-length]), name))
+    for name, info in weights.items():
+        if not name.endswith(".weight") or len(info.shape) < 2:
+            continue
+        module = name.removesuffix(".weight")
+        parts = module.split(".")
+        spelled = [parts]
+        if isinstance(info, Derived) and info.part_of is not None and parts[-1] in SPLIT_AS:
+            spelled.append([*parts[:-1], SPLIT_AS[parts[-1]]])
+        for own in spelled:
+            for length in range(1, min(len(own), DEEPEST) + 1):
+                ends[joint.join(own[-length:])].append((".".join(own[:-length]), name))
+        for before, alias in aliases(module):
+            ends[alias.replace(".", joint)].append((before, name))
     return ends
 
 
 def _resolve(
-    base: Checkpoint, group: Sequence[Placeable], named: Mapping[str, list[tuple[str, str]]]
-) -> dict[str, PlannedUpdate] | None:
-    """module → update with the base's own names; None where nothing of the component fits the base."""
+    base: Checkpoint,
+    weights: Mapping[str, Weight],
+    group: Sequence[Placeable],
+    named: Mapping[str, list[tuple[str, str]]],
+) -> tuple[str, dict[str, PlannedUpdate]] | None:
+    """(prefix, module → update with the base's own names); None where nothing of the component fits the base."""
     names = {update.module: update.name for update in group}
-    options, votes = _options(base, group, names, named)
+    options, votes = _options(weights, group, names, named)
     for wrapper in WRAPPERS:
         if not votes:
             start = wrapper + group[0].joint
             names = {update.module: update.name.removeprefix(start) for update in group}
-            options, votes = _options(base, group, names, named)
+            options, votes = _options(weights, group, names, named)
     if not votes:
         return None
     most = max(votes.values())
@@ -324,7 +382,9 @@ def _resolve(
         places = {prefix: (name, module) for module, items in options.items() for prefix, name in items}
         listed = ", ".join(f"{name!r} ({module})" for name, module in (places[prefix] for prefix in prefixes))
         raise WrongBaseError(
-            base.path, f"as many modules of {group[0].component} fit {listed}; Spectra does not guess which are meant"
+            base.path,
+            f"as many modules of {group[0].component} fit {listed}; Spectra does not guess which are meant. Name "
+            f"the one that was trained as the base{_by_folder(base, prefixes)}",
         )
     resolved: dict[str, PlannedUpdate] = {}
     for update in group:
@@ -333,15 +393,21 @@ def _resolve(
             listed = ", ".join(map(repr, fitting))
             raise WrongBaseError(base.path, f"{update.module!r} could be any of {listed}; Spectra does not guess")
         if fitting:
-            resolved[update.module] = update.placed(fitting[0], base.weights[fitting[0]].shape)
+            resolved[update.module] = update.placed(fitting[0], weights[fitting[0]].shape)
         else:  # there in another shape, or not at all: matching says which
             misfits = [name for prefix, name in named.get(names[update.module], ()) if prefix == prefixes[0]]
             resolved[update.module] = update.looked_for(tuple(misfits) or update.targets)
-    return resolved
+    return prefixes[0], resolved
+
+
+def _by_folder(base: Checkpoint, prefixes: Sequence[str]) -> str:
+    """Which folders these are, where they are components of a pipeline."""
+    folders = [prefix for prefix in prefixes if prefix in base.components]
+    return f": {' or '.join(str(base.path / folder) for folder in folders)}" if folders else ""
 
 
 def _options(
-    base: Checkpoint,
+    weights: Mapping[str, Weight],
     group: Sequence[Placeable],
     names: Mapping[str, str],
     named: Mapping[str, list[tuple[str, str]]],
@@ -349,7 +415,7 @@ def _options(
     """module → (prefix, tensor) of each weight that fits; how many modules each prefix serves."""
     options = {
         update.module: [
-            item for item in named.get(names[update.module], ()) if update.fits_stored(base.weights[item[1]].shape)
+            item for item in named.get(names[update.module], ()) if update.fits_stored(weights[item[1]].shape)
         ]
         for update in group
     }

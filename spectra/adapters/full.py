@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
+from spectra.adapters.plan import VECTOR, Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived, Unreadable, Weight, sources_of
 from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     import torch
 
     from spectra.updates.algebra import Dense
+
+_BASE_LAYER = re.compile(r"(?<=\.)base_layer\.")  # what peft's wrappers call the layer inside: here it is all there is
+# What models keep as integers or masks, of which nothing is trained.
+BUFFERS = frozenset(
+    ["bias", "masked_bias", "position_ids", "token_type_ids", "attention_mask", "relative_position_index",
+     "running_mean", "running_var", "num_batches_tracked", "inv_freq"]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,22 +62,28 @@ def whole_tensor(info: Weight, name: str, bias: Weight | None = None) -> Planned
     """How a tensor that is stored whole, under the module name ``name``, is treated; ``bias`` is its module's."""
     module = name.removesuffix(".weight")
     if isinstance(info, Unreadable):
-        return Skipped(module, info.reason)
+        return Skipped(module, info.reason, "not_read", info.size)
     if len(info.shape) < 2:
-        return Skipped(name, "not a matrix: a vector or scalar has no spectrum")
+        return Skipped(name, VECTOR, "without_spectrum", info.size)
     if info.dtype in BLOCKS:
-        return Skipped(name, f"stored as {info.dtype}: {BLOCKS_NOT_READ}")
+        return Skipped(name, f"stored as {info.dtype}: {BLOCKS_NOT_READ}", "not_read", info.size)
     if not info.is_float:
-        return Skipped(name, f"stored as {info.dtype}: integers and quantised weights are not analysed")
+        why = f"stored as {info.dtype}: integers and quantised weights are not analysed"
+        return Skipped(name, why, "no_update" if _is_buffer(name, info) else "not_read", info.size)
     if info.size == 0:
-        return Skipped(name, "empty")
+        return Skipped(name, "empty", "not_read", 0)
     if len(info.shape) == 3 and "expert" in name:
-        return Skipped(name, "a stack of experts by a name that is not known")
+        return Skipped(name, "a stack of experts by a name that is not known", "not_read", info.size)
     if len(info.shape) > 2 and not is_convolution(name, info.shape, bias):
         reason = "no convolution by name, kernel or bias: how it is a matrix is not known"
-        return Skipped(name, f"{len(info.shape)} dimensions, but {reason}")
+        return Skipped(name, f"{len(info.shape)} dimensions, but {reason}", "without_spectrum", info.size)
     notes = (f"read from {info.how}",) if isinstance(info, Derived) else ()
     return WholeTensor(module, (name,), info, notes=notes)
+
+
+def _is_buffer(name: str, info: Weight) -> bool:
+    """Whether integers are a model's own bookkeeping (positions, masks) and no weights in a form that is not read."""
+    return info.dtype in ("I64", "BOOL") or name.rpartition(".")[2] in BUFFERS
 
 
 class FullCheckpoint:
@@ -84,7 +98,8 @@ class FullCheckpoint:
         updates: list[PlannedUpdate] = []
         skipped: list[Skipped] = []
         for name, info in tuned.weights.items():
-            planned = whole_tensor(info, name, tuned.weights.get(f"{name.removesuffix('weight')}bias"))
+            bias = tuned.weights.get(f"{name.removesuffix('weight')}bias")
+            planned = whole_tensor(info, _BASE_LAYER.sub("", name), bias)
             if isinstance(planned, Skipped):
                 skipped.append(planned)
             else:

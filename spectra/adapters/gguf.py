@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from spectra.adapters.factors import StoredFactors, check_factors, common_facts
-from spectra.adapters.plan import Plan, Skipped
+from spectra.adapters.plan import VECTOR, Plan, Skipped
 from spectra.errors import AdapterError, UnsupportedMethodError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
 from spectra.files.gguf import REORDERED, check_heads, in_order, module_of
@@ -84,18 +84,17 @@ class GgufLora:
             module, _, tail = key.rpartition(".")
             if tail in ("lora_a", "lora_b") and module.endswith(".weight"):
                 modules[module.removesuffix(".weight")][tail] = info
-            elif len(info.shape) < 2:
-                skipped.append(Skipped(key, "not a matrix: a vector or scalar has no spectrum"))
+            elif len(info.shape) < 2 and "norm" in module.rpartition(".")[2]:
+                skipped.append(Skipped(key, VECTOR, "without_spectrum"))
             else:
-                raise UnsupportedMethodError(info.file, "neither lora_a nor lora_b, nor a vector: it is not read", key)
+                raise UnsupportedMethodError(info.file, "neither lora_a nor lora_b, nor a norm: it is not read", key)
         if not modules:
             raise AdapterError(file, "holds no lora_a or lora_b")
         updates: list[StoredFactors] = []
         for name, slot in modules.items():
             if any(len(info.shape) == 3 for info in slot.values()):
-                skipped += [
-                    Skipped(info.name, "stacked experts of a GGUF file are not split") for info in slot.values()
-                ]
+                why = "stacked experts of a GGUF file are not split"
+                skipped += [Skipped(info.name, why, "not_read") for info in slot.values()]
             else:
                 updates.append(_update(architecture, name, slot, float(alpha)))
         facts = {

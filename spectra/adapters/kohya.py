@@ -16,7 +16,7 @@ from spectra.adapters.factors import StoredFactors, alpha_of, check_factors, com
 from spectra.adapters.lycoris import is_lycoris, read_module
 from spectra.adapters.lycoris_multiplied import KOHYA_OFT
 from spectra.adapters.lycoris_products import LycorisUpdate
-from spectra.adapters.plan import AddedToBias, Plan, Skipped
+from spectra.adapters.plan import VECTOR, AddedToBias, Plan, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
@@ -27,7 +27,7 @@ _UNDERSCORED = re.compile(
 )
 _DOTTED = re.compile(
     r"(?:(?P<component>unet|transformer(?:_[0-9])?|text_encoder(?:_[0-9])?|diffusion_model)\.)?(?P<name>.+?)"
-    rf"\.(?P<tail>{_PLAIN}|hada_\w+|lokr_\w+|oft_blocks|oft_diag|rescale|on_input|weight|dora_scale|diff(?:_b)?)"
+    rf"\.(?P<tail>{_PLAIN}|hada_\w+|lokr_\w+|oft_blocks|oft_diag|rescale|on_input|weight|dora_scale|diff(?:_[bm])?)"
 )
 # What tells such a file by itself where names have dots; the others are names that parameters have.
 _TELLING = re.compile(
@@ -80,13 +80,18 @@ class KohyaLora:
         for key, info in tuned.tensors.items():
             parsed = _parse(key)
             if key.startswith("bundle_emb."):
-                skipped.append(Skipped(key, "an embedding that was learnt for the prompt: no weight of the model"))
+                why = "an embedding that was learnt for the prompt: no weight of the model"
+                skipped.append(Skipped(key, why, "new"))
             elif parsed is None:
                 rest[key] = info
+            elif parsed[1] == "diff_m":
+                skipped.append(
+                    Skipped(key, "a change of the block's modulation, which is no matrix", "without_spectrum")
+                )
             elif len(info.shape) < 2 and parsed[1] in (*_VECTORS, "diff"):
                 if parsed[1] == "diff_b":
                     biases[parsed[0]] = info
-                skipped.append(Skipped(key, "not a matrix: a vector or scalar has no spectrum"))
+                skipped.append(Skipped(key, VECTOR, "without_spectrum"))
             else:
                 modules[parsed[0]][parsed[1]] = info
         updates: list[StoredFactors | LycorisUpdate] = []

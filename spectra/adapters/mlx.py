@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectra.adapters.factors import StoredFactors, common_facts
@@ -66,7 +66,8 @@ class MlxAdapter:
                 updates += _experts(config, module, slot, match)
             else:
                 skipped += [
-                    Skipped(info.name, "stacked experts under a name that is not known") for info in slot.values()
+                    Skipped(info.name, "stacked experts under a name that is not known", "not_read")
+                    for info in slot.values()
                 ]
         facts = {**common_facts(updates), "use_dora": config.use_dora, "base_model_name_or_path": config.model}
         return Plan("mlx-dora" if config.use_dora else "mlx-lora", tuple(updates), tuple(skipped), facts)
@@ -85,12 +86,12 @@ def _full(tuned: Checkpoint, config: _Config) -> Plan:
             reason = (
                 "more than two dimensions: a convolution, whose channels MLX stores last, or experts unknown by name"
             )
-            planned = [Skipped(name, reason)]
+            planned = [Skipped(name, reason, "not_read")]
         else:
             planned = [whole_tensor(info, name)]
         for item in planned:
             if isinstance(item, Skipped):
-                skipped.append(Skipped(name, item.reason))
+                skipped.append(replace(item, name=name))
             else:
                 updates.append(item)
     facts = {"rank": None, "alpha": None, "scaling": None, "base_model_name_or_path": config.model}
@@ -228,6 +229,12 @@ class _Config:
         if self.kind == "full":
             return
         parameters = values.get("lora_parameters")
+        if parameters is None and "rank" in values and "alpha" in values:
+            raise UnsupportedMethodError(
+                self.file,
+                "an adapter of mlx-vlm: its config has alpha and rank, but no lora_parameters with a scale as mlx-lm's "
+                "has, and how they scale is not known here",
+            )
         if not isinstance(parameters, Mapping):
             raise AdapterError(self.file, "lora_parameters is missing; without it the scale is unknown")
         for key, value in parameters.items():

@@ -104,12 +104,20 @@ def rescales_base(update: PlannedUpdate) -> bool:
     return whole.kind in ("row_scaled", "column_scaled") or getattr(whole, "dora", None) is not None
 
 
+# What is not analysed: the user left it out; it has no spectrum; the base has nothing that it could change; it is no
+# update at all (a copy, a trainer's record); its base weight was not found; it could not be read.
+Kind = Literal["left_out", "without_spectrum", "new", "no_update", "not_placed", "not_read"]
+VECTOR = "not a matrix: a vector or scalar has no spectrum"
+
+
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor or module that is not analysed, and why."""
+    """A tensor or module that is not analysed, and why; ``parameters`` is its number of values, where it is known."""
 
     name: str
     reason: str
+    kind: Kind
+    parameters: int | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ SIGNATURES: tuple[tuple[str, str], ...] = (
     (r"\.lora_(diag|E|ga)(\.|$)", "a variant of LoRA (KaSA, AdaLoRA)"),
     (r"\.ia3_l|\.on_input$", "IA3"),
     (r"\.vera_lambda_[bd]", "VeRA"),
+    (
+        r"(^|\.)layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])\.lora_[AB]\.",
+        "a LoRA of mistral-finetune, whose scaling its file does not hold",
+    ),
     (r"\.lora_[ab]$", "an MLX LoRA without its adapter_config.json (the scale is not known)"),
     (
         r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)|lora_magnitude_vector",

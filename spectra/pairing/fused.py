@@ -130,7 +130,7 @@ def against_split(plan: Plan, base: Checkpoint) -> Plan:
     for info in base.derived.values():
         if isinstance(info, Derived) and info.part_of is not None and info.part_of in fused.weights:
             parts[info.part_of].append(info)
-    plan = against_base(plan, fused)
+    plan = against_base(plan, fused, base.weights)
     matcher = NameMatcher(fused, plan.updates)
     updates: list[PlannedUpdate] = []
     sharing = set(plan.sharing)

@@ -13,7 +13,6 @@ from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Unreadable, Weight
 from spectra.files.orientation import TIED
 from spectra.files.stored import other_forms
-from spectra.files.stored.fused import apart, fused_module
 from spectra.files.stored.rows import own_name
 
 # What model classes put before the names of one and the same network.
@@ -82,7 +81,6 @@ class NameMatcher:
         self._votes = votes
         self._matched: dict[str, str] = {}
         self._changes: set[tuple[str, str]] = set()
-        self._plain: dict[str, str] | None = None  # names without their wrappers
 
     @staticmethod
     def _could_fit(update: PlannedUpdate, info: Weight) -> bool:
@@ -134,20 +132,6 @@ class NameMatcher:
         embeddings = [name for name in self.base.weights if name.endswith(TIED)]
         return self.base.weights[embeddings[0]] if len(embeddings) == 1 else None
 
-    def fused(self, update: PlannedUpdate) -> str | None:
-        """What there is to say of an update whose weight the base has together with others, or in parts; else None."""
-        if self._plain is None:
-            self._plain = {_core(name): name for name in self.base.weights}
-        for name in apart(update.module):
-            weight = self._plain.get(_core(name))
-            if weight is not None:
-                how = "together with others in" if fused_module(weight) else "apart, as"
-                return (
-                    f"its base has this weight {how} {weight!r}, which is not compared with it; audit, compare, plot, "
-                    "ranks and inspect do that with --split-fused"
-                )
-        return None
-
     def counterpart(self, name: str) -> str | None:
         """The base's tensor for any of the fine-tune, once :meth:`find` has been asked for all updates."""
         module, _, parameter = name.rpartition(".")
@@ -175,14 +159,14 @@ class _Similar:
             for ending in _endings(name):
                 if ending in targets:
                     self._longer[ending].append(name)
-            core = _core(name)
+            core = without_wrappers(name)
             if len(self._cores[core]) < MANY:
                 self._cores[core].append(name)
 
     def to(self, target: str) -> Iterator[tuple[tuple[str, str], str]]:
         """(change of prefix, name) of each that is plausible."""
         candidates = [*self._longer.get(target, ()), *(end for end in _endings(target) if end in self._names)]
-        candidates += self._cores.get(_core(target), ())
+        candidates += self._cores.get(without_wrappers(target), ())
         for here, there in [*RENAMES, *((b, a) for a, b in RENAMES)]:
             if target.startswith(here) and there + target.removeprefix(here) in self._names:
                 candidates.append(there + target.removeprefix(here))
@@ -202,7 +186,7 @@ def _endings(name: str) -> Iterator[str]:
         yield name[start:]
 
 
-def _core(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """The name without the wrappers that it begins with."""
     first, dot, _ = name.partition(".")
     if dot and first not in WRAPPERS:

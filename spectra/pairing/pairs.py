@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectra.adapters import InitialisedUpdate, MethodUpdate, Plan, PlannedUpdate, Skipped, WholeTensor
+from spectra.adapters.full import BUFFERS
+from spectra.adapters.peft.keys import BIAS_OF_B, plain_name
 from spectra.adapters.peft.lora import LoraUpdate
 from spectra.adapters.peft.vera import with_projections
 from spectra.errors import AdapterError, WrongBaseError
@@ -23,6 +25,7 @@ from spectra.files.orientation import Layout, Orientation, Role, as_matrix, matr
 from spectra.files.stored.rows import Rows, footprint, overlap, own_name
 from spectra.pairing.fused import against_split
 from spectra.pairing.names import NameMatcher
+from spectra.pairing.relatives import Relatives, is_new_head
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
     from spectra.updates.algebra import Update
 
 LEFT_OUT = "left out by --include or --exclude"
-NEW_MODULE = "new module: the base has no such weight"
+NEW_HEAD = "new module: the base has no such weight"
+NO_SUCH_WEIGHT = "the base has no weight of this name"
 
 
 @dataclass(frozen=True)
@@ -136,34 +140,31 @@ def pair_layers(
     matcher = NameMatcher(base, plan.updates, tuned.config)
     orientation = Orientation(base.weights, base.config)
     plan = with_projections(plan, lambda update: matcher.find(update)[0], orientation)
-    skipped = list(plan.skipped)
+    skipped = [_chosen(item, include, exclude) for item in plan.skipped]
     pairs: list[LayerPair] = []
     used: set[str] = set()
+    relatives: Relatives | None = None
     for update in plan.updates:
         tensor = update.tensors[0]
         info, tied = matcher.find(update)
         if info is not None:
             used.update(info.uses if isinstance(info, Alternative | Unreadable) and info.uses else (info.name,))
         if not _selected(update.module, include, exclude):
-            skipped.append(Skipped(update.module, LEFT_OUT))
+            skipped.append(Skipped(update.module, LEFT_OUT, "left_out", update.parameters))
             continue
         if info is None:
-            fused = matcher.fused(update)
+            relatives = relatives or Relatives(base)
             if update.may_be_new:
-                skipped.append(Skipped(update.module, fused or NEW_MODULE))
+                skipped.append(_without_base(update, tuned, relatives))
                 continue
-            raise WrongBaseError(
-                tuned.tensors[tensor].file,
-                fused
-                or f"its base weight is not in {base.path}: is this the wrong base? (looked for {update.targets[0]!r})",
-                tensor,
-            )
+            raise WrongBaseError(tuned.tensors[tensor].file, _not_there(update, base, relatives), tensor)
         if isinstance(info, Unreadable):
-            skipped.append(Skipped(update.module, info.reason))
+            skipped.append(Skipped(update.module, info.reason, "not_read", update.parameters))
             continue
         if not info.is_float:
             why = BLOCKS_NOT_READ if info.dtype in BLOCKS else "integers without scales are not read as weights"
-            skipped.append(Skipped(update.module, f"its base weight is stored as {info.dtype}: {why}"))
+            why = f"its base weight is stored as {info.dtype}: {why}"
+            skipped.append(Skipped(update.module, why, "not_read", update.parameters))
             continue
         made = _make_pair(tuned, update, info, orientation)
         if isinstance(made, Skipped):
@@ -178,10 +179,49 @@ def pair_layers(
             pairs.append(replace(made, tied=tied, float64=wide, notes=notes))
     _check_one_to_one(tuned, pairs, plan.sharing)
     pairs.sort(key=lambda pair: _natural(pair.name))
+    if plan.complete or plan.format.startswith(("peft-", "mlx-")):
+        skipped = [_in_base(item, tuned, matcher) for item in skipped]
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
         skipped += _only_in_base(base, used, skipped)
-    return Pairing(tuple(pairs), tuple(skipped), matcher.counterpart, plan)
+    return Pairing(tuple(pairs), tuple(_sized(item, tuned) for item in skipped), matcher.counterpart, plan)
+
+
+def _without_base(update: PlannedUpdate, tuned: Checkpoint, relatives: Relatives) -> Skipped:
+    """A tensor stored whole of which the base has none by its name: a new head, or what was not placed."""
+    home = update.module.rpartition(".")[0]
+    alike = relatives.of_another_number(update)
+    if f"{home}.weight" in tuned.tensors:
+        why: str | None = f"lies in {home}, beside its weight, and the base has no such tensor"
+    elif alike is not None:
+        why = f"the base has {alike!r} and others like it, but none of this number"
+    else:
+        why = relatives.fused(update) or relatives.otherwise(update)
+    if why is None and is_new_head(update.module, tuned):
+        return Skipped(update.module, NEW_HEAD, "new", update.parameters)
+    return Skipped(update.module, why or NO_SUCH_WEIGHT, "not_placed", update.parameters)
+
+
+def _not_there(update: PlannedUpdate, base: Checkpoint, relatives: Relatives) -> str:
+    """What to say of factors whose base weight is not there."""
+    why = relatives.fused(update)
+    if why is not None:
+        return why
+    why = relatives.otherwise(update) or "is this the wrong base?"
+    return f"its base weight is not in {base.path}: {why} (looked for {update.targets[0]!r})"
+
+
+def _chosen(item: Skipped, include: Sequence[str], exclude: Sequence[str]) -> Skipped:
+    """What is not analysed; where the user's patterns leave it out as well, that is the reason."""
+    if item.kind not in ("not_placed", "not_read") or _selected(item.name, include, exclude):
+        return item
+    return replace(item, reason=LEFT_OUT, kind="left_out")
+
+
+def _sized(item: Skipped, tuned: Checkpoint) -> Skipped:
+    """What is not analysed, with its number of values where a tensor of the fine-tune has its name."""
+    info = tuned.tensors.get(item.name) or tuned.tensors.get(f"{item.name}.weight")
+    return item if item.parameters is not None or info is None else replace(item, parameters=info.size)
 
 
 def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientation: Orientation) -> LayerPair | Skipped:
@@ -195,6 +235,8 @@ def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientati
         return Skipped(
             update.module,
             f"convolution in {groups} groups: its factors are ungrouped, and peft cannot merge them either",
+            "not_read",
+            update.parameters,
         )
     rows = None
     notes: tuple[str, ...] = ()
@@ -202,7 +244,7 @@ def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientati
         rows = min(stored[0], shape[1])
         why = update.why_not_cut(tuned, rows) if isinstance(update, LoraUpdate) else None
         if why is not None:
-            return Skipped(update.module, why)
+            return Skipped(update.module, why, "not_read", update.parameters)
         notes = (_resized(stored[0], shape[1], rows),)
         stored, shape = (rows, stored[1]), (shape[0], rows)
     if isinstance(update, MethodUpdate):
@@ -267,7 +309,8 @@ def _pair_whole(
         notes = (_resized(info.shape[0], mine.shape[0], rows),)
         return LayerPair(update.module, info, update, layout, role, shape, rows, notes=notes)
     if role == "head":
-        return Skipped(update.module, f"replaced head: shape {list(mine.shape)} here, {list(info.shape)} in the base")
+        why = f"replaced head: shape {list(mine.shape)} here, {list(info.shape)} in the base"
+        return Skipped(update.module, why, "new", update.parameters)
     raise WrongBaseError(
         mine.file,
         f"its shape is {list(mine.shape)}, but {info.name!r} in {info.file} has {list(info.shape)}: "
@@ -285,7 +328,7 @@ def _check_overlap(
         return
     unpaired = {update.module for update in plan.updates} - {pair.update.module for pair in pairs}
     missing = next(item for item in skipped if item.name in unpaired and item.reason != LEFT_OUT)
-    why = "is not" if missing.reason == NEW_MODULE else f"is not: {missing.reason}"
+    why = "is not" if missing.reason in (NEW_HEAD, NO_SUCH_WEIGHT) else f"is not: {missing.reason}"
     raise WrongBaseError(
         tuned.path,
         f"only {len(pairs)} of its {wanted} matrices are in {base.path} ({missing.name!r} {why}): is this the wrong "
@@ -293,12 +336,36 @@ def _check_overlap(
     )
 
 
+def _in_base(item: Skipped, tuned: Checkpoint, matcher: NameMatcher) -> Skipped:
+    """A tensor without spectrum that is stored whole: not placed where the base has none of its name."""
+    info = tuned.tensors.get(item.name)
+    name = plain_name(item.name, tuned)
+    if item.kind != "without_spectrum" or item.reason == BIAS_OF_B or info is None or name is None:
+        return item
+    if not info.is_float or name.rpartition(".")[2] in BUFFERS - {"bias"}:
+        return item
+    if any(matcher.counterpart(spelled) is not None for spelled in _spellings(name)):
+        return item
+    if is_new_head(name, tuned):
+        return replace(item, kind="new")
+    return replace(item, reason="the base has no tensor of this name", kind="not_placed")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A norm's name, and as TensorFlow's checkpoints have it."""
+    yield name
+    module, _, own = name.rpartition(".")
+    for pair in (("weight", "gamma"), ("bias", "beta")):
+        if own in pair:
+            yield f"{module}.{pair[1 - pair.index(own)]}"
+
+
 def _only_in_base(base: Checkpoint, used: Container[str], skipped: Sequence[Skipped]) -> Iterator[Skipped]:
     named = {item.name for item in skipped}
     for name, info in base.weights.items():
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and name not in used and module not in named and name not in named:
-            yield Skipped(module, "only in the base: the fine-tune has no such weight")
+            yield Skipped(module, "only in the base: the fine-tune has no such weight", "no_update")
 
 
 def _check_one_to_one(tuned: Checkpoint, pairs: Sequence[LayerPair], sharing: Container[str]) -> None:

@@ -166,7 +166,7 @@ def test_mlx_experts_of_unknown_names_are_skipped_and_an_adapter_is_no_base(tmp_
     assert {item["name"] for item in report.skipped} == set(experts)
     with pytest.raises(WrongBaseError, match="is an adapter"):
         spectra.audit(tuned, tuned)
-    with pytest.raises(UsageError, match="merged"):
+    with pytest.raises(UsageError, match="a repair of a part of the fine-tune"):
         spectra.repair(tuned, base, to=tmp_path / "out", scale=0.5)
     keys = one_mlx(rng)
     spectra.repair(write_mlx(tmp_path / "one", keys), base, to=tmp_path / "merged", scale=1.0, merged=True)

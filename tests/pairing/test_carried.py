@@ -187,7 +187,7 @@ def test_only_what_works_is_advised(tmp_path, rng, make_base, make_adapter):
         spectra.repair(tuned, stack, to=tmp_path / "none", scale=1.0, merged=True)
     assert "write the adapter" not in str(caught.value)
 
-    lora = make_adapter({"q": pair}, "lora", extra={"base_model.model.new.weight": rng.normal(size=(3, 4))})
+    lora = make_adapter({"q": pair}, "lora", extra={"base_model.model.score.weight": rng.normal(size=(3, 4))})
     home = make_base({"q.weight": rng.normal(size=(6, 5)).astype("f4")}, "home")
     with pytest.raises(UsageError, match="write the adapter instead, and merge that with peft"):
         spectra.repair(lora, home, to=tmp_path / "none", scale=1.0, merged=True)

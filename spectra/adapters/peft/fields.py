@@ -29,6 +29,20 @@ COMMON_FIELDS = frozenset(
     ]
 )
 
+# Options that other tools write into the config, and that change no weight: whose they are, and what they are for.
+INERT = {
+    "lora_dtype": "ms-swift's: the precision that the factors were trained in",
+    "lorap_lr_ratio": "ms-swift's: the learning rate of LoRA+",
+    "lorap_emb_lr": "ms-swift's: the learning rate of LoRA+",
+    "loraplus_lr_ratio": "LoRA+: its learning rate",
+    "loraplus_lr_embedding": "LoRA+: its learning rate",
+    "model_key_mapping": "ms-swift's: the names of a model's parts",
+    "_from_model_config": "transformers': where the config came from",
+    "merge_weights": "an early peft's: whether to merge when loading",
+    "runtime_config": "peft's: how the factors are loaded",
+    "ephemeral_gpu_offload": "peft's: where the factors lie in training",
+}
+
 
 class ConfigFields:
     """The values of ``adapter_config.json``, each checked as it is asked for."""

@@ -59,6 +59,8 @@ class InitialisedUpdate(LoraUpdate):
                 self.module,
                 f"{self.how} took something out of its base weight, which was quantised ({base.quantised}) after that: "
                 f"what was left is not known; {LEFT}",
+                "not_read",
+                self.parameters,
             )
         if base.name.endswith(TIED):
             raise UnsupportedMethodError(

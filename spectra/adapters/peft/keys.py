@@ -18,9 +18,10 @@ from spectra.files.checkpoint import Checkpoint, TensorInfo
 
 PREFIX = "base_model.model."
 TOKENS = "trainable_tokens_delta"
-DEEPEST = 3  # parts of a name from a factor on: the factor, the adapter, "weight"
+DEEPEST = 4  # parts of a name from a factor on: the factor, the adapter, which some tools double, "weight"
 VELORA = "lora_velora_embed"
 SAVED_AGAIN = "peft stores this saved module twice, and loads the one under the model's own name"
+BIAS_OF_B = "the bias of lora_B: a vector has no spectrum"
 BASE_COPY = "a copy of the base weight that peft stores beside the adapter"
 
 # What the factors of each method are called.
@@ -38,7 +39,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
 
 # What peft's wrappers put into the names of modules.
 _WRAPPED = re.compile(r"\.(base_layer|token_adapter)(?=\.|$)")
-_BEFORE = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.", re.ASCII)
+_BEFORE = re.compile(r"(?:\w+\.){0,4}?base_model\.model\.", re.ASCII)
 _SAVED = ".modules_to_save."
 
 
@@ -62,7 +63,9 @@ class StoredKeys:
 
     Attributes
     ----------
+    file : the first of those that hold them, or what stands for them in memory.
     adapter : the adapter's name where the keys have it, else "".
+    has_factors : whether any tensor is a factor of a module.
     modules : module, wrappers included → factor → tensor.
     biases : module → the bias of its lora_B.
     shared : factor → tensor.
@@ -72,6 +75,7 @@ class StoredKeys:
     """
 
     def __init__(self, tuned: Checkpoint, factors: Sequence[str], shared: Sequence[str] = ()):
+        self.file = next(iter(tuned.files), tuned.path)
         self.modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         self.biases: dict[str, TensorInfo] = {}
         self.shared: dict[str, TensorInfo] = {}
@@ -94,6 +98,7 @@ class StoredKeys:
             if key.factor in slot:
                 raise AdapterError(info.file, f"{key.factor} occurs twice for one module", name)
             slot[key.factor] = info
+        self.has_factors = bool(self.modules)
         self.adapter = next(iter(named), "")
         if self.adapter:
             self._check_saved()
@@ -129,12 +134,12 @@ class StoredKeys:
     def saved(self, name: str, info: TensorInfo) -> PlannedUpdate | Skipped:
         """How a tensor that is stored whole is treated: a module to save, a bias, or what peft keeps beside them."""
         if name in self.again:
-            return Skipped(info.name, SAVED_AGAIN)
+            return Skipped(info.name, SAVED_AGAIN, "no_update")
         plain = self.own_name(name)
         if plain is None:
-            return Skipped(info.name, "the untrained original that peft keeps beside a saved module")
+            return Skipped(info.name, "the untrained original that peft keeps beside a saved module", "no_update")
         planned = whole_tensor(info, plain, self.plain.get(f"{name.removesuffix('weight')}bias"))
-        return Skipped(info.name, planned.reason) if isinstance(planned, Skipped) else planned
+        return replace(planned, name=info.name) if isinstance(planned, Skipped) else planned
 
 
 def in_model(name: str) -> str:
@@ -154,6 +159,13 @@ def own_name(name: str, adapter: str) -> str | None:
     if adapter:
         return unwrapped(name.replace(f"{_SAVED}{adapter}.", "."))
     return unwrapped(re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name))
+
+
+def plain_name(name: str, tuned: Checkpoint) -> str | None:
+    """The model's own name of a tensor that is stored whole, in an adapter of PEFT or elsewhere."""
+    if (tuned.adapter_config or {}).get("peft_type") is None:
+        return name
+    return own_name(in_model(name), "")
 
 
 def beside_factors(tuned: Checkpoint, plan: Plan) -> Iterator[tuple[str, str, float | None]]:
@@ -204,4 +216,4 @@ def _alone(shared: Sequence[str]) -> Callable[[str], Key | None]:
 def _tail(parts: list[str]) -> tuple[str, str]:
     """(adapter's name, ending) of what follows a factor's name."""
     ending = parts.pop() if parts and parts[-1] in ("weight", "bias") else ""
-    return ".".join(parts), ending
+    return ".".join(parts[:1] if len(set(parts)) == 1 else parts), ending

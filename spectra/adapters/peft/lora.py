@@ -11,17 +11,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from spectra.adapters.peft.fields import COMMON_FIELDS, ConfigFields, common
-from spectra.adapters.peft.keys import BASE_COPY, FACTORS, TOKENS, VELORA, StoredKeys, unwrapped
+from spectra.adapters.peft.fields import COMMON_FIELDS, INERT, ConfigFields, common
+from spectra.adapters.peft.keys import BASE_COPY, BIAS_OF_B, FACTORS, TOKENS, VELORA, StoredKeys, unwrapped
 from spectra.adapters.peft.method import Slot
 from spectra.adapters.peft.parameters import parameter_updates
 from spectra.adapters.peft.refused import refuse_method, refuse_option
 from spectra.adapters.peft.replication import replicated, replication
 from spectra.adapters.peft.tokens import replaced_tokens
-from spectra.adapters.peft.unknown import refuse_unknown
+from spectra.adapters.peft.unknown import stored_whole
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
-from spectra.adapters.unsupported import foreign_method
-from spectra.errors import AdapterError, UnsupportedMethodError
+from spectra.errors import AdapterError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
 from spectra.files.orientation import Layout
 
@@ -147,40 +146,29 @@ class PeftAdapter:
         config = _Config(tuned)
         stored = StoredKeys(tuned, FACTORS["LORA"])
         copies = stored.copies()
-        skipped = [
-            Skipped(info.name, "the bias of lora_B: a vector has no spectrum") for info in stored.biases.values()
-        ]
+        skipped = [Skipped(info.name, BIAS_OF_B, "without_spectrum") for info in stored.biases.values()]
         updates: list[PlannedUpdate] = []
         for stack in parameter_updates(config, config, stored.modules):
             own = {item.parameter: copies.get(f"{stack.home}.{item.parameter}") for item in stack.candidates}
             base_copies = {parameter: copy for parameter, copy in own.items() if copy is not None}
             for name, info in base_copies.values():
                 if stored.plain.pop(name, None) is not None:  # several updates of a module may be of it
-                    skipped.append(Skipped(info.name, BASE_COPY))
+                    skipped.append(Skipped(info.name, BASE_COPY, "no_update"))
             copied_as = tuple((parameter, info.name) for parameter, (_, info) in base_copies.items())
             updates.append(replace(stack, copies=copied_as))
         for module, slot in stored.modules.items():
             if VELORA in slot:
-                skipped.append(Skipped(slot.pop(VELORA).name, "what VeLoRA compresses activations with, for training"))
+                why = "what VeLoRA compresses activations with, for training"
+                skipped.append(Skipped(slot.pop(VELORA).name, why, "no_update"))
             copy = copies.get(f"{unwrapped(module)}.weight") or copies.get(f"{unwrapped(module)}.in_proj_weight")
             if copy is not None and stored.plain.pop(copy[0], None) is not None:
-                skipped.append(Skipped(copy[1].name, BASE_COPY))
+                skipped.append(Skipped(copy[1].name, BASE_COPY, "no_update"))
             copied = copy[1].name if copy is not None else None
             if TOKENS in slot:
                 updates.append(replaced_tokens(config, module, slot, copied))
             else:
                 updates.append(_lora_update(config, module, slot, copied))
-        foreign = foreign_method(stored.plain)
-        if foreign is not None:
-            name, method = foreign
-            raise UnsupportedMethodError(
-                stored.plain[name].file,
-                f"a LoRA does not hold this: it belongs to {method}, which this version cannot read",
-                stored.plain[name].name,
-            )
-        refuse_unknown(stored, "LoRA")
-        for name, info in stored.plain.items():
-            planned = stored.saved(name, info)
+        for planned in stored_whole(stored, "LoRA"):
             if isinstance(planned, Skipped):
                 skipped.append(planned)
             else:
@@ -206,7 +194,7 @@ def _lora_update(config: _Config, module: str, slot: Slot, copy: str | None) -> 
     options = module.removesuffix(".base_layer.out_proj")
     rank, alpha, scaling = config.scaling_of(options)
     for info in slot.values():
-        if not info.is_float:
+        if not info.holds_floats:
             raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
     for info in (A, B):
         if len(info.shape) < 2 or info.size == 0:
@@ -273,7 +261,7 @@ class _Config(ConfigFields):
         if method != "LORA":
             raise refuse_method(self.file, method or None)
         for key, value in self.values.items():
-            if key not in KNOWN_FIELDS | OWN_FIELDS and value:
+            if key not in KNOWN_FIELDS | OWN_FIELDS | INERT.keys() and value:
                 raise refuse_option(self.file, key, value)
         self.rank = self.number("r", self.values.get("r", 8))
         self.alpha = self.number("lora_alpha", self.values.get("lora_alpha", 8))

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from spectra.adapters.peft.butterfly import boft
-from spectra.adapters.peft.fields import COMMON_FIELDS, ConfigFields, common
+from spectra.adapters.peft.fields import COMMON_FIELDS, INERT, ConfigFields, common
 from spectra.adapters.peft.keys import BASE_COPY, FACTORS, StoredKeys, unwrapped
 from spectra.adapters.peft.method import MethodUpdate, Slot
 from spectra.adapters.peft.multiplied import check_oft, ia3, oft
 from spectra.adapters.peft.products import adalora, check_adalora, loha, lokr
+from spectra.adapters.peft.refused import how_to_ignore
 from spectra.adapters.peft.tokens import replaced_tokens
-from spectra.adapters.peft.unknown import refuse_unknown
+from spectra.adapters.peft.unknown import stored_whole
 from spectra.adapters.peft.vera import vera
 from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
-from spectra.adapters.unsupported import foreign_method
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.files.checkpoint import Checkpoint
 
@@ -98,9 +98,11 @@ class PeftMethods:
         config = ConfigFields(tuned)
         method = METHODS[config.values["peft_type"]]
         for key, value in config.values.items():
-            if key not in COMMON_FIELDS | method.fields | {"init_weights"} and value:
+            if key not in COMMON_FIELDS | method.fields | INERT.keys() | {"init_weights"} and value:
                 raise UnsupportedMethodError(
-                    config.file, f"the option {key} = {str(value)[:80]!r} cannot be read with {method.label}"
+                    config.file,
+                    f"the option {key[:80]} = {str(value)[:80]!r} cannot be read with {method.label}; "
+                    f"{how_to_ignore(key)}",
                 )
         method.check(config)
         stored = StoredKeys(tuned, FACTORS[config.values["peft_type"]], method.shared)
@@ -110,28 +112,21 @@ class PeftMethods:
         used: set[str] = set()
         for module, slot in stored.modules.items():
             for name in method.idle.keys() & slot.keys():
-                skipped.append(Skipped(slot.pop(name).name, method.idle[name]))
+                skipped.append(Skipped(slot.pop(name).name, method.idle[name], "no_update"))
             update = method.build(config, unwrapped(module), _floats(stored.shared | slot))
             copy = copies.get(f"{unwrapped(module)}.weight")
             if copy is not None and stored.plain.pop(copy[0], None) is not None:
                 update = replace(update, base_copy=copy[1].name)
-                skipped.append(Skipped(copy[1].name, BASE_COPY))
+                skipped.append(Skipped(copy[1].name, BASE_COPY, "no_update"))
             updates.append(update)
             used.update(update.tensors)
         skipped += [
-            Skipped(info.name, "every module has its own copy of it")
+            Skipped(info.name, "every module has its own copy of it", "no_update")
             for info in stored.shared.values() if info.name not in used
         ]  # fmt: skip
-        foreign = foreign_method(stored.plain)
-        if foreign is not None or stored.biases:
-            name, other = foreign or next((name, "LoRA") for name in stored.biases)
-            info = stored.plain[name] if foreign else stored.biases[name]
-            raise UnsupportedMethodError(
-                info.file, f"{method.label} does not hold this: it belongs to {other}", info.name
-            )
-        refuse_unknown(stored, method.label)
-        for name, info in stored.plain.items():
-            planned = stored.saved(name, info)
+        for info in stored.biases.values():
+            raise UnsupportedMethodError(info.file, f"{method.label} does not hold this: it belongs to LoRA", info.name)
+        for planned in stored_whole(stored, method.label):
             if isinstance(planned, Skipped):
                 skipped.append(planned)
             else:
@@ -152,6 +147,6 @@ class PeftMethods:
 def _floats(slot: Slot) -> Slot:
     """The factors as they are; an AdapterError names one that holds no floats."""
     for info in slot.values():
-        if not info.is_float:
+        if not info.holds_floats:
             raise AdapterError(info.file, f"expected a floating dtype, found {info.dtype}", info.name)
     return slot

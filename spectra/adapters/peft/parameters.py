@@ -266,7 +266,7 @@ def against_parameters(plan: Plan, base: Checkpoint) -> Plan:
     for home, group in groups.items():
         reason = places.why_not(group)
         if reason is not None:
-            skipped += [Skipped(update.module, reason) for update in group]
+            skipped += [Skipped(update.module, reason, "not_read", update.parameters) for update in group]
         else:
             chosen |= dict(
                 zip((update.module for update in group), _told_apart(base, places, home, group), strict=True)

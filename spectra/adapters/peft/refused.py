@@ -53,9 +53,14 @@ def refuse_method(file: Path, method: str | None) -> UnsupportedMethodError:
     return UnsupportedMethodError(file, f"the method {method} {NOT_YET}")
 
 
+def how_to_ignore(option: str) -> str:
+    """What a user can do about an option that is not known."""
+    return f"if you know that it changes no weight, pass --ignore-option {option[:80]} (ignore_options=…)"
+
+
 def refuse_option(file: Path, option: str, value: object) -> UnsupportedMethodError:
     """What is raised for an option of LoRA that is not read."""
-    why = f" ({OPTIONS[option]})" if option in OPTIONS else ""
+    why = f" ({OPTIONS[option]})" if option in OPTIONS else f"; {how_to_ignore(option)}"
     return UnsupportedMethodError(
-        file, f"the option {option} = {str(value)[:80]!r} cannot be read by this version{why}"
+        file, f"the option {option[:80]} = {str(value)[:80]!r} cannot be read by this version{why}"
     )

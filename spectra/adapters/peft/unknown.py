@@ -7,9 +7,12 @@ that method's.  A module of its own, such as a new head, may be new.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from spectra.adapters.peft.keys import StoredKeys, unwrapped
-from spectra.errors import UnsupportedMethodError
+from spectra.adapters.plan import PlannedUpdate, Skipped
+from spectra.adapters.unsupported import foreign_method
+from spectra.errors import AdapterError, UnsupportedMethodError
 
 # What peft 0.21's methods put before the names of their parameters (``prefix`` of each tuner).
 PREFIXES = (
@@ -22,13 +25,27 @@ _HALF_NAMED = re.compile(r"_(A|B)(?=\.weight$|$)")
 _WRAPPED = (".base_layer.", ".token_adapter.")  # within them lie the base's own weights
 
 
-def refuse_unknown(stored: StoredKeys, label: str) -> None:
-    """Refuses what is stored beside factors and not understood; ``label`` is what the method is called.
+def stored_whole(stored: StoredKeys, label: str) -> Iterator[PlannedUpdate | Skipped]:
+    """How each tensor beside the factors is treated; ``label`` is what the method is called.
 
     Raises
     ------
-    UnsupportedMethodError : the first such tensor, and why it cannot be left out.
+    UnsupportedMethodError : one that is another method's, or not understood, and why it cannot be left out.
     """
+    foreign = foreign_method(stored.plain)
+    if foreign is not None:
+        info = stored.plain[foreign[0]]
+        raise UnsupportedMethodError(info.file, f"{label} does not hold this: it belongs to {foreign[1]}", info.name)
+    _refuse_unknown(stored, label)
+    if not stored.has_factors:
+        raise AdapterError(
+            stored.file, f"holds no factor of {label}: the adapter was saved incompletely, or its config is another's"
+        )
+    for name, info in stored.plain.items():
+        yield stored.saved(name, info)
+
+
+def _refuse_unknown(stored: StoredKeys, label: str) -> None:
     adapted = {unwrapped(module) for module in stored.modules if module}
     for name, info in stored.plain.items():
         own = stored.own_name(name)
@@ -38,7 +55,7 @@ def refuse_unknown(stored: StoredKeys, label: str) -> None:
             why = f"is no tensor that {label} is known to have, though it is named as one of an adapter method"
         elif (module := _home(own, adapted)) is not None:
             why = f"lies in {module}, which has factors of {label}; {label} is not known to have such a tensor"
-        elif (half := _HALF_NAMED.search(own)) and _other(name, half[1]) in stored.plain:
+        elif (half := _HALF_NAMED.search(own)) and _other_half(name) in stored.plain:
             why = (
                 "is no name of peft's for a factor: an adapter that is called 'lora' is saved so, since peft takes "
                 f"its name out of every key. Rename '…{half[0]}' to '….lora{half[0]}', or save it under another name"
@@ -51,14 +68,11 @@ def refuse_unknown(stored: StoredKeys, label: str) -> None:
 def _home(own: str, adapted: set[str]) -> str | None:
     """The adapted module that a tensor lies in without being its weight or bias, or None."""
     parts = own.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        module = ".".join(parts[:length])
-        if module in adapted:
-            return None if parts[length:] in ([one] for one in _MODULES_OWN) else module
-    return None
+    homes = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+    module = next((home for home in homes if home in adapted), None)
+    return None if module is None or own.removeprefix(f"{module}.") in _MODULES_OWN else module
 
 
-def _other(name: str, letter: str) -> str:
+def _other_half(name: str) -> str:
     """The name of the other half of a factor pair."""
-    at = len(name) - len(name.rsplit(f"_{letter}", 1)[-1])
-    return f"{name[: at - 1]}{'B' if letter == 'A' else 'A'}{name[at:]}"
+    return _HALF_NAMED.sub(lambda half: f"_{'B' if half[1] == 'A' else 'A'}", name)
