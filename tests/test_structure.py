@@ -162,7 +162,7 @@ def test_public_names():
         _ = spectra.nonsense
 
 
-READING = "include exclude allow_pickle local_files_only split_fused initial_adapter"
+READING = "include exclude allow_pickle local_files_only split_fused initial_adapter ignore_options"
 DEVICE = "device threads progress"
 AUDIT = f"top_k epsilon side {READING} engine cache dtype {DEVICE} workers hash_contents"
 # The verbs, each with what it takes beside the shared options, and these; what is in brackets need not be given.

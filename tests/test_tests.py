@@ -18,6 +18,7 @@ CONTRACTS = {
     "svd/test_engines.py": "what holds of every engine",
     "svd/test_proof.py": "every engine on the matrices of benchmarks/proof.py",
     "test_benchmarks.py": "benchmarks/",
+    "test_whole_fine_tunes.py": "a verdict on the whole fine-tune, or a word that it is on a part",
     "test_docs.py": "docs/",
     "test_examples.py": "what the README and the documentation show",
     "test_fixtures.py": "fixtures/",

@@ -25,10 +25,12 @@ from spectra.cli.options import (
     add_definition,
     add_layers,
     add_output,
+    add_partial,
     add_reading,
     add_tuned,
     announce,
     complain_of_layers,
+    complain_of_parts,
     format_of,
     is_unicode,
     return_freed_matrices,
@@ -60,6 +62,7 @@ def add(commands: Commands) -> None:
     )
     add_tuned(parser, several=True)
     add_base(parser)
+    add_partial(parser)
     add_output(
         parser,
         formats=FORMATS,
@@ -156,7 +159,8 @@ def run(options: argparse.Namespace) -> int:
     if baseline is not None:
         reports = [report.against(baseline) for report in reports]
     crossed = _crossed(reports, options)
-    bad = bool(unreadable) or any(report.failed for report in reports)
+    partial = complain_of_parts(reports, options)
+    bad = bool(unreadable) or partial or any(report.failed for report in reports)
     code = BAD if bad else GATE if crossed else OK
     if options.format == "sarif":
         emit(_sarif(reports, unreadable, frozenset(crossed), code, options), target)
@@ -199,15 +203,11 @@ def _rendered(
         from spectra.render.frames import to_parquet
 
         return to_parquet(reports)
-    from spectra.render.columns import in_ascii
     from spectra.render.text import render_report, render_summary
 
     if several:
         return render_summary(reports, unreadable)
-    ascii_only = not is_unicode(options)
-    text = render_report(reports[0], verbose=options.verbose, ascii_only=ascii_only)
-    beside = _beside(reports[0], options) if options.verbose else ""
-    return text + (in_ascii(beside) if ascii_only else beside)
+    return render_report(reports[0], verbose=options.verbose, ascii_only=not is_unicode(options))
 
 
 def _sarif(
@@ -227,6 +227,7 @@ def _sarif(
         root=public_root(),
         url=home(),
         further=further(options),
+        allow_partial=options.allow_partial,
         addresses=addresses(reports, options),
     )
     return to_sarif(reports, scanned, version=__version__)
@@ -241,16 +242,6 @@ def _files(report: Report, options: argparse.Namespace) -> Mapping[str | None, P
     if len(tuned.files) > 1:
         files |= {name.removesuffix(".weight"): info.file for name, info in tuned.tensors.items()}
     return files
-
-
-def _beside(report: Report, options: argparse.Namespace) -> str:
-    """A line on what lies beside the fine-tune and is not read, where something does."""
-    from spectra.render.inspection import in_words
-    from spectra.sources.resolve import Access, open_tuned
-    from spectra.tasks.inspect import beside
-
-    names = beside(open_tuned(report.tuned["path"], Access(options.allow_pickle, local_files_only=True)))
-    return f"\nalso here, not read: {in_words(names)}\n" if names else ""
 
 
 def _share(text: str) -> Fraction:

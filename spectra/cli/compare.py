@@ -18,9 +18,11 @@ from spectra.cli.options import (
     add_definition,
     add_layers,
     add_output,
+    add_partial,
     add_reading,
     announce,
     complain_of_layers,
+    complain_of_parts,
     format_of,
     is_unicode,
     return_freed_matrices,
@@ -47,6 +49,7 @@ def add(commands: Commands) -> None:
         "folders is a training run.",
     )
     add_compared(parser)
+    add_partial(parser)
     add_output(
         parser,
         formats=FORMATS,
@@ -99,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
     emit(_rendered(comparison, options), target)
     announce(target, options.format, options)
     write_page(comparison, page, options, unreadable)
-    return BAD if complain_of_layers(comparison.reports) or unreadable else OK
+    partial = complain_of_parts(comparison.reports, options)
+    return BAD if complain_of_layers(comparison.reports) or partial or unreadable else OK
 
 
 def compared(options: argparse.Namespace, unreadable: Unreadable) -> Comparison:

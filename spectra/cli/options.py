@@ -18,17 +18,20 @@ from spectra.errors import SpectraError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from spectra.records.report import Report
+    from spectra.render.coverage import Covering
 
 # What add_subparsers() returns, and what the add() of a command takes.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+PARTIAL_ADVICE = "name a base that has all parts, leave out with --exclude what is not meant, or pass --allow-partial"
 OK, GATE, BAD, INTERRUPTED = 0, 1, 2, 130
 
 EXIT_CODES = """exit codes:
   0  done
   1  a gate was crossed (--fail-above, --fail-above-share, --baseline)
-  2  bad usage, unreadable input, or a layer that could not be analysed
-     (the report of the rest is still written)
+  2  bad usage, unreadable input, a layer that could not be analysed, or a
+     part of a fine-tune that was not looked at (--allow-partial accepts that);
+     the report of the rest is still written
 """
 
 TEXT = ("txt", "md", "log")  # endings of files that take a table
@@ -38,7 +41,7 @@ TUNED = (
 )
 DTYPES = ("float32", "float64")
 
-READING = ("include", "exclude", "split_fused", "allow_pickle", "local_files_only", "initial_adapter")
+READING = ("include", "exclude", "split_fused", "ignore_options", "allow_pickle", "local_files_only", "initial_adapter")
 COMPUTATION = ("engine", "dtype", "device", "workers", "threads", "cache", "hash_contents")
 # The options of add_definition, add_layers, add_reading and add_computation, by the names that the verbs give them.
 SETTINGS = frozenset({"top_k", "epsilon", "side"} | {*READING} | {*COMPUTATION})
@@ -114,12 +117,49 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "these, as config.json says (default: as they are stored)",
     )
     reading.add_argument(
+        "--ignore-option",
+        dest="ignore_options",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="read adapter_config.json as if it had no option NAME, one that is not known here and of which you know "
+        "that it changes no weight (repeatable)",
+    )
+    reading.add_argument(
         "--initial-adapter",
         metavar="DIR",
         help="the adapter as it was saved before training; needed if its initialisation changed the base in a way that "
         "cannot be recomputed (pissa_niter, corda, lora_ga)",
     )
     add_access(parser, reading)
+
+
+def add_partial(parser: argparse.ArgumentParser) -> None:
+    """Whether a part of a fine-tune will do: ``options.allow_partial``."""
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="exit with 0 also where some updates were not looked at: their base weight was not found, or their values "
+        "are stored in a form or a file that is not read",
+    )
+
+
+def complain_of_parts(records: Sequence[Covering], options: argparse.Namespace) -> bool:
+    """Names every fine-tune of which a part was not looked at; whether there is one that is not accepted."""
+    from spectra.render.coverage import partial, unseen
+
+    bad = False
+    for record in records:
+        said = partial(record)
+        if said is None:
+            continue
+        text = f"{record.tuned['path']}: {said} ({'; '.join(unseen(record))})"
+        if options.allow_partial:
+            print(f"spectra: note: {in_one_line(text, 4000)}", file=sys.stderr)
+        else:
+            complain(f"{text}; {PARTIAL_ADVICE}")
+            bad = True
+    return bad
 
 
 def add_access(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup | None = None) -> None:

@@ -23,6 +23,7 @@ REPORT_MARKS = (
         b"Verdict: " + word
         for word in (b"NONE ", b"SLIGHT ", b"MODERATE ", b"STRONG ", b"CANNOT TELL ", b"nothing changed.")
     ),
+    b"Partial: ",
     b"fine-tune  ",
     b"base       ",
     b"Suggestion: ",

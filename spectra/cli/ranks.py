@@ -16,9 +16,11 @@ from spectra.cli.options import (
     add_computation,
     add_layers,
     add_output,
+    add_partial,
     add_reading,
     announce,
     complain,
+    complain_of_parts,
     format_of,
     is_unicode,
     return_freed_matrices,
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 FORMATS = ("table", "json", "jsonl", "csv")
 CHOICE = ("energy", "max_rank", "by", "use_rslora", "alpha")
 PASSED = (
-    "include", "exclude", "split_fused", "initial_adapter", "allow_pickle", "local_files_only", "dtype", "device",
-    "workers", "threads", "hash_contents",
+    "include", "exclude", "split_fused", "ignore_options", "initial_adapter", "allow_pickle", "local_files_only",
+    "dtype", "device", "workers", "threads", "hash_contents",
 )  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("tuned", metavar="TUNED", help=TUNED)
     add_base(parser)
+    add_partial(parser)
     add_choice(parser)
     add_output(
         parser,
@@ -101,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
         report = ranks(options.tuned, options.base, **chosen, progress=show)
     emit(rendered(report, options), target)
     announce(target, options.format, options)
-    return BAD if complain_of(report) else OK
+    partial = complain_of_parts([report], options)
+    return BAD if complain_of(report) or partial else OK
 
 
 def complain_of(report: RankReport) -> bool:

@@ -34,8 +34,8 @@ WRITTEN = ("float32", "bfloat16", "float16")
 # The options that repair() takes as they are.
 PASSED = (
     "method", "keep_rank", "merged", "store_dtype", "force", "top_k", "epsilon", "side", "include", "exclude",
-    "split_fused", "initial_adapter", "allow_pickle", "local_files_only", "engine", "dtype", "device", "workers",
-    "threads", "cache", "hash_contents",
+    "split_fused", "ignore_options", "initial_adapter", "allow_pickle", "local_files_only", "engine", "dtype", "device",
+    "workers", "threads", "cache", "hash_contents",
 )  # fmt: skip
 LONGEST = 1 << 16  # of a range of indices
 

@@ -15,6 +15,7 @@ from spectra.page.words import ABOUT, GLOSSARY, MEANINGS, MORE_MATRICES
 from spectra.records.report import CANNOT_TELL, SEVERITIES, Report
 from spectra.records.sweeps import mean_update_size, trainable_ratio
 from spectra.render.columns import decimals, failures, method_of, number, plural
+from spectra.render.coverage import partial, unseen
 from spectra.render.text import remarks, verdict
 
 MARK = "<!doctype html>\n<!-- spectra.page/1 -->"  # how a page begins; nothing else is ever replaced by one
@@ -97,11 +98,14 @@ def _several(reports: Sequence[Report], labels: Sequence[str]) -> str:
 
 def _verdict(report: Report) -> str:
     first, *others = verdict(report).removeprefix("Verdict: ").splitlines()
+    part = partial(report)
     word, dash, said = first.partition(" — ")
     word, said = (word.capitalize(), said[:1].upper() + said[1:]) if dash else (word.rstrip(".").capitalize(), "")
     severity = report.severity
     tuned = report.tuned
     heading = f"<h2>{_e(word)}</h2>"
+    if part is not None:
+        heading = f"<h2>Partial: {_e(part)}</h2>{_list(unseen(report))}<h3>Of the rest: {_e(word)}</h3>"
     meaning = MEANINGS.get(severity if dash else "", "")
     notes = "".join(f"<p>{_e(line)}</p>" for line in others)
     return f"""<section class="verdict {severity.replace(" ", "-")}" aria-label="Verdict">
@@ -168,8 +172,8 @@ def _ratio(report: Report) -> str:
 def _remarks(report: Report) -> str:
     problems = failures(report.failed)
     notes = [str(report.base["caveat"])] if report.base.get("caveat") else []
-    if report.base.get("named_by_adapter") is False:
-        notes.append(f"the adapter's config names {report.tuned.get('base_model_name_or_path')!r} as its base")
+    if report.base.get("claimed"):
+        notes.append(str(report.base["claimed"]))
     if report.tuned.get("conditional"):
         notes.append("this adapter is active only after its invocation tokens")
     notes += remarks(report)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.errors import UsageError
+from spectra.records.coverage import Coverage, coverage_of
 from spectra.records.energy import break_even_rank, norm_fro, rank_of_energy
 from spectra.records.schemas import as_dataframe, known_fields
 from spectra.records.shown import OfLayers
@@ -206,8 +207,8 @@ class RankReport(OfLayers[LayerRank]):
     """The ranks that one fine-tune uses, layer by layer, and the LoRA config they suggest.
 
     ``base``, ``tuned``, ``settings``, ``skipped``, ``spectra_version`` and ``seconds`` are as in a
-    :class:`~spectra.records.report.Report`; ``failed`` has ``name``, ``status`` and ``error`` of the layers whose
-    values could not be computed.
+    :class:`~spectra.records.report.Report`; ``failed`` has ``name``, ``status``, ``error`` and
+    ``parameters`` of the layers whose values could not be computed.
     """
 
     base: Mapping[str, Any]
@@ -215,14 +216,20 @@ class RankReport(OfLayers[LayerRank]):
     settings: Mapping[str, Any]
     layers: tuple[LayerRank, ...]
     suggestion: Suggestion | None
-    skipped: tuple[Mapping[str, str], ...]
-    failed: tuple[Mapping[str, str], ...]
+    skipped: tuple[Mapping[str, Any], ...]
+    failed: tuple[Mapping[str, Any], ...]
     spectra_version: str
     seconds: float | None = None
 
     def __repr__(self) -> str:
         r = None if self.suggestion is None else self.suggestion.r
         return f"<RankReport on {self.tuned.get('path')}: {len(self.layers)} layers, suggested r = {r}>"
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the fine-tune the report is about."""
+        analysed = (layer.parameters for layer in self.layers)
+        return coverage_of(analysed, (item["parameters"] for item in self.failed), self.skipped)
 
     def to_dict(self, *, canonical: bool = False) -> dict[str, Any]:
         """JSON-ready objects (schema ``spectra.ranks/1``); ``canonical`` as for reports."""
@@ -232,6 +239,7 @@ class RankReport(OfLayers[LayerRank]):
             "base": dict(self.base),
             "tuned": dict(self.tuned),
             "settings": dict(self.settings),
+            "coverage": self.coverage.to_dict(),
             "suggestion": None if self.suggestion is None else self.suggestion.to_dict(),
             "layers": [{**asdict(layer), "curve": layer.curve} for layer in self.layers],
             "skipped": [dict(item) for item in self.skipped],
@@ -240,6 +248,7 @@ class RankReport(OfLayers[LayerRank]):
         }
         if canonical:
             del value["seconds"], value["base"]["path"], value["tuned"]["path"]
+            value["base"].pop("claimed", None)
             value["settings"].pop("workers", None)
             for item in value["failed"]:
                 del item["error"]

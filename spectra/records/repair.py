@@ -212,7 +212,8 @@ class Repair(OfLayers[LayerRepair]):
             del value["seconds"]
             for facts in (value["base"], value["source"], value["output"] or {}):
                 facts.pop("path", None)
-            value["base"].pop("changed_since_cached", None)
+            for name in ("changed_since_cached", "claimed"):
+                value["base"].pop(name, None)
             value["settings"].pop("workers", None)
         return value
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UsageError
+from spectra.records.coverage import Coverage, coverage_of
 from spectra.records.layer import Vector
 from spectra.records.schemas import as_dataframe, known_fields, read_schema
 from spectra.records.shown import Layers, OfLayers
@@ -88,7 +89,7 @@ class Report(OfLayers[LayerReport]):
     tuned: Mapping[str, Any]
     settings: Mapping[str, Any]
     layers: tuple[LayerReport, ...]
-    skipped: tuple[Mapping[str, str], ...]
+    skipped: tuple[Mapping[str, Any], ...]
     spectra_version: str
     seconds: float | None = None
     baseline: Mapping[str, Any] | None = None
@@ -111,6 +112,7 @@ class Report(OfLayers[LayerReport]):
             "layers_proved_small": by_status["proved_small"],
             "layers_failed": sum(by_status[status] for status in FAILED_STATUSES),
             "layers_skipped": len(self.skipped),
+            "coverage": self.coverage.to_dict(),
             "layers_with_intruders": sum(layer.intruders > 0 for layer in analysed),
             "layers_noise_like_base": sum(bool(layer.noise_like_base) for layer in analysed),
             "vectors_compared": vectors,
@@ -148,6 +150,14 @@ class Report(OfLayers[LayerReport]):
         if scope == "non-noise":
             return tuple(layer for layer in self.layers if not layer.noise_like_base)
         return self.layers
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the fine-tune the report is about."""
+        sizes: dict[bool, list[int]] = {True: [], False: []}
+        for layer in self.layers:
+            sizes[layer.status in FAILED_STATUSES].append(int(layer.update["parameters"]))
+        return coverage_of(sizes[False], sizes[True], self.skipped)
 
     @property
     def base_quantised(self) -> bool:
@@ -263,7 +273,8 @@ class Report(OfLayers[LayerReport]):
             value["baseline"] = dict(self.baseline)
         if canonical:
             del value["seconds"], value["base"]["path"], value["tuned"]["path"]
-            value["base"].pop("changed_since_cached", None)
+            for name in ("changed_since_cached", "claimed"):
+                value["base"].pop(name, None)
             value["settings"].pop("workers", None)
             for layer in value["layers"]:
                 del layer["seconds"], layer["error"]

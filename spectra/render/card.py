@@ -15,6 +15,7 @@ from spectra.errors import UsageError, in_one_line
 from spectra.records.report import Report
 from spectra.records.sweeps import mean_update_size
 from spectra.render.columns import decimals, failures, grouped_notes, method_of, plural
+from spectra.render.coverage import partial, unseen
 from spectra.render.naming import invocation, named_model, public_names, without_paths
 from spectra.render.text import verdict
 
@@ -56,10 +57,12 @@ def to_model_card(
     """
     names = public_names([report.tuned["path"], report.base["path"]], root, addresses)
     word, dash, meaning = verdict(replace(report, baseline=None)).partition(" — ")
+    said = partial(report)
     made = " and ".join(f"{name} {version}" for name, version in (versions or {}).items())
     home = f"[Spectra]({url})" if url else "Spectra"
     sections = [
         "## Spectral audit",
+        "" if said is None else f"**Partial: {_prose(said)}**",
         f"**{_prose(word)}**" + (f" — {_prose(' '.join(meaning.splitlines()))}" if dash else ""),
         _table(("Finding", ""), _facts(report, names)),
         _module_types(report),
@@ -119,6 +122,8 @@ def _facts(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
     if summary["layers_failed"]:
         counts.append(f"**{summary['layers_failed']} that could not be analysed**")
     counts.append(f"{summary['layers_skipped']} skipped")
+    if report.coverage.is_partial:
+        counts.append(f"**{report.coverage.unseen} not looked at**")
     vectors, total = summary["vectors_compared"], summary["intruders"]
     share = f" ({total / vectors:.1%})" if vectors else ""
     rows = [
@@ -158,6 +163,7 @@ def _module_types(report: Report) -> str:
 
 def _notes(report: Report, names: Mapping[str, str], root: str | Path | None) -> list[str]:
     notes = [str(report.base["caveat"])] if report.base.get("caveat") else []
+    notes += unseen(report)
     notes += failures(report.failed)
     notes += grouped_notes((layer.name, layer.notes) for layer in report.layers)
     return [in_one_line(without_paths(note, names, root), 600) for note in notes]

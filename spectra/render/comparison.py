@@ -11,6 +11,7 @@ from spectra.records import sweeps
 from spectra.records.comparison import Comparison
 from spectra.records.report import Report
 from spectra.render.columns import decimals, failures, in_ascii, number, plural, table
+from spectra.render.coverage import partial, unseen
 from spectra.render.table import as_csv
 
 EPSILONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -36,6 +37,7 @@ NOTES = {
 def render_comparison(comparison: Comparison, *, verbose: bool = False, ascii_only: bool = False) -> str:
     """Size beside rank, counts, module types, sweeps over ε, k and the adapter's weight, and overlaps."""
     sections = [
+        _partial(comparison),
         _facts(comparison),
         _updates(comparison),
         _counts(comparison),
@@ -103,7 +105,7 @@ def _counts(comparison: Comparison) -> str:
         tried = sweeps.by_weight(report)
         most = f"> {tried[-1][0]:g}" if tried else "-"
         cells += [most if row["threshold"] is None else f"{row['threshold']:.2f}"] if curves else []
-        lines.append([*cells, row["severity"]])
+        lines.append([*cells, row["severity"] + (" (partial)" if report.coverage.is_partial else "")])
     text = table([*header, "verdict"], lines, left=(0, len(header))) + "\n" + NOTES["counts"]
     if deep:
         draws = {layer.null["draws"] for report in comparison.reports for layer in report.layers if layer.null}
@@ -202,6 +204,16 @@ def _problems(comparison: Comparison) -> str:
         lines.append(
             f"note: the base of {plural(len(noisy), 'layer')} is plain noise, where anything moves the vectors"
         )
+    return "\n".join(lines)
+
+
+def _partial(comparison: Comparison) -> str:
+    """Which fine-tunes are compared in part alone, and why."""
+    lines = []
+    for label, report in zip(comparison.labels, comparison.reports, strict=True):
+        said = partial(report)
+        if said is not None:
+            lines += [f"Partial: of {label}, {said}.", *(f"  {line}" for line in unseen(report))]
     return "\n".join(lines)
 
 

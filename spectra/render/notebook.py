@@ -12,6 +12,7 @@ from spectra.records.ranks import RankReport
 from spectra.records.repair import Repair, Verification
 from spectra.records.report import Report
 from spectra.records.sweeps import mean_update_size
+from spectra.render import coverage
 from spectra.render.columns import decimals, number, plural
 from spectra.render.text import lowest_cosine, ranges, verdict
 
@@ -66,7 +67,9 @@ def _report(report: Report) -> str:
         for layer in flagged[:ROWS]
     ]  # fmt: skip
     size = mean_update_size(report)
-    headline = f"{report.tuned.get('path')} on {report.base.get('path')}\n{verdict(report)}"
+    headline = f"{report.tuned.get('path')} on {report.base.get('path')}\n"
+    said = coverage.headline(report)
+    headline += verdict(report) if said is None else f"{said}\n{verdict(report)}"
     if size is not None:
         headline += f"\nThe update's size is {decimals(size)} of the base's (mean of ‖dW‖/‖W0‖)."
     return _shown(

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from spectra.records.ranks import ROW_COLUMNS, LayerRank, RankReport, Suggestion
 from spectra.render.columns import in_ascii, method_of, plural, table
+from spectra.render.coverage import headline
 from spectra.render.table import as_csv
 
 Item = TypeVar("Item")
@@ -22,7 +23,7 @@ SHOWN_LEFT_OUT = 3
 
 def render_ranks(report: RankReport, *, verbose: bool = False, ascii_only: bool = False) -> str:
     """The suggestion, what it costs and loses, the ranks by module type (or layer), alpha, and the config."""
-    sections = [_answer(report), _facts(report), _problems(report), _table_of(report, verbose)]
+    sections = [headline(report) or "", _answer(report), _facts(report), _problems(report), _table_of(report, verbose)]
     if report.suggestion is not None:
         sections += [fill(about_alpha(report.suggestion), WIDTH), _config(report.suggestion, verbose)]
     text = "\n\n".join(section for section in sections if section) + "\n"

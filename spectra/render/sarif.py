@@ -22,12 +22,13 @@ from spectra import __version__
 from spectra.errors import in_one_line
 from spectra.records.report import FAILED_STATUSES, LayerReport, Report
 from spectra.render.columns import decimals, number, plural
+from spectra.render.coverage import partial, unseen
 from spectra.render.naming import hub_name, invocation, public_names, without_paths
 from spectra.render.text import lowest_cosine, ranges
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
-INTRUDERS, BORDERLINE, FAILED, UNREADABLE = (
-    "intruder-dimensions", "borderline-cosine", "layer-not-analysed", "fine-tune-not-read",
+INTRUDERS, BORDERLINE, PARTIAL, FAILED, UNREADABLE = (
+    "intruder-dimensions", "borderline-cosine", "updates-not-looked-at", "layer-not-analysed", "fine-tune-not-read",
 )  # fmt: skip
 
 # id, name, level, tags, one sentence, what it means and what to do about it.
@@ -44,6 +45,12 @@ _RULES = (
         "A cosine lies within 0.001 of epsilon, so that a slightly other epsilon would count otherwise.",
         "The verdict stands: it was settled in float64. Where a gate depends on this layer alone, look at the count "
         "for several values of epsilon.",
+    ),
+    (
+        PARTIAL, "UpdatesNotLookedAt", "error", "input",
+        "Some updates of a fine-tune were not looked at: their base weight was not found, or their values not read.",
+        "The counts are about the rest alone. The message says what is known of each; name a base that has all parts, "
+        "leave out with --exclude what is not meant, or accept a part with --allow-partial.",
     ),
     (
         FAILED, "LayerNotAnalysed", "error", "numerics",
@@ -74,6 +81,7 @@ class Scanned:
     root : the working directory, the repository's root in CI.
     url : where Spectra has its home, if it has one.
     further : words of the command that no report has.
+    allow_partial : whether updates that were not looked at are accepted.
     addresses : a path of a report → the address of which that is a local copy.
     """
 
@@ -84,6 +92,7 @@ class Scanned:
     root: str | PurePath | None = None
     url: str | None = None
     further: Sequence[str] = ()
+    allow_partial: bool = False
     addresses: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -122,6 +131,10 @@ class _Log:
             for report in self._reports
             for layer in report.failed
         ]
+        for report in self._reports:
+            said = partial(report)
+            if said is not None:
+                notices.append(_notice(PARTIAL, f"{self._names[str(report.tuned['path'])]}: {said}"))
         notices += [_notice(UNREADABLE, self._public(str(error))) for error in self._scanned.unreadable]
         called: dict[str, Any] = {
             "executionSuccessful": self._scanned.exit_code in (0, 1),
@@ -150,7 +163,7 @@ class _Log:
             "version": self._version,
             "semanticVersion": self._version,
             "rules": [_rule(*rule) for rule in _RULES],
-            "notifications": [_rule(*notice) for notice in (_RULES[-1], _NOT_READ)],
+            "notifications": [_rule(*notice) for notice in (*_RULES[-2:], _NOT_READ)],
         }
         if self._scanned.url is not None:
             driver["informationUri"] = self._scanned.url
@@ -163,10 +176,11 @@ class _Log:
             "fineTune": self._names[str(report.tuned["path"])],
             "base": self._names[str(report.base["path"])],
             **{name: summary[name] for name in kept if summary[name] is not None},
+            "coverage": summary["coverage"],
         }
 
     def _results(self, report: Report) -> list[dict[str, Any]]:
-        results = []
+        results = self._unseen(report)
         for layer in report.layers:
             if layer.intruders:
                 level = self._level(report, layer)
@@ -178,6 +192,16 @@ class _Log:
                 text = f"{layer.status}: {self._public(layer.error)}"
                 results.append(self._result(report, layer, FAILED, "error", text))
         return results
+
+    def _unseen(self, report: Report) -> list[dict[str, Any]]:
+        """One result that says how much of a fine-tune was not looked at, where that is not nothing."""
+        said = partial(report)
+        if said is None:
+            return []
+        uri = self._uri[str(next(iter(self._files[str(report.tuned["path"])].values())))]
+        text = self._public("; ".join([said, *unseen(report)]))
+        level = "warning" if self._scanned.allow_partial else "error"
+        return [{**self._located(PARTIAL, level, uri, "", text), "properties": report.summary["coverage"]}]
 
     def _level(self, report: Report, layer: LayerReport) -> str:
         """An error where a crossed gate counted this layer; a note where little is new; else a warning."""
@@ -202,25 +226,28 @@ class _Log:
         }
         if report.baseline is not None:
             properties["newIntruders"] = report.baseline["new_by_layer"].get(layer.name, 0)
-        digest = hashlib.sha256("\0".join((rule, uri, layer.name)).encode("utf-8", "replace")).hexdigest()
+        found = self._located(rule, level, uri, layer.name, f"{layer.name}: {text}.")
+        return {**found, "properties": {name: value for name, value in properties.items() if value is not None}}
+
+    def _located(self, rule: str, level: str, uri: str, module: str, text: str) -> dict[str, Any]:
+        """A result at a file, and at one of its modules where it is about one."""
+        digest = hashlib.sha256("\0".join((rule, uri, module)).encode("utf-8", "replace")).hexdigest()
+        place: dict[str, Any] = {
+            "physicalLocation": {
+                "artifactLocation": {"uri": uri, "index": self._uris.index(uri)},
+                "region": {"startLine": 1},
+            }
+        }
+        if module:
+            logical = {"name": module.split(".")[-1], "fullyQualifiedName": module, "kind": "module"}
+            place["logicalLocations"] = [logical]
         return {
             "ruleId": rule,
             "ruleIndex": next(i for i, known in enumerate(_RULES) if known[0] == rule),
             "level": level,
-            "message": {"text": _text(f"{layer.name}: {text}.")},
-            "locations": [
-                {
-                    "physicalLocation": {
-                        "artifactLocation": {"uri": uri, "index": self._uris.index(uri)},
-                        "region": {"startLine": 1},
-                    },
-                    "logicalLocations": [
-                        {"name": layer.name.split(".")[-1], "fullyQualifiedName": layer.name, "kind": "module"}
-                    ],
-                }
-            ],
+            "message": {"text": _text(text)},
+            "locations": [place],
             "partialFingerprints": {"primaryLocationLineHash": f"{digest[:16]}:1", "spectraLayer/v1": digest},
-            "properties": {name: value for name, value in properties.items() if value is not None},
         }
 
     def _public(self, text: str | None) -> str:

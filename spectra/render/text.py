@@ -9,6 +9,7 @@ from spectra.errors import in_one_line
 from spectra.records.report import LayerReport, Report
 from spectra.records.sweeps import mean_update_size
 from spectra.render.columns import decimals, failures, grouped_notes, in_ascii, method_of, number, plural, table
+from spectra.render.coverage import headline, partial
 
 PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
 PICTURE_COLUMNS = 60
@@ -30,6 +31,7 @@ MEANING = {
 def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = False) -> str:
     """One report: verdict, totals, worst layers, module types, and the layer × index picture."""
     sections = [
+        headline(report) or "",
         verdict(report),
         _facts(report),
         _problems(report),
@@ -62,6 +64,9 @@ def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = 
         verdict = summary["severity"]
         if summary["layers_failed"]:
             verdict += f" ({plural(summary['layers_failed'], 'layer')} failed)"
+        said = partial(report)
+        if said is not None:
+            verdict += f" (partial: {said})"
         rows.append([
             report.tuned["path"], report.tuned["format"],
             number(report.tuned.get("rank")), number(report.tuned.get("alpha")),
@@ -138,8 +143,8 @@ def _facts(report: Report) -> str:
     )
     rows = [("fine-tune", f"{tuned['path']}  ({method})"), ("base", report.base["path"])]
     said = str(report.base.get("caveat") or "")
-    if report.base.get("named_by_adapter") is False and repr(tuned["base_model_name_or_path"]) not in said:
-        rows.append(("", f"note: the adapter's config names {tuned['base_model_name_or_path']!r} as its base"))
+    if report.base.get("claimed") and repr(tuned.get("base_model_name_or_path")) not in said:
+        rows.append(("", f"note: {report.base['claimed']}"))
     if said:
         rows.append(("", f"note: {said}"))
     rows.append(("looked at", top))
@@ -169,6 +174,14 @@ def remarks(report: Report) -> list[str]:
         "is this the wrong base?"
         for layer in report.layers
         if "base_copy_differs" in layer.flags
+    ]
+    lines += [
+        f"{layer.name}: what the adapter stores whole differs from the base's by "
+        f"{layer.measures['update_norm_relative']:.2f} of it: is this the wrong base?"
+        for layer in report.layers
+        if layer.update["kind"] == "dense"
+        and str(report.tuned["format"]).startswith("peft-")
+        and (layer.measures.get("update_norm_relative") or 0) >= UNRELATED
     ]
     if report.base.get("changed_since_cached"):
         lines.append("the base has changed since its spectra were cached; they were not used")

@@ -219,7 +219,7 @@ class CheckpointForm:
                 own = {name: getattr(mine, name) for name in ("name", "module_type", "role", "update")}
                 layers.append(replace(reports[pair.base.name], **own))
             elif pair.base.name in {other.base.name for other in left_out}:
-                skipped.append(Skipped(pair.name, LEFT_OUT))
+                skipped.append(Skipped(pair.name, LEFT_OUT, "left_out", pair.update.parameters))
             else:  # copied
                 layers.append(layer_report(written, pair, Findings("unchanged", pair.shape), False, 0.0))
         return _with_audit(record, self.run, written, before, layers, skipped, self.home, output)

@@ -19,6 +19,7 @@ from spectra.files.checkpoint import Checkpoint, TensorInfo, read_header
 from spectra.files.derived import Derived
 from spectra.files.folders import CARD, Companions, check_room, companions, copy_file, is_tokenizer, write_card
 from spectra.files.orientation import TIED
+from spectra.files.wrapped import by_own_names
 from spectra.pairing.carried import Carried, carried_by
 from spectra.pairing.pairs import LayerPair, Pairing
 
@@ -71,7 +72,7 @@ def copy_checkpoint(home: Path, source: Checkpoint, *, adapter: Checkpoint | Non
 def _opened(home: Path, source: Checkpoint) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for file in source.files:
-        tensors |= read_header(home / file.name)
+        tensors |= by_own_names(read_header(home / file.name).values())
     for name, info in source.tensors.items():
         if name not in tensors or replace(tensors[name], file=info.file) != info:
             raise CorruptFileError(info.file, "the file changed while it was being read", name)

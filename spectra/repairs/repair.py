@@ -22,7 +22,7 @@ from spectra.repairs.forms import AdapterForm, Form, begin_checkpoint
 from spectra.runs.options import AuditOptions, takes_options
 from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, Result, layer_report, open_cache
-from spectra.runs.run import SingleRun, fingerprint, open_run
+from spectra.runs.run import SingleRun, check_whole, fingerprint, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
 from spectra.updates.algebra import TunedWeight
@@ -96,6 +96,7 @@ def repair(
     if store_dtype is not None and store_dtype not in STORE_DTYPES:
         raise UsageError(f"store_dtype = {store_dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
     run = open_run(tuned, base, settings)
+    check_whole(run, "a repair")
     choice.check(run.pairs)
     with ExitStack() as stack:
         home = None

@@ -39,7 +39,7 @@ from spectra.runs.jobs import Job, read_weight
 from spectra.runs.options import AuditOptions, Progress, takes_options
 from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, Result, open_cache
-from spectra.runs.run import SingleRun, open_run
+from spectra.runs.run import SingleRun, check_whole, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.live import LiveCheckpoint, Source
 from spectra.svd.triplets import Triplets
@@ -119,6 +119,7 @@ def sweep(
     choice = Choice(0.0, which)
     settings = checked_settings(**options)
     run = open_run(tuned, base, settings)
+    check_whole(run, "a sweep")
     choice.check(run.pairs)
     pairing = pair_layers(run.base, run.tuned, run.plan)
     carried = carried_beside(run, pairing)

@@ -21,8 +21,9 @@ Progress: TypeAlias = Callable[[float, float, str], None]
 CacheFolder: TypeAlias = str | Path | Literal[False] | None
 # How signatures show types whose own form is long.
 READABLE = {
-    "include": "str | Iterable[str]", "exclude": "str | Iterable[str]", "initial_adapter": "Source | None",
-    "cache": "str | Path | Literal[False] | None", "progress": "Progress | bool | None",
+    "include": "str | Iterable[str]", "exclude": "str | Iterable[str]", "ignore_options": "str | Iterable[str]",
+    "initial_adapter": "Source | None", "cache": "str | Path | Literal[False] | None",
+    "progress": "Progress | bool | None",
 }  # fmt: skip
 MARK = "{options}"  # where a docstring's parameters go on with the shared ones
 
@@ -90,6 +91,14 @@ class Reading(Layers, AccessOptions, total=False):
             None,
             "the adapter as it was saved before training, for one whose initialisation changed the base in a way that "
             "cannot be computed from it (``pissa_niter_*``, ``corda``, ``lora_ga``).",
+        ),
+    ]
+    ignore_options: Annotated[
+        str | Iterable[str],
+        Option(
+            (),
+            "names of options in ``adapter_config.json`` that are not known here, read as if they were not there: of "
+            "those that are known to change no weight.",
         ),
     ]
 

@@ -11,16 +11,20 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from spectra.adapters import Plan, Skipped, plan_updates, uses_initial
+from spectra.adapters import Plan, Skipped, lying_beside, plan_updates, uses_initial, without_options
 from spectra.errors import ConvergenceError, NonFiniteError, SpectraError, UsageError, in_short
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.fused import split_apart
 from spectra.pairing.pairs import LayerPair, pair_layers, why_not_merged
 from spectra.pairing.precision import caveat, quantised_as
+from spectra.records.coverage import NOT_PLACED, NOT_READ
 from spectra.runs.settings import Settings
+from spectra.sources.claimed import about_claimed
 from spectra.sources.live import Source, said_of
 from spectra.sources.resolve import Bases, named_base, open_tuned
 from spectra.updates.algebra import TunedWeight, merged
+
+NAMED = 3  # of what is not looked at, in an error
 
 
 class Run(Protocol):
@@ -124,7 +128,7 @@ def open_run(tuned: Source, base: Source | None, settings: Settings, bases: Base
     ------
     SpectraError : it cannot be read, does not fit the base, or changes none of its weights.
     """
-    opened = open_tuned(tuned, settings.access)
+    opened = without_options(open_tuned(tuned, settings.access), settings.ignore_options)
     opened_base = (bases or Bases(settings.access)).of(opened, base)
     if settings.split_fused:
         opened_base, opened = split_apart(opened_base, opened)
@@ -134,7 +138,17 @@ def open_run(tuned: Source, base: Source | None, settings: Settings, bases: Base
     pairing = pair_layers(opened_base, opened, plan, include=settings.include, exclude=settings.exclude)
     if not pairing.pairs:
         raise UsageError(f"{opened.path}: nothing to analyse ({pairing.why_empty})")
-    return SingleRun(opened, opened_base, settings, plan, pairing.pairs, pairing.skipped, pairing.counterpart)
+    skipped = (*pairing.skipped, *lying_beside(opened, plan))
+    return SingleRun(opened, opened_base, settings, plan, pairing.pairs, skipped, pairing.counterpart)
+
+
+def check_whole(run: SingleRun, what: str) -> None:
+    """Raises UsageError where a part of the fine-tune is not looked at, of which ``what`` would be made."""
+    unseen = [item for item in run.skipped if item.kind in (NOT_PLACED, NOT_READ)]
+    if unseen:
+        listed = "; ".join(f"{item.name}: {item.reason}" for item in unseen[:NAMED])
+        more = f"; and {len(unseen) - NAMED} more" if len(unseen) > NAMED else ""
+        raise UsageError(f"{run.tuned.path}: {what} of a part of the fine-tune would lose the rest ({listed}{more})")
 
 
 class MergedRun:
@@ -240,11 +254,16 @@ def fingerprint(checkpoint: Checkpoint, hash_contents: bool) -> dict[str, Any]:
 
 def base_facts(run: Run) -> dict[str, Any]:
     """What a report says under ``base``."""
+    agrees = named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None
+    said = None
+    if isinstance(run, SingleRun):
+        said = about_claimed(run.tuned, run.base, agrees, run.settings.access.allow_pickle)
     return {
         "path": str(run.base.path),
         "format": run.base.layout,
         **fingerprint(run.base, run.settings.hash_contents),
-        "named_by_adapter": named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None,
+        "named_by_adapter": agrees,
+        "claimed": said,
         "quantised": quantised_as(run.base),
         "caveat": caveat(run.base, run.tuned, run.plan) if isinstance(run, SingleRun) else caveat(run.base),
     }

@@ -31,13 +31,15 @@ class Settings:
     exclude: tuple[str, ...]
     hash_contents: bool
     split_fused: bool = False  # recorded where it is asked for
+    ignore_options: tuple[str, ...] = ()  # likewise
     access: Access = ANYWHERE  # no part of the record: it changes no result
     initial_adapter: Source | None = None  # nor is this: the layers' notes say where it was used
 
     def record(self) -> dict[str, Any]:
         record = {**asdict(self.question), **{f.name: getattr(self, f.name) for f in fields(self)}}
-        if not self.split_fused:
-            del record["split_fused"]
+        for name in ("split_fused", "ignore_options"):
+            if not record[name]:
+                del record[name]
         del record["question"], record["access"], record["initial_adapter"]
         return {key: list(item) if isinstance(item, tuple) else item for key, item in record.items()}
 
@@ -73,6 +75,7 @@ def checked_settings(**given: Any) -> Settings:
         exclude=patterns_of("exclude", options["exclude"]),
         hash_contents=options["hash_contents"],
         split_fused=options["split_fused"],
+        ignore_options=patterns_of("ignore_options", options["ignore_options"]),
         access=Access(options["allow_pickle"], options["local_files_only"]),
         initial_adapter=options["initial_adapter"],
     )

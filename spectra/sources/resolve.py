@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from spectra.errors import (
     in_short,
 )
 from spectra.files.checkpoint import Checkpoint, open_checkpoint
+from spectra.files.configs import check_regular
 from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
-from spectra.files.headers import check_regular
 from spectra.sources.hub import URL, fetch_url, find_on_hub, is_offline, without_secrets
 from spectra.sources.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
 
@@ -38,6 +38,12 @@ class Access:
 
 ANYWHERE, LOCAL = Access(), Access(local_files_only=True)
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
+# A state of a training in a file of its own: kohya's NAME-000004, DiffSynth's epoch-3 and step-500.
+EPOCH = re.compile(
+    r"(?P<stem>(?!model|adapter_model|adapters|diffusion_pytorch_model|pytorch_lora_weights).*?)"
+    r"(?:(?:^|[-_])(?:(?:epoch|step|e)[-_]?(?P<told>\d+)|(?P<number>\d{4,})))?\.safetensors",
+    re.ASCII,
+)
 STEP = re.compile(r"checkpoint-(\d+)")  # as transformers names them
 
 
@@ -110,8 +116,8 @@ def fine_tunes_of(names: Iterable[str | Path], tell: Callable[[str], None] | Non
     """What is named, with ``@FILE`` replaced by that file's lines and a folder of fine-tunes by these.
 
     A folder of several adapters, or of several checkpoints, that holds no weights itself stands for them, by name (a
-    training run's by their step).  Empty lines and those that begin with # are left out.  ``tell`` is called with a
-    sentence on what else lies in a folder of adapters.
+    training run's by their step), and so does one with a file for each epoch of a training.  Empty lines and those that
+    begin with # are left out.  ``tell`` is called with a sentence on what else lies in a folder of adapters.
 
     Raises
     ------
@@ -136,14 +142,31 @@ def fine_tunes_of(names: Iterable[str | Path], tell: Callable[[str], None] | Non
     return fine_tunes
 
 
+def epochs_among(files: Sequence[Path]) -> list[str | Path]:
+    """The states of one training that lie in one folder as a file each, by their number; [] where these are none.
+
+    Trainers of image models number them by epochs or steps and leave the number out of the last one's name.
+    """
+    named: list[tuple[str, str, Path]] = []
+    for file in files:
+        match = EPOCH.fullmatch(file.name)
+        if match is None:
+            return []
+        named.append((match["stem"], match["told"] or match["number"] or "", file))
+    if len(files) < 2 or len({stem for stem, _, _ in named}) > 1 or sum(not number for _, number, _ in named) > 1:
+        return []
+    return [file for _, number, file in sorted(named, key=lambda item: (not item[1], int(item[1] or 0)))]
+
+
 def _within(name: str | Path, tell: Callable[[str], None] | None) -> list[str | Path]:
     folder = Path(name)
     try:
         if not folder.is_dir() or (folder / "adapter_config.json").exists() or (folder / "model_index.json").exists():
             return [name]
         children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-        if any(WEIGHTS.search(child.name) and not child.is_dir() for child in children):
-            return [name]
+        files = [child for child in children if WEIGHTS.search(child.name) and not child.is_dir()]
+        if files:
+            return epochs_among(files) or [name]
         run = checkpoints_of(name)
         if len(run) > 1:
             return run

@@ -151,7 +151,7 @@ def cache(
                 try:
                     spectrum = decomposer.compute(layer)
                 except LAYER_ERRORS as error:
-                    failed.append(Skipped(layer.name, _explain(error, layer)))
+                    failed.append(Skipped(layer.name, _explain(error, layer), "not_read"))
                 else:
                     if spectrum is not None:
                         kept.store(opened, layer.name, layer.pair.layout, decomposer.dtype(layer), spectrum)

@@ -29,7 +29,7 @@ from spectra.pairing.pairs import LEFT_OUT
 from spectra.records.ranks import RankReport
 from spectra.runs.options import ExtractOptions, takes_options
 from spectra.runs.progress import shown
-from spectra.runs.run import SingleRun, open_run
+from spectra.runs.run import SingleRun, check_whole, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.hub import URL
 from spectra.sources.live import Source
@@ -103,6 +103,7 @@ def extract(
     check_folder(to, force=force)
     settings = checked_settings(**options)
     run = open_run(tuned, base, settings)
+    check_whole(run, "an adapter")
     if run.plan.format != "full":
         raise UsageError(f"{run.tuned.path}: this is an adapter already ({run.plan.format})")
     check_apart(to, run.tuned, run.base)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Unpack
 
-from spectra.adapters import formula_of, plan_updates, uses_initial
+from spectra.adapters import formula_of, lying_beside, plan_updates, uses_initial, without_options
 from spectra.errors import CorruptFileError, SpectraError, UnsafeFileError, UsageError
-from spectra.files.checkpoint import PICKLE_SUFFIXES, TRAINING_STATE, Checkpoint
 from spectra.pairing.fused import split_apart
 from spectra.pairing.pairs import pair_layers
 from spectra.pairing.precision import caveat, quantised_as
@@ -36,7 +33,7 @@ def inspect(tuned: Source, base: Source | None = None, **options: Unpack[Inspect
     access = Access(options["allow_pickle"], options["local_files_only"])
     initial_adapter, split_fused = options["initial_adapter"], options["split_fused"]
     include, exclude = (patterns_of(name, options[name]) for name in ("include", "exclude"))
-    checkpoint = open_tuned(tuned, access)
+    checkpoint = without_options(open_tuned(tuned, access), patterns_of("ignore_options", options["ignore_options"]))
     initial = open_tuned(initial_adapter, access) if initial_adapter is not None else None
     if split_fused:
         checkpoint = split_apart(checkpoint, checkpoint)[1]
@@ -93,25 +90,5 @@ def inspect(tuned: Source, base: Source | None = None, **options: Unpack[Inspect
         base=base_path,
         problem=problem,
         caveat=precision,
-        beside=beside(checkpoint),
+        beside=tuple(item.name for item in lying_beside(checkpoint, plan)),
     )
-
-
-def beside(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What holds weights in the folder that was read, besides what was; folders' names end in a slash."""
-    if not checkpoint.path.is_dir():
-        return ()
-    read = {file.resolve() for file in checkpoint.files}
-    names = []
-    with contextlib.suppress(OSError):  # what may not be listed
-        for path in sorted(checkpoint.path.iterdir()):
-            if path.is_dir():
-                if not any(path.resolve() in file.parents for file in read) and any(map(_has_weights, path.iterdir())):
-                    names.append(f"{path.name}/")
-            elif _has_weights(path) and path.resolve() not in read:
-                names.append(path.name)
-    return tuple(names)
-
-
-def _has_weights(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".gguf", *PICKLE_SUFFIXES) and not TRAINING_STATE.match(path.name)

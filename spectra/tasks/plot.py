@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 PANELS = 3  # layers of one fine-tune that are drawn side by side where none are named
 LAYER_OPTIONS = (
-    "top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads", "split_fused", "allow_pickle",
-    "local_files_only", "initial_adapter", "progress",
+    "top_k", "epsilon", "side", "include", "exclude", "dtype", "device", "threads", "split_fused", "ignore_options",
+    "allow_pickle", "local_files_only", "initial_adapter", "progress",
 )  # fmt: skip
 
 

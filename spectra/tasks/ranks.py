@@ -106,13 +106,16 @@ class Ranking:
     def report(self, progress: Progress | None) -> RankReport:
         run, started = self.run, time.perf_counter()
         layers: dict[str, LayerRank] = {}
-        failed: dict[str, dict[str, str]] = {}
+        failed: dict[str, dict[str, Any]] = {}
         for outcomes in as_finished(jobs_of([run]), run.settings, self._of_job, progress):
             for pair, outcome in outcomes:
                 if isinstance(outcome, LayerRank):
                     layers[pair.name] = outcome
                 else:
-                    failed[pair.name] = {"name": pair.name, "status": outcome.status, "error": outcome.message}
+                    failed[pair.name] = {
+                        "name": pair.name, "status": outcome.status, "error": outcome.message,
+                        "parameters": pair.update.parameters,
+                    }  # fmt: skip
         ordered = [layers[pair.name] for pair in run.pairs if pair.name in layers]
         others = {*run.base.tensors} | {item.name for item in run.skipped} | set(failed)
         if run.plan.format == "full":  # an adapter's tensors are not the model's

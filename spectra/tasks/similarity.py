@@ -75,7 +75,8 @@ def similarity_matrices(
         chosen = report.settings
         settings = checked_settings(
             **{**options, "local_files_only": True}, top_k=chosen["top_k"], epsilon=chosen["epsilon"],
-            side=chosen["side"], split_fused=bool(chosen.get("split_fused")), initial_adapter=initial_adapter,
+            side=chosen["side"], split_fused=bool(chosen.get("split_fused")),
+            ignore_options=chosen.get("ignore_options", ()), initial_adapter=initial_adapter,
         )  # fmt: skip
         run = open_run(report.tuned["path"], report.base["path"], settings)
         run = replace(run, pairs=tuple(pair for pair in run.pairs if pair.name in names))

@@ -215,3 +215,27 @@ def test_other_kinds_of_files_are_refused_by_name(tmp_path):
             plan_updates(open_checkpoint(path))
     with pytest.raises(AmbiguousFilesError, match=r"0\.gguf, 1\.gguf"):
         open_checkpoint(tmp_path)
+
+
+UNKNOWN = (
+    "blk.0.attn_q.weight.lora_c", "blk.0.attn_q.gate", "blk.0.unheard.weight", "unheard", "blk.0.attn_q.weight.scale",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("shape", [(8, 8), (5,)])
+def test_one_unknown_tensor_is_never_left_out_quietly(tmp_path, capsys, name, shape):
+    base = small_base(tmp_path / "base", num_attention_heads=2)
+    assert main(["audit", str(small_lora(tmp_path / "plain")), "--base", str(base), "--quiet"]) == 0, "the control"
+    capsys.readouterr()
+    tuned = small_lora(tmp_path / "tuned", **{name: shape})
+    assert main(["audit", str(tuned), "--base", str(base), "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert name in said.err
+
+
+def test_a_norm_that_lies_beside_is_listed(tmp_path):
+    tuned = small_lora(tmp_path / "tuned", **{"blk.0.attn_norm.weight": (8,)})
+    report = spectra.audit(tuned, small_base(tmp_path / "base", num_attention_heads=2))
+    assert report.coverage.without_spectrum == 1

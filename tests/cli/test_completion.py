@@ -13,7 +13,7 @@ from spectra.cli.completion import PATHS, SHELLS, arguments_of
 from tests.support.paths import ROOT
 
 # Values that are no files and no choices.
-FREE = ("N", "SHARE", "K", "E", "R", "A", "PATTERN", "ADDRESS", "[PATTERN=]S", "PATTERN=I,J")
+FREE = ("N", "NAME", "SHARE", "K", "E", "R", "A", "PATTERN", "ADDRESS", "[PATTERN=]S", "PATTERN=I,J")
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_inspect_names_what_it_does_not_read(capsys, make_base, make_adapter, rn
     assert "  not read   also here: second/\n" in out
     assert "embed_tokens: vocabulary resized from 20 to 23 rows: the 20 shared ones are compared" in out
     _, out, _ = run(capsys, "audit", str(tuned), "--base", str(base), "--verbose")
-    assert out.endswith("\nalso here, not read: second/\n")
+    assert out.endswith("\nskipped: 1\n  second/: other weights beside the model's own; they were not read\n")
     assert "also here" not in run(capsys, "audit", str(tuned), "--base", str(base))[1]
 
 

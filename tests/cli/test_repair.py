@@ -57,7 +57,8 @@ def test_what_is_passed_on(call):
     defaults |= {"threads": None, "split_fused": False, "initial_adapter": None, "hash_contents": False}
     assert given == {
         "tuned": "tuned", "to": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
-        "side": "left", "include": [], "exclude": [], "engine": "auto", "workers": 1, "cache": None, **defaults,
+        "side": "left", "include": [], "exclude": [], "ignore_options": [], "engine": "auto", "workers": 1,
+        "cache": None, **defaults,
     }  # fmt: skip
     _, _, err, given = call(
         *WHAT, "--to", "out", "--force", "--which", "top", "--keep-rank", "--store-dtype", "bfloat16", "-k", "5", "-e",

@@ -61,7 +61,7 @@ def test_text_of_a_large_model_is_short_unless_asked(count):
 
 def test_text_without_a_suggestion():
     layer = with_rank("embed", 2, role="embedding")
-    failed = ({"name": "a", "status": "non_finite", "error": "tuned: a: holds NaN"},)
+    failed = ({"name": "a", "status": "non_finite", "error": "tuned: a: holds NaN", "parameters": 8},)
     text = render_ranks(report([layer], suggested([layer]), failed=failed))
     assert text.startswith("Suggestion: none")
     assert "non_finite: a: tuned: a: holds NaN" in text
