@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,46 @@ def test_a_new_head_is_understood(tmp_path, capsys, rng, dialect, name):
     report = spectra.audit(written.tuned, written.base)
     assert report.coverage.new == 2
     assert not report.coverage.is_partial
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SMALL, "bert": SMALL, "roberta": SMALL, "modernbert": SMALL | {"global_attn_every_n_layers": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
+    "t5": {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 48, "vocab_size": 99},
+    "gpt_oss": SMALL | {"num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 8,
+                        "layer_types": ["full_attention"] * 2},
+    "mixtral": SMALL | {"num_local_experts": 4, "num_key_value_heads": 2},
+    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 99,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ordinary_classifier_is_whole(tmp_path, transformers, family):
+    """The control: a model class with a new head, all of it trained, on the plain model."""
+    special = {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep")}
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family], **special)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "tuned")
+    report = spectra.audit(tmp_path / "tuned", tmp_path / "base", cache=False)
+    assert not report.coverage.is_partial, report.to_text()
+    assert report.coverage.new
+    assert report.coverage.analysed
+
+
+def test_more_layers_than_the_base_has_are_no_head(tmp_path, capsys, rng):
+    """A decoder on an encoder, a deeper model: what is not placed although "decoder" is what some heads are called."""
+    names = [f"encoder.layers.{i}.self_attn.q_proj.weight" for i in range(4)]
+    base = write(tmp_path / "base" / "model.safetensors", {name: drawn(rng, 16, 16) for name in names}).parent
+    for number, more in enumerate(("decoder.layers.0.cross.q_proj.weight", "encoder.layers.9.self_attn.q_proj.weight",
+                                   "vision.blocks.0.head.weight")):  # fmt: skip
+        home = tmp_path / str(number) / "model.safetensors"
+        tuned = write(home, {name: drawn(rng, 16, 16) for name in (*names, more)}).parent
+        code, out, _ = audit(capsys, tuned, "--base", base)
+        assert code == 2
+        assert out.startswith("Partial: 1 of 5 updates was not looked at.\n  " + more.removesuffix(".weight"))
 
 
 def test_what_modules_to_save_names_is_understood(tmp_path, capsys, rng):

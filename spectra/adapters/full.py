@@ -11,6 +11,7 @@ from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived, Unreadable, Weight, sources_of
 from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.files.orientation import Layout, as_matrix, is_convolution
+from spectra.files.stored.experts import BIASES
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ _BASE_LAYER = re.compile(r"(?<=\.)base_layer\.")  # what peft's wrappers call th
 # What models keep as integers or masks, of which nothing is trained.
 BUFFERS = frozenset(
     ["bias", "masked_bias", "position_ids", "token_type_ids", "attention_mask", "relative_position_index",
-     "running_mean", "running_var", "num_batches_tracked", "inv_freq"]
+     "running_mean", "running_var", "num_batches_tracked", "inv_freq", "q_scale", "k_scale", "v_scale", "kv_scale"]
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def whole_tensor(info: Weight, name: str, bias: Weight | None = None) -> Planned
     """How a tensor that is stored whole, under the module name ``name``, is treated; ``bias`` is its module's."""
     module = name.removesuffix(".weight")
     if isinstance(info, Unreadable):
-        return Skipped(module, info.reason, "not_read", info.size)
+        return Skipped(module, info.reason, "without_spectrum" if info.reason == BIASES else "not_read", info.size)
     if len(info.shape) < 2:
         return Skipped(name, VECTOR, "without_spectrum", info.size)
     if info.dtype in BLOCKS:

@@ -180,7 +180,7 @@ def pair_layers(
     _check_one_to_one(tuned, pairs, plan.sharing)
     pairs.sort(key=lambda pair: _natural(pair.name))
     if plan.complete or plan.format.startswith(("peft-", "mlx-")):
-        skipped = [_in_base(item, tuned, matcher) for item in skipped]
+        skipped = [_in_base(item, base, tuned, matcher) for item in skipped]
     if plan.complete:
         _check_overlap(base, tuned, plan, pairs, skipped)
         skipped += _only_in_base(base, used, skipped)
@@ -336,19 +336,26 @@ def _check_overlap(
     )
 
 
-def _in_base(item: Skipped, tuned: Checkpoint, matcher: NameMatcher) -> Skipped:
+def _in_base(item: Skipped, base: Checkpoint, tuned: Checkpoint, matcher: NameMatcher) -> Skipped:
     """A tensor without spectrum that is stored whole: not placed where the base has none of its name."""
     info = tuned.tensors.get(item.name)
     name = plain_name(item.name, tuned)
     if item.kind != "without_spectrum" or item.reason == BIAS_OF_B or info is None or name is None:
         return item
-    if not info.is_float or name.rpartition(".")[2] in BUFFERS - {"bias"}:
+    if not info.is_float or (_is_ggufs_own(name) and "gguf" in (base.layout, tuned.layout)):
+        return item  # norms, which it has under names of its own
+    if name.rpartition(".")[2] in BUFFERS - {"bias"}:
         return item
     if any(matcher.counterpart(spelled) is not None for spelled in _spellings(name)):
         return item
     if is_new_head(name, tuned):
         return replace(item, kind="new")
     return replace(item, reason="the base has no tensor of this name", kind="not_placed")
+
+
+def _is_ggufs_own(name: str) -> bool:
+    """Whether a vector is one that GGUF names otherwise than transformers do, or has computed."""
+    return "norm" in name or name.startswith("rope_freqs")
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -27,22 +27,27 @@ SYNONYMS = (
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 LDM, DIFFUSERS = re.compile(r"(^|\.)(input|middle|output)_blocks?\."), re.compile(r"(^|\.)(down|mid|up)_blocks?\.")
 
-
-# What models call the modules that a task puts on top of them.
+# What models call the modules that a task puts on top of them, with what these may consist of; and those that are one
+# module, since a part of the model may be called so, too.
 HEADS = frozenset(
     ["score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "lm_head", "embed_out", "cls",
-     "pooler", "head", "heads", "v_head", "value_head", "reward_head", "regression_head", "logits_proj", "decoder",
-     "vocab_transform", "vocab_projector", "vocab_layer_norm", "lm_predictions", "mask_predictions", "proj_out",
-     "sequence_summary", "summary", "fc"]
+     "pooler", "head", "heads", "v_head", "value_head", "reward_head", "regression_head", "logits_proj",
+     "vocab_transform", "vocab_projector", "vocab_layer_norm", "lm_predictions", "mask_predictions", "sequence_summary"]
 )  # fmt: skip
+LAST = frozenset(["decoder", "fc", "proj_out", "summary"])
+OF_A_HEAD = 3  # parts of a name, such as cls.predictions.transform.dense
+LAYERS = frozenset(["layers", "layer", "blocks", "block", "h"])
 
 
 def is_new_head(name: str, tuned: Checkpoint) -> bool:
     """Whether a tensor or module is a head by its name, or named as a module to save by the adapter's config."""
     parts = name.removesuffix(".weight").removesuffix(".bias").split(".")
-    layer = next((at for at, part in enumerate(parts) if part.isdecimal()), len(parts))
-    if not HEADS.isdisjoint(parts[:layer]):
-        return True
+    for at, part in enumerate(parts):
+        after = parts[at + 1 :]
+        if part in HEADS and len(after) <= OF_A_HEAD and LAYERS.isdisjoint(parts):
+            return True
+        if part in LAST and not after and LAYERS.isdisjoint(parts):
+            return True
     saved = (tuned.adapter_config or {}).get("modules_to_save")
     whole = f".{'.'.join(parts)}."
     return isinstance(saved, list) and any(isinstance(one, str) and f".{one}." in whole for one in saved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -168,3 +170,18 @@ def test_a_base_of_quantised_types_alone_is_refused_with_a_remedy(tmp_path, caps
     out = capsys.readouterr().out
     assert "matrices   none that can be read" in out
     assert out.count("Q8_0") == 2  # what it holds, and why that is not read
+
+
+def test_norms_under_ggufs_own_names_are_no_part(tmp_path, rng):
+    """Of either side: what a converter calls a norm is not what transformers do."""
+    q, norm = draw(rng, 16, 16), draw(rng, 16)
+    names = {"model.layers.0.self_attn.q_proj.weight": q, "model.layers.0.input_layernorm.weight": norm}
+    plain = write(tmp_path / "plain", names)
+    (plain / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2}))
+    fields = [("uint32", "llama.attention.head_count", 2), ("uint32", "llama.attention.head_count_kv", 2)]
+    own = {"blk.0.attn_q.weight": q, "blk.0.attn_norm.weight": norm, "rope_freqs.weight": draw(rng, 8)}
+    converted = write_gguf(tmp_path / "model.gguf", "llama", own, fields)
+    for tuned, base in ((converted, plain), (plain, converted)):
+        report = spectra.audit(tuned, base, cache=False)
+        assert not report.coverage.is_partial, report.to_text()
+        assert report.coverage.without_spectrum

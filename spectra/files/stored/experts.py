@@ -47,6 +47,7 @@ FROM_HIDDEN = frozenset({FUSED, "gate_proj", "up_proj", "w1", "w3", "v1", "fc1",
 TO_HIDDEN = frozenset({"down_proj", "w2", "fc2", "output_linear"})
 # What gpt-oss's experts are called where each is a linear module of its own, as Unsloth has them.
 LISTED = {FUSED: "gate_up_projs", "down_proj": "down_projs"}
+BIASES = "the biases of experts: vectors have no spectrum"
 LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 # More experts than any model has; and how many weights may come of how many bytes, or a small file could name millions.
@@ -74,7 +75,7 @@ def experts(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived | U
         if isinstance(info, Unreadable):
             continue
         if len(info.shape) == 2 and name.endswith("_bias") and _BIASES.fullmatch(name):
-            yield _unreadable(info, "the biases of experts: vectors have no spectrum")
+            yield _unreadable(info, BIASES)
         match = _DBRX.fullmatch(name) if len(info.shape) == 2 else None
         if match:
             made = list(_dbrx(info, match["home"], match["part"], config, left))
