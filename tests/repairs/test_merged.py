@@ -151,13 +151,14 @@ def test_grouped_convolutions_are_refused(make_base, make_adapter, tmp_path):
 
 
 def test_resized_vocabularies_are_refused(make_base, make_adapter, tmp_path):
-    make_base({"embed_tokens.weight": torch.randn(30, 8)})
+    make_base({"embed_tokens.weight": torch.randn(30, 8), "q.weight": torch.randn(8, 8)})
     prefix = "base_model.model.embed_tokens."
     make_adapter(
         {}, extra={f"{prefix}lora_embedding_A": torch.randn(2, 32), f"{prefix}lora_embedding_B": torch.randn(8, 2)}, r=2
     )
     assert "resized from 30 to 32 rows" in refusal(tmp_path)
-    make_adapter({}, extra={f"{prefix}weight": torch.randn(32, 8)}, r=2)
+    factors = {"q": (torch.randn(8, 2), torch.randn(2, 8))}
+    make_adapter(factors, extra={f"{prefix}weight": torch.randn(32, 8)}, r=2)
     assert "resized from 30 to 32 rows" in refusal(tmp_path)
 
 
@@ -185,11 +186,13 @@ def test_factors_that_peft_ties_are_refused(tmp_path):
 
 
 def test_a_weight_that_the_adapter_says_is_shared_is_merged(make_base, make_adapter, tmp_path):
-    make_base({"embed_tokens.weight": torch.randn(9, 4)}, config={"tie_word_embeddings": True})
+    weights = {"embed_tokens.weight": torch.randn(9, 4), "q.weight": torch.randn(4, 4)}
+    make_base(weights, config={"tie_word_embeddings": True})
+    factors = {"q": (torch.randn(4, 1), torch.randn(1, 4))}
     saved = {"base_model.model.embed_tokens.weight": torch.ones(9, 4)}
-    make_adapter({}, extra=saved)
+    make_adapter(factors, extra=saved)
     assert "share one weight" in refusal(tmp_path)
-    make_adapter({}, extra=saved, ensure_weight_tying=True)
+    make_adapter(factors, extra=saved, ensure_weight_tying=True)
     merge(tmp_path)
     assert load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"].all()
 
