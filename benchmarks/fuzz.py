@@ -428,7 +428,7 @@ def run(options: Options) -> Iterator[Row]:
     """A row for each kind of input, and one for each planted bug."""
     from benchmarks.planted import LIMIT, PLANTED, inputs_until_found
 
-    count = options.trials or options.scale(quick=3000, default=100_000, full=1_000_000)
+    count = options.trials or options.scale(quick=1500, default=100_000, full=1_000_000)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         for kind, share in SHARE.items():
             tally = run_fuzz(options.seed, int(count * share), Path(folder), False, (kind,))

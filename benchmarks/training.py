@@ -129,7 +129,8 @@ def run(options: Options) -> Iterator[Row | str]:
             watched = train(True)
             alone.append(train(False))  # what else changes with time falls on both sides
             yield from _rows(name, alone, watched)
-        yield from _rows("all-MiniLM, no limit", [], minilm(steps, every, Path(home), max_share=None))
+        if not options.quick:
+            yield from _rows("all-MiniLM, no limit", [], minilm(steps, every, Path(home), max_share=None))
 
 
 def _rows(name: str, alone: Sequence[Done], watched: Done) -> Iterator[Row | str]:
