@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core; threads beyond that wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # numpy's BLAS reads it when it is loaded
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,7 @@ from spectra.files.checkpoint import open_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SPECTRA_CACHE"] = os.devnull  # what a developer has cached is none of the tests' business
-if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core; threads beyond that wait for each other
-    os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
