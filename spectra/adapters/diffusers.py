@@ -19,6 +19,7 @@ from typing import Any
 
 from spectra.adapters.factors import ALONE, StoredFactors, check_factors, common_facts, scalar
 from spectra.adapters.peft.fields import INERT
+from spectra.adapters.peft.keys import BIAS_OF_B
 from spectra.adapters.peft.lora import KNOWN_FIELDS, NEUTRAL_INIT
 from spectra.adapters.peft.pattern import Pattern
 from spectra.adapters.plan import AddedToBias, Plan, Skipped
@@ -90,7 +91,7 @@ class DiffusersLora:
             slot = components[component][module]
             if tail == "lora_B.bias":
                 biases[f"{component}.{module}"] = info
-                skipped.append(Skipped(key, "the bias of lora_B: a vector has no spectrum", "without_spectrum"))
+                skipped.append(Skipped(key, BIAS_OF_B, "without_spectrum"))
             elif tail in slot:
                 raise AdapterError(info.file, f"{tail} occurs twice for {component}.{module}", key)
             else:

@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def let_others_work() -> None:
     """Has OpenMP's threads sleep while they wait for each other, unless the user says how they wait.
 
-    By default they spin, at each of thousands of small parallel regions; two audits at once on two cores then take
-    from ten to thirty times as long as one.  It is read when torch is loaded, so nothing is done where it is already.
+    By default they spin, at each of thousands of small parallel regions, and two audits at once on two cores slow each
+    other many times over (``python -m benchmarks neighbours``).  It is read when torch is loaded, so nothing is done
+    where it is already.
     """
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

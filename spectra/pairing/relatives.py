@@ -11,17 +11,14 @@ from collections.abc import Iterator
 from spectra.adapters import PlannedUpdate
 from spectra.adapters.ldm import open_clips_whole
 from spectra.files.checkpoint import Checkpoint
-from spectra.files.stored.fused import PROJECTIONS, apart, fused_module
+from spectra.files.stored.fused import PROJECTIONS, SYNONYMS_GATED, SYNONYMS_QKV, apart, fused_module
 from spectra.pairing.names import DEEPEST, without_wrappers
 
 # What the projections of one kind are called in one writer's names or another's.
 SYNONYMS = (
-    ("q_proj", "query", "q", "wq", "q_lin", "to_q"),
-    ("k_proj", "key", "k", "wk", "k_lin", "to_k"),
-    ("v_proj", "value", "v", "wv", "v_lin", "to_v"),
+    *SYNONYMS_QKV,
+    *SYNONYMS_GATED,
     ("o_proj", "out_proj", "wo", "out_lin", "to_out.0", "to_out"),
-    ("gate_proj", "w1"),
-    ("up_proj", "w3"),
     ("down_proj", "w2"),
 )
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# What is not analysed and is an update of the fine-tune, by the ``kind`` of a record's ``skipped`` entries.
-LEFT_OUT, WITHOUT_SPECTRUM, NEW, NOT_PLACED, NOT_READ = "left_out", "without_spectrum", "new", "not_placed", "not_read"
-KINDS = (LEFT_OUT, WITHOUT_SPECTRUM, NEW, NOT_PLACED, NOT_READ)
+# What is not analysed and is an update of the fine-tune, by the ``kind`` of a record's ``skipped`` entries; and what of
+# that makes a record partial.
+UNSEEN = ("not_placed", "not_read")
+KINDS = ("left_out", "without_spectrum", "new", *UNSEEN)
 
 
 @dataclass(frozen=True)
@@ -78,4 +79,4 @@ def coverage_of(analysed: Iterable[int], failed: Iterable[int], skipped: Iterabl
 
 def unseen_in(skipped: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The entries of ``skipped`` that make a record partial."""
-    return [item for item in skipped if item.get("kind") in (NOT_PLACED, NOT_READ)]
+    return [item for item in skipped if item.get("kind") in UNSEEN]

@@ -15,7 +15,7 @@ import numpy as np
 from spectra.errors import UsageError
 from spectra.records.coverage import Coverage, coverage_of
 from spectra.records.energy import break_even_rank, norm_fro, rank_of_energy
-from spectra.records.schemas import as_dataframe, known_fields
+from spectra.records.schemas import anywhere, as_dataframe, known_fields
 from spectra.records.shown import OfLayers
 
 if TYPE_CHECKING:
@@ -247,8 +247,8 @@ class RankReport(OfLayers[LayerRank]):
             "seconds": self.seconds,
         }
         if canonical:
-            del value["seconds"], value["base"]["path"], value["tuned"]["path"]
-            value["base"].pop("claimed", None)
+            del value["seconds"]
+            value["base"], value["tuned"] = anywhere(value["base"]), anywhere(value["tuned"])
             value["settings"].pop("workers", None)
             for item in value["failed"]:
                 del item["error"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UsageError
 from spectra.records.report import DECIDED_STATUSES, Report
-from spectra.records.schemas import as_dataframe, known_fields, read_schema
+from spectra.records.schemas import anywhere, as_dataframe, known_fields, read_schema
 from spectra.records.shown import Layers, OfLayers
 
 if TYPE_CHECKING:
@@ -210,10 +210,8 @@ class Repair(OfLayers[LayerRepair]):
         }
         if canonical:
             del value["seconds"]
-            for facts in (value["base"], value["source"], value["output"] or {}):
-                facts.pop("path", None)
-            for name in ("changed_since_cached", "claimed"):
-                value["base"].pop(name, None)
+            for name in ("base", "source", "output"):
+                value[name] = None if value[name] is None else anywhere(value[name])
             value["settings"].pop("workers", None)
         return value
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import UsageError
 from spectra.records.coverage import Coverage, coverage_of
 from spectra.records.layer import Vector
-from spectra.records.schemas import as_dataframe, known_fields, read_schema
+from spectra.records.schemas import anywhere, as_dataframe, known_fields, read_schema
 from spectra.records.shown import Layers, OfLayers
 
 if TYPE_CHECKING:
@@ -154,10 +154,9 @@ class Report(OfLayers[LayerReport]):
     @property
     def coverage(self) -> Coverage:
         """How much of the fine-tune the report is about."""
-        sizes: dict[bool, list[int]] = {True: [], False: []}
-        for layer in self.layers:
-            sizes[layer.status in FAILED_STATUSES].append(int(layer.update["parameters"]))
-        return coverage_of(sizes[False], sizes[True], self.skipped)
+        done = (int(layer.update["parameters"]) for layer in self.layers if layer.status not in FAILED_STATUSES)
+        failed = (int(layer.update["parameters"]) for layer in self.failed)
+        return coverage_of(done, failed, self.skipped)
 
     @property
     def base_quantised(self) -> bool:
@@ -272,14 +271,13 @@ class Report(OfLayers[LayerReport]):
         if self.baseline is not None:
             value["baseline"] = dict(self.baseline)
         if canonical:
-            del value["seconds"], value["base"]["path"], value["tuned"]["path"]
-            for name in ("changed_since_cached", "claimed"):
-                value["base"].pop(name, None)
+            del value["seconds"]
+            value["base"], value["tuned"] = anywhere(value["base"]), anywhere(value["tuned"])
             value["settings"].pop("workers", None)
             for layer in value["layers"]:
                 del layer["seconds"], layer["error"]
             if self.baseline is not None:
-                value["baseline"]["tuned"] = {k: v for k, v in self.baseline["tuned"].items() if k != "path"}
+                value["baseline"]["tuned"] = anywhere(self.baseline["tuned"])
         return value
 
     def to_json(self, *, canonical: bool = False, indent: int | None = 1) -> str:

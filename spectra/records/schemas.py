@@ -13,6 +13,8 @@ from spectra.errors import needs_extra
 if TYPE_CHECKING:
     import pandas
 
+_OF_THIS_MACHINE = frozenset(["path", "changed_since_cached", "claimed"])
+
 
 def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pandas.DataFrame:
     """Rows as a DataFrame; raises UsageError without pandas."""
@@ -21,6 +23,11 @@ def as_dataframe(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> p
     except ImportError:
         raise needs_extra("to_dataframe() needs", "pandas", "dataframe") from None
     return pandas.DataFrame(rows, columns=list(columns))
+
+
+def anywhere(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of a checkpoint, without what this machine alone knows of it."""
+    return {name: value for name, value in facts.items() if name not in _OF_THIS_MACHINE}
 
 
 def known_fields(record: type, value: Mapping[str, Any]) -> dict[str, Any]:

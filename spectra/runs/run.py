@@ -17,7 +17,7 @@ from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.fused import split_apart
 from spectra.pairing.pairs import LayerPair, pair_layers, why_not_merged
 from spectra.pairing.precision import caveat, quantised_as
-from spectra.records.coverage import NOT_PLACED, NOT_READ
+from spectra.records.coverage import UNSEEN
 from spectra.runs.settings import Settings
 from spectra.sources.claimed import about_claimed
 from spectra.sources.live import Source, said_of
@@ -144,7 +144,7 @@ def open_run(tuned: Source, base: Source | None, settings: Settings, bases: Base
 
 def check_whole(run: SingleRun, what: str) -> None:
     """Raises UsageError where a part of the fine-tune is not looked at, of which ``what`` would be made."""
-    unseen = [item for item in run.skipped if item.kind in (NOT_PLACED, NOT_READ)]
+    unseen = [item for item in run.skipped if item.kind in UNSEEN]
     if unseen:
         listed = "; ".join(f"{item.name}: {item.reason}" for item in unseen[:NAMED])
         more = f"; and {len(unseen) - NAMED} more" if len(unseen) > NAMED else ""
@@ -254,10 +254,11 @@ def fingerprint(checkpoint: Checkpoint, hash_contents: bool) -> dict[str, Any]:
 
 def base_facts(run: Run) -> dict[str, Any]:
     """What a report says under ``base``."""
-    agrees = named_base(run.tuned, run.base) if isinstance(run, SingleRun) else None
-    said = None
     if isinstance(run, SingleRun):
+        agrees, precision = named_base(run.tuned, run.base), caveat(run.base, run.tuned, run.plan)
         said = about_claimed(run.tuned, run.base, agrees, run.settings.access.allow_pickle)
+    else:
+        agrees, precision, said = None, caveat(run.base), None
     return {
         "path": str(run.base.path),
         "format": run.base.layout,
@@ -265,7 +266,7 @@ def base_facts(run: Run) -> dict[str, Any]:
         "named_by_adapter": agrees,
         "claimed": said,
         "quantised": quantised_as(run.base),
-        "caveat": caveat(run.base, run.tuned, run.plan) if isinstance(run, SingleRun) else caveat(run.base),
+        "caveat": precision,
     }
 
 

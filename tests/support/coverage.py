@@ -113,25 +113,24 @@ def lycoris(home: Path, rng: np.random.Generator) -> Written:
     return Written(file, base, file, "lycoris_blocks_0_attn_to_q")
 
 
-def diffusers(home: Path, rng: np.random.Generator) -> Written:
+def of_a_unet(home: Path, rng: np.random.Generator, prefix: str, ending: str) -> Written:
+    """Factors named ``lora_A`` and ``lora_B``, with what stands before the module's name and at the end."""
     base = unet(home, rng)
     tensors: Tensors = {}
     for i in (0, 1):
         A, B = factors(rng)
-        tensors |= {f"unet.blocks.{i}.attn.to_q.lora_A.weight": A, f"unet.blocks.{i}.attn.to_q.lora_B.weight": B}
+        module = f"{prefix}blocks.{i}.attn.to_q"
+        tensors |= {f"{module}.lora_A.{ending}": A, f"{module}.lora_B.{ending}": B}
     file = write(home / "tuned.safetensors", tensors)
-    return Written(file, base, file, "unet.blocks.0.attn.to_q")
+    return Written(file, base, file, f"{prefix}blocks.0.attn.to_q")
+
+
+def diffusers(home: Path, rng: np.random.Generator) -> Written:
+    return of_a_unet(home, rng, "unet.", "weight")
 
 
 def diffsynth(home: Path, rng: np.random.Generator) -> Written:
-    base = unet(home, rng)
-    tensors: Tensors = {}
-    for i in (0, 1):
-        A, B = factors(rng)
-        module = f"blocks.{i}.attn.to_q"
-        tensors |= {f"{module}.lora_A.default.weight": A, f"{module}.lora_B.default.weight": B}
-    file = write(home / "tuned.safetensors", tensors)
-    return Written(file, base, file, "blocks.0.attn.to_q")
+    return of_a_unet(home, rng, "", "default.weight")
 
 
 def xlabs(home: Path, rng: np.random.Generator) -> Written:

@@ -18,6 +18,7 @@ halves       gate, then up: Phi-3, GLM-4; of experts as stored/experts.py knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from spectra.files.derived import Derived, Unreadable, Weight, Weights, sources_of
@@ -29,9 +30,14 @@ GATED = ("gate_proj", "up_proj")
 # What modules with several projections are called, and what the same are called where they are apart.
 FUSED_QKV = ("qkv_proj", "query_key_value", "Wqkv", "wqkv", "c_attn", "W_pack", "qkv", "in_proj_weight")
 FUSED_GATED = ("gate_up_proj", "dense_h_to_4h")
-APART_QKV = frozenset({*QKV, "query", "key", "value", "q", "k", "v", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin",
-                        "to_q", "to_k", "to_v"})  # fmt: skip
-APART_GATED = frozenset({*GATED, "w1", "w3"})
+SYNONYMS_QKV = (
+    ("q_proj", "query", "q", "wq", "q_lin", "to_q"),
+    ("k_proj", "key", "k", "wk", "k_lin", "to_k"),
+    ("v_proj", "value", "v", "wv", "v_lin", "to_v"),
+)
+SYNONYMS_GATED = (("gate_proj", "w1"), ("up_proj", "w3"))
+APART_QKV = frozenset(chain.from_iterable(SYNONYMS_QKV))
+APART_GATED = frozenset(chain.from_iterable(SYNONYMS_GATED))
 PROJECTIONS = frozenset({*APART_QKV, *APART_GATED, *FUSED_QKV, *FUSED_GATED})
 
 Splitter = Callable[["_Fields", tuple[int, int]], "dict[str, Rows]"]
