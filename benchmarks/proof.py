@@ -36,7 +36,7 @@ import torch
 from benchmarks.options import Options, Row
 from benchmarks.plots import look
 from spectra.analysis.detect import detect
-from spectra.svd import ENGINES, Answer, Base, Question, Side, cached, krylov, lanczos
+from spectra.svd import ENGINES, Answer, Base, Question, Side, cached, krylov, lanczos, shared
 from spectra.updates.algebra import Dense, LowRank, RowScaled, Update
 from tests.support import problems, reference
 
@@ -56,12 +56,14 @@ SMALL_SCALE: dict[Any, dict[str, float]] = {
     krylov: {"FIRST_STEPS": 2, "LARGEST_SHARE": 1.2},
     lanczos: {"FIRST_STEPS": 2, "LARGEST_SHARE": 1.2},
 }
+ONE_SPACE = {"PAYS": 0, "FAINT": 1e9, "FIRST_STEPS": 1, "FIRST_CERTIFICATE": 1, "LARGEST_SHARE": 1.2}
 # What is proven: the engine, and what of it is changed for that.
 VARIANTS: dict[str, tuple[str, dict[Any, dict[str, float]]]] = {
     "exact": ("exact", {}),
     "cached": ("cached", SMALL_SCALE),
     "cached, float32 first": ("cached", SMALL_SCALE | {cached: {"SMALL": 0}}),
     "krylov": ("krylov", SMALL_SCALE),
+    "krylov, one space": ("krylov", SMALL_SCALE | {shared: ONE_SPACE}),
 }
 
 SPECTRA: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

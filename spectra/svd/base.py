@@ -16,9 +16,9 @@ from spectra.updates.algebra import SLAB, DenseWeight
 
 ROOMY = 1024  # below, a spectrum in float64 takes no memory to speak of
 PROBES = 16
-# What a stored spectrum may differ by from the weight as read, relative to σ₁·‖WᵀG‖: a sieve for other weights, no
-# part of any bound.  float32 rounds to about 3e-7.
-STALE = 1e-5
+# What GᵀWWᵀG may differ by from a stored spectrum's, relative to its norm: a sieve for other weights, no part of any
+# bound.  float32 rounds to about 1.5e-7; a dense change of 1e-4·‖W‖ makes 1e-5 or more.
+STALE = 4e-6
 
 
 class Base:
@@ -177,7 +177,7 @@ def short_spectrum(W0: Tensor, side: Side | None = None, dtype: torch.dtype | No
 
 
 def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:
-    """Whether X·diag(s²)·Xᵀ acts as W·Wᵀ does on random vectors."""
+    """Whether Gᵀ·X·diag(s²)·Xᵀ·G is Gᵀ·W·Wᵀ·G for random columns G."""
     W = W0 if spectrum.side == "left" else W0.T
     p = W.shape[0]
     if spectrum.vectors.shape != (p, p) or spectrum.s.size != p:
@@ -188,9 +188,10 @@ def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:
     scale = float(spectrum.s[0])  # whose square may leave the range of float32
     if not scale > 0:
         return not bool(W.any())
-    half = (W.T @ G) / scale
-    expected = X @ (torch.from_numpy((spectrum.s / scale) ** 2).to(X)[:, None] * (X.T @ G))
-    return float((W @ half / scale - expected).norm()) <= STALE * float(half.norm())
+    half = ((W.T @ G) / scale).double()
+    mixed = torch.from_numpy(spectrum.s / scale).to(X.device)[:, None] * (X.T @ G).double()
+    found, expected = half.T @ half, mixed.T @ mixed
+    return float((found - expected).norm()) <= STALE * float(expected.norm())
 
 
 def _gram(W: Tensor, scale: float) -> Tensor:

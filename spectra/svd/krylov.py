@@ -19,23 +19,26 @@ import torch
 
 from spectra.svd.base import Base
 from spectra.svd.cached import CachedEngine
-from spectra.svd.certificate import DIRECTION_ERROR, Certificate
+from spectra.svd.certificate import DIRECTION_ERROR, Certificate, Rounding
 from spectra.svd.decompose import product_singular_values
 from spectra.svd.engine import Answer, Match, Question
 from spectra.svd.lanczos import (
     GUARDS,
     BlockLanczos,
     Leading,
+    Looks,
+    Ritz,
     Turned,
     leading_pairs,
     padded,
     random_columns,
-    schedule,
 )
 from spectra.svd.matching import BORDERLINE
+from spectra.svd.shared import certified_together, pays
 from spectra.updates.algebra import TunedWeight
 
 FIRST_STEPS = 8  # fewer have decided nothing; trained-like weights of 1024 to 4096 took 8 to 12
+ACCURACY = DIRECTION_ERROR / 8  # what a direction's error leaves of epsilon is not got back
 LIKE_THE_FIRST = 0.75  # of the steps that the leading vectors took, before the first look
 LARGEST_SHARE = 4  # the basis stays below a quarter of the matrix; what is open then has stayed open
 
@@ -51,9 +54,13 @@ class KrylovEngine:
 
 def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | None:
     """The answer where certificates decide every vector, else None."""
+    turned = Turned(tuned, base.short == "left")
+    if pays(base, turned):
+        together = certified_together(base, turned, question)
+        return None if together is None else _answer(together.matches(), together.leading, together.top)
     W, p = base.W, base.W.shape[0]
     width = padded(question.top_k + GUARDS, p)
-    leading = leading_pairs(base, tuned, question.top_k, DIRECTION_ERROR / 4)
+    leading = leading_pairs(base, tuned, question.top_k, ACCURACY)
     if leading is None:
         return None
     small = proven_small(base, leading, tuned, question)
@@ -63,13 +70,16 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | No
     random = random_columns(p, width - leading.k, p + 1).to(W.device) / np.sqrt(p)
     lanczos = BlockLanczos(lambda Z: W @ (W.T @ Z), torch.cat([X.double(), random], 1), W.dtype)
     # W0's spectrum is about as hard to resolve as W1's was, and each look costs as much as a step.
-    first = max(FIRST_STEPS, int(LIKE_THE_FIRST * leading.theta.numel() / width))
-    for steps in schedule(first, p, width, LARGEST_SHARE):
+    looks = Looks(max(FIRST_STEPS, int(LIKE_THE_FIRST * leading.theta.numel() / width)), p, width, LARGEST_SHARE)
+    rounding = Rounding()
+    while (steps := looks.next) is not None:
         if not lanczos.extend(steps):
             return None
-        certificate = Certificate(base, lanczos, X, random, leading, question)
+        certificate = Certificate(base, lanczos, X, random, leading, question, rounding)
         if certificate.decide():
             return _answer(certificate.matches(), leading, certificate.top)
+        rounding.measure(certificate)
+        looks.wait(certificate.needed())
     return None
 
 
@@ -123,7 +133,7 @@ def _small_bounds(s: np.ndarray, k: int, rho: np.ndarray, norm: float) -> np.nda
     return bounds
 
 
-def _answer(matches: tuple[Match, ...], leading: Leading, top: float) -> Answer:
+def _answer(matches: tuple[Match, ...], leading: Ritz, top: float) -> Answer:
     largest = float(leading.theta[0])
     return Answer(
         matches=matches,

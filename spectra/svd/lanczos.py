@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from spectra.svd.base import Base
 from spectra.svd.decompose import eigh, singular_values
+from spectra.svd.perturbation import GUARDS as MIXED
+from spectra.svd.perturbation import direction_bounds
 from spectra.svd.spectrum import CLUSTER_WIDTH, EPS32
 from spectra.updates.algebra import ALL, TunedWeight, slabs
 
@@ -20,6 +23,8 @@ MULTIPLE = 16  # of columns, where products are large: others are up to five tim
 LARGE = 512
 FIRST_STEPS, MAX_STEPS = 4, 96
 GROWTH = 1.25  # from one look at the projected problem to the next, whose cost grows with the cube
+FORESIGHT = 1.5  # as far as anything seen at one look says when the next will do
+ROUNDING = 1e-7  # of ‖M‖, about what float32 leaves of each residual
 LARGEST_SHARE = 2  # the basis stays below half of the matrix; beyond, a full decomposition is as cheap
 
 
@@ -36,9 +41,16 @@ class BlockLanczos:
     def __init__(self, gram: Callable[[Tensor], Tensor], start: Tensor, dtype: torch.dtype):
         self.gram, self.width = gram, start.shape[1]
         start = start / start.norm(dim=0).clamp_min(1e-300)
-        self.P = torch.linalg.qr(start).Q.to(dtype)  # columns are added as it grows
+        self._columns = torch.linalg.qr(start).Q.to(dtype)  # room for more than are filled
+        self._filled = self.width
         self.diagonal: list[Tensor] = []
         self.below: list[Tensor] = []
+
+    @property
+    def P(self) -> Tensor:
+        """(p, b·(steps + 1)), a view: the basis and the block that closes the Lanczos relation."""
+        filled: Tensor = self._columns[:, : self._filled]
+        return filled
 
     @property
     def steps(self) -> int:
@@ -47,25 +59,32 @@ class BlockLanczos:
     def extend(self, steps: int) -> bool:
         """Goes on to ``steps`` blocks; False where the basis breaks down."""
         while self.steps < steps:
-            b = self.width
-            last = self.P[:, -b:]
-            image = self.gram(last)
-            inner = torch.zeros(b, b, dtype=torch.float64, device=last.device)
-            for _ in range(2):
-                weights = self.P.T @ image
-                image = image - self.P @ weights
-                inner += weights[-b:].double()
-            block, first = _orthonormal(image)
+            P = self.P
+            # Twice against the whole basis, before and after the columns are made orthonormal.
+            image = self.gram(P[:, -self.width :])
+            weights = P.T @ image
+            block, first = _orthonormal(image - P @ weights)
             if block is None:
                 return False
-            block = block - self.P @ (self.P.T @ block)
-            block, second = _orthonormal(block)
+            more = P.T @ block
+            block, second = _orthonormal(block - P @ more)
             if block is None:
                 return False
+            inner = weights[-self.width :].double() + more[-self.width :].double() @ first
             self.diagonal.append((inner + inner.T) / 2)
             self.below.append(second @ first)
-            self.P = torch.cat([self.P, block], 1)
+            self._append(block, steps)
         return True
+
+    def _append(self, block: Tensor, steps: int) -> None:
+        b = self.width
+        if self._filled + b > self._columns.shape[1]:
+            # One block more than is needed: rows whose length is a power of two share their places in the cache.
+            room = self._columns.new_empty(self._columns.shape[0], b * (steps + 2))
+            room[:, : self._filled] = self.P
+            self._columns = room
+        self._columns[:, self._filled : self._filled + b] = block
+        self._filled += b
 
     @property
     def basis(self) -> Tensor:
@@ -118,13 +137,36 @@ def padded(columns: int, p: int) -> int:
     return -(-columns // MULTIPLE) * MULTIPLE if p >= LARGE else columns
 
 
-def schedule(first: int, p: int, width: int, share: float) -> Iterator[int]:
-    """The numbers of steps after which to look, while a basis of that width is at most p/share columns."""
-    most = min(MAX_STEPS, int(p / (share * width)))
-    steps = first
-    while steps <= most:
-        yield steps
-        steps = max(steps + 2, int(steps * GROWTH))
+class Looks:
+    """After how many steps to look at the projected problem next, while the basis is at most p/share columns.
+
+    ``next`` is None where there is no room for more.
+    """
+
+    def __init__(self, first: int, p: int, width: int, share: float):
+        self.most = min(MAX_STEPS, int(p / (share * width)))
+        self.next = first if first <= self.most else None
+        self._before: tuple[int, float] | None = None
+
+    def wait(self, needed: float | None = None) -> None:
+        """Puts the next look off: to about as many steps as are ``needed``, where something tells."""
+        steps = self.next
+        assert steps is not None
+        if needed is None:
+            after = max(steps + 2, int(steps * GROWTH))
+        else:
+            after = max(steps + 1, int(min(np.ceil(needed), steps * FORESIGHT)))
+        self.next = after if after <= self.most else None
+
+    def wait_for(self, bound: float, wanted: float, residual: float) -> None:
+        """The same, for a ``bound`` below 1 that falls as the residuals do."""
+        steps, before, needed = self.next, self._before, None
+        assert steps is not None
+        if wanted < bound < 1 and before is not None and 0 < residual < before[1]:
+            rate = np.log(before[1] / residual) / (steps - before[0])
+            needed = steps + np.log(bound / wanted) / rate
+        self._before = (steps, residual)
+        self.wait(needed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,22 +197,19 @@ class Turned:
 
 
 @dataclass(frozen=True, eq=False)
-class Leading:
+class Ritz:
     """The leading singular vectors of W1 (turned), as far as a Krylov space holds them.
 
     Attributes
     ----------
     theta : (≥ k + 1,) float64, descending: σ², converged for the first k.
+    lost : ‖W1·W1ᵀ·y − θ·y‖ of the first of these, more than k.
     Y : (p, k) of the working dtype, of unit length up to rounding.
-    half, image : W1ᵀ·Y (q, k) and W1·W1ᵀ·Y (p, k, float64), by the operator itself.
-    next_residual : of the pair after the top k.
     """
 
     theta: Tensor
+    lost: Tensor
     Y: Tensor
-    half: Tensor
-    image: Tensor
-    next_residual: float
 
     @property
     def k(self) -> int:
@@ -178,31 +217,35 @@ class Leading:
 
     @property
     def residuals(self) -> Tensor:
-        """‖W1·W1ᵀ·y − θ·y‖ of each."""
-        lost: Tensor = torch.linalg.vector_norm(self.image - self.Y.double() * self.theta[: self.k], dim=0)
-        return lost
+        return self.lost[: self.k]
+
+    @property
+    def next_residual(self) -> float:
+        """Of the pair after the top k."""
+        return float(self.lost[self.k])
 
     @property
     def sigma(self) -> Tensor:
         return self.theta.clamp_min(0).sqrt()
 
     def direction_errors(self, aligned: bool) -> Tensor:
-        """Bound on ‖ŷ − y‖ of each vector, at most 1: of Y itself, or else of W1ᵀ·y/σ (Davis & Kahan 1970)."""
-        k, residuals = self.k, self.residuals
+        """Bound on ‖ŷ − y‖ of each vector, at most 1: of Y itself, or else of W1ᵀ·y/σ."""
+        return self._short_errors if aligned else self._long_errors
+
+    @cached_property
+    def _short_errors(self) -> Tensor:
+        return self._errors(long=False)
+
+    @cached_property
+    def _long_errors(self) -> Tensor:
+        return self._errors(long=True)
+
+    def _errors(self, long: bool) -> Tensor:
+        count = self.lost.numel()
+        sine = direction_bounds(self.theta[:count].cpu().numpy(), self.lost.cpu().numpy(), self.k, long=long)
         length = (self.Y.double().norm(dim=0) - 1).abs()
-        values, lost, next_lost = self.theta[: k + 1], residuals, self.next_residual
-        if not aligned:
-            values = values.clamp_min(0).sqrt()
-            least = values[k - 1].clamp_min(1e-300)
-            lost, next_lost = residuals / values[:k].clamp_min(1e-300), self.next_residual / float(least)
-        spread = values[:k] - values[1:]
-        above = torch.cat([spread.new_tensor([np.inf]), spread[:-1]])
-        gap = torch.minimum(above, spread)
-        if not aligned:
-            gap = torch.minimum(gap, values[:k])
-        gap = gap - lost.max() - next_lost
-        error = torch.where(gap > 0, np.sqrt(2) * lost / gap.clamp_min(1e-300), 1.0)
-        bound: Tensor = (error + length).clamp_max(1.0)
+        chord = torch.from_numpy(np.sqrt(2 - 2 * np.sqrt(1 - sine**2))).to(length.device)  # of that angle
+        bound: Tensor = (chord + length).clamp_max(1.0)
         return bound
 
     def is_degenerate(self, shape: tuple[int, int]) -> bool:
@@ -216,12 +259,42 @@ class Leading:
         return tied or float(values[k - 1]) <= tolerance * float(values[0])
 
 
+@dataclass(frozen=True, eq=False)
+class Leading(Ritz):
+    """With what the operator itself makes of them.
+
+    Attributes
+    ----------
+    half, image : W1ᵀ·Y (q, k) and W1·W1ᵀ·Y (p, k, float64).
+    """
+
+    half: Tensor
+    image: Tensor
+
+
+def residual_norms(lanczos: BlockLanczos, vectors: Tensor, k: int) -> Tensor:
+    """Of the first k eigenvectors (by columns) of a projected problem and some more, by the Lanczos relation."""
+    norms: Tensor = (lanczos.below[-1] @ vectors[-lanczos.width :, : k + MIXED + 1]).norm(dim=0)
+    return norms
+
+
+def worst_direction(theta: Tensor, lost: Tensor, k: int, aligned: bool) -> float:
+    """The largest bound on the direction of the first k Ritz vectors; see :func:`direction_bounds`."""
+    known = lost.cpu().numpy()
+    return float(direction_bounds(theta[: known.size].cpu().numpy(), known, k, long=not aligned).max())
+
+
 def ritz_leading(lanczos: BlockLanczos, values: Tensor, vectors: Tensor, turned: Turned, k: int) -> Leading:
     """From the eigenpairs (descending) of W1·W1ᵀ projected on the basis of ``lanczos``."""
-    Y = (lanczos.basis.double() @ vectors[:, :k]).to(lanczos.P.dtype)
+    taken = min(padded(k, lanczos.P.shape[0]), values.numel() - 1)  # more of them take no longer
+    Y = (lanczos.basis.double() @ vectors[:, :taken]).to(lanczos.P.dtype)
     half = turned.rmatmul(Y)
-    next_residual = float((lanczos.below[-1] @ vectors[-lanczos.width :, k]).norm())
-    return Leading(values, Y, half, turned.matmul(half).double(), next_residual)
+    image = turned.matmul(half).double()
+    lost = residual_norms(lanczos, vectors, k)
+    measured = (image - Y.double() * values[:taken]).norm(dim=0)
+    rounding = (measured - lost[:taken]).max().clamp_min(0)
+    lost = torch.cat([measured, lost[taken:] + rounding])
+    return Leading(values, lost, Y[:, :k], half[:, :k], image[:, :k])
 
 
 def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Leading | None:
@@ -235,15 +308,16 @@ def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Le
     turned = Turned(tuned, base.short == "left")
     start = random_columns(p, width, p).to(base.W.device)
     lanczos = BlockLanczos(lambda X: turned.matmul(turned.rmatmul(X)), start, base.W.dtype)
-    for steps in schedule(FIRST_STEPS, p, width, LARGEST_SHARE):
+    looks = Looks(FIRST_STEPS, p, width, LARGEST_SHARE)
+    while (steps := looks.next) is not None:
         if not lanczos.extend(steps):
             return None
         values, vectors = eigh(lanczos.projected())
         values, vectors = values.flip(0), vectors.flip(1)
-        lost = (lanczos.below[-1] @ vectors[-width:, : k + 1]).norm(dim=0)
-        gap = (values[:k] - values[1 : k + 1]).clamp_min(1e-300)
-        gap[1:] = torch.minimum(gap[1:], gap[:-1].clone())
-        if float((lost[:k] / gap).max()) > accuracy:  # the operator itself would say no better
+        lost = residual_norms(lanczos, vectors, k) + ROUNDING * values[0]
+        bound = worst_direction(values, lost, k, base.is_aligned)
+        looks.wait_for(bound, accuracy, float(lost[:k].max()))
+        if bound > accuracy:  # the operator itself would say no better
             continue
         leading = ritz_leading(lanczos, values, vectors, turned, k)
         if leading.is_degenerate(tuned.shape):
@@ -259,7 +333,9 @@ def spectral_norm(W: Tensor) -> float:
     p = turned.shape[0]
     width = padded(GUARDS, p)
     lanczos = BlockLanczos(lambda X: turned @ (turned.T @ X), random_columns(p, width, p).to(W.device), W.dtype)
-    for steps in schedule(FIRST_STEPS, p, width, LARGEST_SHARE):
+    looks = Looks(FIRST_STEPS, p, width, LARGEST_SHARE)
+    while (steps := looks.next) is not None:
+        looks.wait()
         if not lanczos.extend(steps):
             break
         values, vectors = eigh(lanczos.projected())
