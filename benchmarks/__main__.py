@@ -24,7 +24,8 @@ from benchmarks.tables import machine, text, write_table
 # What each one measures is its module's docstring.
 NAMES = (
     "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "neighbours", "scale",
-    "cuda", "comparison", "repair", "fixtures", "trained", "training", "language_model", "page", "proof", "fuzz",
+    "cuda", "comparison", "nulls", "repair", "fixtures", "trained", "training", "language_model", "smollm2", "page",
+    "proof", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,9 +1,10 @@
 """The audit of a 7B-shaped model from its files, nothing cached: seconds and peak memory of the command.
 
-Writes 32 layers of q, k, v, o, gate, up and down (224 weights, bfloat16, sharded safetensors, 13 GB) with
-spectra like a trained model's, and a LoRA adapter of rank 16 of which every third layer is strong enough to
-plant intruders among the top 10.  The exact engine audits the first layer alone; its time for all is
-extrapolated.  Everything goes to ``--scratch`` and is deleted afterwards.
+Writes 32 layers of q, k, v, o, gate, up and down (224 weights, bfloat16, sharded safetensors, 13 GB) with heavy-tailed
+noise and planted outliers, and a LoRA adapter of rank 16 of which every third layer is strong enough to plant intruders
+among the top 10.  Then 8 such layers (with ``--full`` 32) with the spectra of SmolLM2's weights, module by module,
+stretched to that size (``benchmarks/stretched.py``), and an adapter as faint as ordinary ones.  The exact engine audits
+the first layer alone; its time for all is extrapolated.  Everything goes to ``--scratch`` and is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks.memory import ROOT, peak
 from benchmarks.options import Options, Row
 from benchmarks.plots import bars
 from benchmarks.problems import ENTRY, factors, scaled_base, seeded, write_adapter
+from benchmarks.stretched import FAINT, language_model_weights, stretched_base
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +48,28 @@ def weights(width: int, inner: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def write_base(folder: Path, layers: range, shapes: dict[str, tuple[int, int]], shard: float = SHARD) -> int:
+Make = Callable[[str, int, int, int, int], Tensor]
+
+
+def planted(module: str, layer: int, m: int, n: int, seed: int) -> Tensor:
+    """Heavy-tailed noise with outliers."""
+    return scaled_base(m, n, seeded(seed))
+
+
+def as_trained(quick: bool) -> Make:
+    """Weights with the spectra of the language model's, module by module."""
+    known = language_model_weights(quick)
+    blocks = len({name.split(".")[2] for name in known})
+
+    def make(module: str, layer: int, m: int, n: int, seed: int) -> Tensor:
+        return stretched_base(known[f"model.layers.{layer % blocks}.{module}.weight"], m, n, seed)
+
+    return make
+
+
+def write_base(
+    folder: Path, layers: range, shapes: dict[str, tuple[int, int]], shard: float = SHARD, make: Make = planted
+) -> int:
     """A sharded bfloat16 checkpoint of these layers of a model; returns its bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": len(layers)}))
@@ -59,7 +83,7 @@ def write_base(folder: Path, layers: range, shapes: dict[str, tuple[int, int]], 
         for layer in layers[ends[number - 1] if number else 0 : end]:
             for position, (module, (m, n)) in enumerate(shapes.items()):
                 name = f"model.layers.{layer}.{module}.weight"
-                tensors[name] = scaled_base(m, n, seeded(1000 * layer + position)).bfloat16()
+                tensors[name] = make(module, layer, m, n, 1000 * layer + position).bfloat16()
                 place[name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": len(layers) * each}, "weight_map": place}
@@ -67,13 +91,21 @@ def write_base(folder: Path, layers: range, shapes: dict[str, tuple[int, int]], 
     return len(layers) * each
 
 
-def write_tuned(folder: Path, layers: range, shapes: dict[str, tuple[int, int]], rank: int, seed: int = 0) -> Path:
+def write_tuned(
+    folder: Path,
+    layers: range,
+    shapes: dict[str, tuple[int, int]],
+    rank: int,
+    seed: int = 0,
+    strength: float | None = None,
+) -> Path:
+    """An adapter of these layers: ‖dW‖₂ is ``strength``, or what makes intruders in every third planted layer."""
     modules = {}
     for layer in layers:
         for position, (module, (m, n)) in enumerate(shapes.items()):
-            strength = STRENGTHS[(layer + seed) % len(STRENGTHS)] * ENTRY * max(m, n) ** 0.5 / ALPHA
+            size = strength or STRENGTHS[(layer + seed) % len(STRENGTHS)] * ENTRY * max(m, n) ** 0.5
             generator = seeded(1_000_000 * (seed + 1) + 1000 * layer + position)
-            modules[f"model.layers.{layer}.{module}"] = factors(m, n, rank, strength, generator)
+            modules[f"model.layers.{layer}.{module}"] = factors(m, n, rank, size / ALPHA, generator)
     return write_adapter(folder, modules, rank, ALPHA * rank)
 
 
@@ -99,6 +131,14 @@ def audit(report: Path, adapter: Path, base: Path, *more: str, cache: Path | Non
 
 def run(options: Options) -> Iterator[Row | str]:
     layers = options.layers or options.scale(quick=3, default=32)
+    yield from _rows("planted", layers, layers, options, planted, None)
+    few = min(layers, options.scale(quick=1, default=8, full=layers))
+    yield from _rows("SmolLM2's spectra", few, layers, options, as_trained(options.quick), FAINT)
+
+
+def _rows(
+    what: str, layers: int, all_layers: int, options: Options, make: Make, strength: float | None
+) -> Iterator[Row | str]:
     width = options.width or options.scale(quick=192, default=4096)
     shapes = weights(width, width * 43 // 16)  # 11008 at 4096
     with tempfile.TemporaryDirectory(dir=options.scratch) as home:
@@ -108,15 +148,16 @@ def run(options: Options) -> Iterator[Row | str]:
             raise RuntimeError(f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; see --scratch")
         started = time.perf_counter()
         base, adapter, report = (Path(home) / name for name in ("base", "adapter", "report.json"))
-        size = write_base(base, range(layers), shapes, SHARD if layers * width > 4096 else 1e6)
-        write_tuned(adapter, range(layers), shapes, options.rank)
+        size = write_base(base, range(layers), shapes, SHARD if layers * width > 4096 else 1e6, make)
+        write_tuned(adapter, range(layers), shapes, options.rank, strength=strength)
         shards = len(list(base.glob("*.safetensors")))
-        yield f"{size / 1e9:.2f} GB in {shards} shards, written in {time.perf_counter() - started:.0f} s."
+        yield f"{what}: {size / 1e9:.2f} GB in {shards} shards, written in {time.perf_counter() - started:.0f} s."
         libraries = audit(report, ROOT / "fixtures" / "lora-r1", ROOT / "fixtures" / "base")
         result = audit(report, adapter, base)
         first = audit(report, adapter, base, "--engine", "exact", "--include", "model.layers.0.*")
-    yield _row("auto", result, layers * len(shapes), libraries["peak"], options.rank, width)
-    row = _row("exact", first, layers * len(shapes), libraries["peak"], options.rank, width)
+    count = all_layers * len(shapes)
+    yield {"base": what} | _row("auto", result, count, libraries["peak"], options.rank, width)
+    row = {"base": what} | _row("exact", first, count, libraries["peak"], options.rank, width)
     quick = [layer for layer in result["report"]["layers"] if layer["name"].startswith("model.layers.0.")]
     yield row | {"agrees": _verdicts(quick) == _verdicts(first["report"]["layers"])}
 
@@ -151,16 +192,22 @@ def _verdicts(layers: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    auto, exact = rows
     return [
-        f"auto was measured on all {auto['weights']} weights: {auto['seconds'] / 60:.1f} minutes, from bfloat16 files; "
-        f"exact on {exact['measured']} of them, one of each kind, and extrapolated: "
-        f"{exact['seconds for all'] / 60:.0f} minutes, {exact['seconds for all'] / auto['seconds']:.0f} times as long.",
+        *(
+            f"{auto['base']}: auto, measured on {auto['measured']} of {auto['weights']} weights from bfloat16 files, takes "
+            f"{auto['seconds for all'] / 60:.1f} minutes for all; exact, measured on {exact['measured']}, one of each kind, "
+            f"{exact['seconds for all'] / 60:.0f} minutes, "
+            f"{exact['seconds for all'] / auto['seconds for all']:.0f} times as long."
+            for auto, exact in zip(rows[::2], rows[1::2], strict=True)
+        ),
         "Peak memory is the process's resident size, above that of an audit of a tiny model.",
     ]
 
 
 def draw(rows: list[Row], axes: Axes) -> None:
-    names = [row["engine"] + ("" if row["measured"] == row["weights"] else ",\nextrapolated") for row in rows]
+    names = [
+        f"{row['engine']}, {row['base']}" + ("" if row["measured"] == row["weights"] else ",\nextrapolated")
+        for row in rows
+    ]
     bars(axes, names, [row["seconds for all"] / 60 for row in rows])
     axes.set_xlabel(f"minutes for {rows[0]['weights']} weights")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +27,25 @@ SMOLLM2 = "model.layers.15.self_attn.q_proj", "model.layers.15.self_attn.o_proj"
 MINILM = "encoder.layer.3.attention.self.query", "encoder.layer.3.attention.output.dense"
 
 
-@cache
 def weights(quick: bool = False) -> dict[str, Tensor]:
     """{name: W0} of the weights whose spectra are taken; of the fixtures' base where it has to be ``quick``."""
+    state = language_model_weights(quick)
+    if quick:
+        return {f"fixture {kind}": state[f"model.layers.0.self_attn.{kind}_proj.weight"] for kind in ("q", "o", "v")}
+    found = {_short("SmolLM2", name): state[f"{name}.weight"] for name in SMOLLM2}
+    state = minilm()
+    return found | {_short("MiniLM", name): state[f"{name}.weight"] for name in MINILM}
+
+
+@cache
+def language_model_weights(quick: bool = False) -> dict[str, Tensor]:
+    """{name: W0} of the linear weights in the blocks of SmolLM2, or of the fixtures' base."""
     from benchmarks.language_model import language_model
 
     model, _ = language_model(Options(quick=quick))
-    state = model.state_dict()
-    if quick:
-        return {f"fixture {kind}": state[f"model.layers.0.self_attn.{kind}_proj.weight"].clone() for kind in "qo"}
-    found = {_short("SmolLM2", name): state[f"{name}.weight"].clone() for name in SMOLLM2}
-    state = minilm()
-    return found | {_short("MiniLM", name): state[f"{name}.weight"] for name in MINILM}
+    return {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.ndim == 2 and ".layers." in name
+    }
 
 
 def minilm() -> dict[str, Tensor]:
@@ -74,12 +81,24 @@ def stretched(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def stretched_base(weight: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
-    """(m, n) float32 with the spectrum of ``weight``, σ₁ = 1."""
+    """(m, n) float32 with the spectrum of ``weight``, σ₁ = 1.
+
+    Bases of one shape have the same vectors, in another order and with other signs, which are as random.
+    """
     generator, p = seeded(seed), min(m, n)
     s = torch.from_numpy(stretched(torch.linalg.svdvals(weight.double()).numpy(), p)).float()
-    U, V = torch.linalg.qr(normal(generator, m, p)).Q, torch.linalg.qr(normal(generator, n, p)).Q
-    W: Tensor = U * s @ V.T
+    order = torch.randperm(p, generator=generator)
+    signs = torch.randint(0, 2, (p,), generator=generator) * 2.0 - 1
+    W: Tensor = haar(m, p, 1)[:, order] * (s * signs) @ haar(n, p, 2).T
     return W
+
+
+@lru_cache(maxsize=4)
+def haar(rows: int, columns: int, seed: int) -> Tensor:
+    """Uniformly random orthonormal columns; without the signs of R, QR is not uniform (Mezzadri 2007)."""
+    Q, R = torch.linalg.qr(normal(seeded(seed), rows, columns))
+    turned: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return turned
 
 
 def tuned(W0: Tensor, kind: str, rank: int, strength: float, seed: int = 1) -> Problem:

@@ -1,7 +1,8 @@
 """Ten LoRA adapters (rank 4 to 32) of one base, audited together: each base weight is read and decomposed once.
 
-``on disk`` has the base's spectra kept by ``spectra.cache`` before (its seconds are said below).
-``exact`` is measured with one adapter and with two, and extrapolated; ``peft`` with one, times ten.
+Bases are planted, and have the spectra of SmolLM2's weights, stretched, with adapters from faint to strong
+(``benchmarks/stretched.py``).  ``on disk`` has the base's spectra kept by ``spectra.cache`` before (its seconds are
+said below).  ``exact`` is measured with one adapter and with two, and extrapolated; ``peft`` with one, times ten.
 """
 
 from __future__ import annotations
@@ -19,31 +20,43 @@ from benchmarks.methods import peft
 from benchmarks.options import Options, Row
 from benchmarks.plots import bars
 from benchmarks.problems import ENTRY, Problem, factors, scaled_base, seeded, write_adapter
+from benchmarks.stretched import FAINT, STRONG, language_model_weights, stretched_base
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from spectra import Report
 
 TITLE = "Ten adapters of one base"
 RANKS = (4, 8, 8, 12, 16, 16, 16, 24, 32, 32)
 STRENGTHS = (4.0, 7.0, 10.0)  # ‖dW‖ in units of a noise matrix's √n·entry; the outliers go from 12 to 3
+RELATIVE = (FAINT, 0.3, STRONG)  # to σ₁, of trained spectra
 
 
 def run(options: Options) -> Iterator[Row | str]:
     width = options.width or options.scale(quick=192, default=2048)
     layers = options.layers or options.scale(quick=2, default=4)
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(layers)]
+    bases = {name: scaled_base(width, width, seeded(i)) for i, name in enumerate(names)}
+    units = [strength * ENTRY * width**0.5 for strength in STRENGTHS]
+    yield from _rows("planted", bases, units, options)
+    known = language_model_weights(options.quick)
+    bases = {name: stretched_base(known[f"{name}.weight"], width, width, i) for i, name in enumerate(names)}
+    yield from _rows("SmolLM2's spectra", bases, list(RELATIVE), options)
+
+
+def _rows(what: str, bases: dict[str, Tensor], units: list[float], options: Options) -> Iterator[Row | str]:
+    width = next(iter(bases.values())).shape[0]
     with tempfile.TemporaryDirectory(dir=options.scratch) as home:
         base, root = Path(home) / "base", Path(home) / "cache"
         base.mkdir()
-        bases = {name: scaled_base(width, width, seeded(i)) for i, name in enumerate(names)}
         save_file({f"{name}.weight": W0 for name, W0 in bases.items()}, base / "model.safetensors")
         adapters, modules = [], {}
         for number, rank in enumerate(RANKS):
-            unit = STRENGTHS[number % len(STRENGTHS)] * ENTRY * width**0.5
+            unit = units[number % len(units)]
             modules = {
-                name: factors(width, width, rank, unit, seeded(100 * number + i + 7)) for i, name in enumerate(names)
+                name: factors(width, width, rank, unit, seeded(100 * number + i + 7)) for i, name in enumerate(bases)
             }
             adapters.append(write_adapter(Path(home) / f"adapter-{number}", modules, rank, rank))
 
@@ -60,6 +73,7 @@ def run(options: Options) -> Iterator[Row | str]:
 
         def row(method: str, seconds: float, reports: list[Report], how: str = "measured") -> Row:
             return {
+                "base": what,
                 "method": method,
                 "seconds": seconds,
                 "× peft": incumbent / seconds,
@@ -71,6 +85,7 @@ def run(options: Options) -> Iterator[Row | str]:
             }
 
         yield {
+            "base": what,
             "method": "peft",
             "seconds": incumbent,
             "× peft": 1.0,
@@ -86,7 +101,7 @@ def run(options: Options) -> Iterator[Row | str]:
         started = time.perf_counter()
         spectra.cache(base, cache=root)
         preparing = time.perf_counter() - started
-        yield f"The spectra were put on disk in {preparing:.1f} s, once for all audits of this base."
+        yield f"{what}: the spectra were put on disk in {preparing:.1f} s, once for all audits of this base."
         audited(1, "auto", root)
         yield row("auto, on disk", *audited(len(RANKS), "auto", root))
 
@@ -108,5 +123,5 @@ def notes(rows: list[Row]) -> list[str]:
 
 def draw(rows: list[Row], axes: Axes) -> None:
     order = sorted(rows, key=lambda row: -float(row["seconds"]))
-    bars(axes, [row["method"] for row in order], [row["seconds"] for row in order], "{:.3g} s")
+    bars(axes, [f"{row['method']}, {row['base']}" for row in order], [row["seconds"] for row in order], "{:.3g} s")
     axes.set_xlabel(f"seconds for {len(RANKS)} adapters")

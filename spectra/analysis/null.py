@@ -21,7 +21,7 @@ from spectra.svd.decompose import eigh
 from spectra.svd.secular import DiagonalPlusLowRank
 
 EXTRA = 2  # eigenvalues beyond the top k, which say whether a tie crosses it
-TOLERANCE = 1e-13  # residual of an eigenpair of W1·W1ᵀ, relative to the largest: enough down to σ_k of 1e-4 σ₁
+TOLERANCE = 1e-11  # residual of an eigenpair of W1·W1ᵀ, relative to the largest: enough down to σ_k of 1e-3 σ₁
 SMALL = 192  # below, a dense eigenproblem is as fast as the low-rank one (measured, r = 4)
 LARGEST_SHARE = 4  # of p that 2r may be for the low-rank solver to pay
 

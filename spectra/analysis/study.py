@@ -39,6 +39,8 @@ from spectra.updates.algebra import ALL, DenseWeight, TunedWeight, slabs
 WEIGHTS = tuple(float(2 ** (step / 2)) for step in range(-8, 5))
 LEAST_WEIGHT = 2.0**-20  # an update that has intruders even here is no fine-tune
 ACCURACY = 1.01  # ratio of the two weights between which the first intruder appears
+# Of the predicted threshold: random updates below it had no intruder (python -m benchmarks nulls).
+FAINT = 1 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,8 @@ class Extras:
     weights : "counts", [weight, intruders of W0 + weight·dW] on a grid; "threshold", the weight s* at which
         the first intruder appears (None where none does within the grid); "predicted", where a random
         update of dW's size would have it.
-    null : "counts", the intruders of random updates with dW's singular values; "mean"; "p_value".
+    null : "counts", the intruders of random updates with dW's singular values; "mean"; "p_value"; "drawn", false where
+        dW is below a third of the predicted threshold and has no intruder: then the counts are taken to be 0.
     directions : (d, ≤ k) the leading singular vectors of dW, on the side in question.
     """
 
@@ -113,20 +116,27 @@ class Study:
         if self.shift and values is not None and values[0] > 0:
             after = answer.tuned_values
             measures["spectrum_shift"] = spectrum_shift(values, gram_singular_values(tuned) if after is None else after)
-        curve = null = None
+        curve = null = expected = None
+        if values is not None and (self.weights or self.draws):
+            expected = predicted_threshold(
+                values, tuned.shape, epsilon=question.epsilon, top_k=question.top_k, side=question.side
+            )
         if self.weights:
 
             def count(weight: float) -> int:
                 return _intruders(detect(engine.compare(base, tuned.scaled(weight), question), question))
 
             curve = weight_curve(count, intruders)
-            expected = None if values is None else predicted_threshold(
-                values, tuned.shape, epsilon=question.epsilon, top_k=question.top_k, side=question.side
-            )  # fmt: skip
             curve["predicted"] = None if expected is None or not update.s[0] > 0 else expected / float(update.s[0])
         if self.draws and values is not None:
-            counts = null_counts(values, tuned.shape, update.s, question, draws=self.draws, seed=seed)
+            faint = not intruders and expected is not None and float(update.s[0]) < FAINT * expected
+            counts = (
+                np.zeros(self.draws, dtype=np.int64)
+                if faint
+                else null_counts(values, tuned.shape, update.s, question, draws=self.draws, seed=seed)
+            )
             null = {
+                "drawn": not faint,
                 "draws": self.draws,
                 "counts": counts.tolist(),
                 "mean": float(counts.mean()),

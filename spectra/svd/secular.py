@@ -18,6 +18,7 @@ from spectra.svd.decompose import eigh
 
 EXTRA = 24  # leading unit vectors beyond the ones asked for
 MAX_STEPS = 40
+LEAST = 1e-9  # of a direction that is new
 SINGULAR = 1e-9  # |d − θ| below this, relative to θ₁, is not divided by
 
 
@@ -92,15 +93,13 @@ def _orthonormal(Z: Tensor, X: Tensor) -> Tensor:
     """An orthonormal basis of what X adds to the span of Z, without directions that are rounding."""
     size = X.norm(dim=0)
     X = X[:, size > 0] / size[size > 0]
-    for _ in range(2):
-        X = X - Z @ (Z.T @ X)
-        length = X.norm(dim=0)
-        X = X[:, length > 1e-10] / length[length > 1e-10]
+    X = X - Z @ (Z.T @ X)
+    length = X.norm(dim=0)
+    X = X[:, length > LEAST] / length[length > LEAST]
     if not X.shape[1]:
         return X
     Q, R = torch.linalg.qr(X)
-    independent = R.diagonal().abs() > 1e-10
-    Q = Q[:, independent]
-    Q = Q - Z @ (Z.T @ Q)
+    Q = Q[:, R.diagonal().abs() > LEAST]
+    Q = Q - Z @ (Z.T @ Q)  # what is left of Z is 1e-16 over the least length
     orthonormal: Tensor = torch.linalg.qr(Q).Q
     return orthonormal
