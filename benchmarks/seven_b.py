@@ -194,9 +194,9 @@ def _verdicts(layers: list[dict[str, Any]]) -> dict[str, list[int]]:
 def notes(rows: list[Row]) -> list[str]:
     return [
         *(
-            f"{auto['base']}: auto, measured on {auto['measured']} of {auto['weights']} weights from bfloat16 files, takes "
-            f"{auto['seconds for all'] / 60:.1f} minutes for all; exact, measured on {exact['measured']}, one of each kind, "
-            f"{exact['seconds for all'] / 60:.0f} minutes, "
+            f"{auto['base']}: auto, measured on {auto['measured']} of {auto['weights']} weights from bfloat16 files, "
+            f"takes {auto['seconds for all'] / 60:.1f} minutes for all; exact, measured on {exact['measured']}, one of "
+            f"each kind, {exact['seconds for all'] / 60:.0f} minutes, "
             f"{exact['seconds for all'] / auto['seconds for all']:.0f} times as long."
             for auto, exact in zip(rows[::2], rows[1::2], strict=True)
         ),
