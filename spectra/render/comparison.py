@@ -27,8 +27,8 @@ NOTES = {
     "null": "Random: the mean count of random updates with dW's singular values, layer by layer ({draws} draws). p: "
     "how often these have as\nmany intruders or more; near 1, dW has fewer than its size and rank alone would bring, "
     "near 0 more.",
-    "faint": "Of {faint} of {layers} layers no random update was drawn: dW has no intruder there and is below a third of "
-    "the size at which\none would be expected; their random counts are taken to be 0.",
+    "faint": "In {faint} of {layers} layers no random update was drawn: dW has no intruder there and is below a third "
+    "of the size at which\none would be expected; their random counts are taken to be 0.",
     "free": "Free up to: the weight s at which W0 + s·dW has its first intruder (outside noise-like bases); 1 is the "
     "adapter as it is, {most:g} the largest tried.",
     "overlap": "How much of the smaller update's top directions lies in the other's: 1 is all, and random directions "

@@ -20,6 +20,7 @@ from spectra.analysis.layer import DTYPES, ieee_arithmetic, using_threads
 from spectra.errors import LAYER_ERRORS
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.pairs import LayerPair
+from spectra.runs.neighbours import let_others_work
 from spectra.runs.options import Progress
 from spectra.runs.run import Run, explain
 from spectra.runs.settings import Settings
@@ -138,6 +139,8 @@ def as_finished(
 
 
 def _done(jobs: Sequence[Job], settings: Settings, do: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
+    let_others_work()
+
     def alone(job: Job) -> T:
         with using_threads(job.threads):  # a setting of this very thread
             return do(job)

@@ -17,12 +17,12 @@ That is the *exact* engine, the reference.  Two others answer the same question 
   leading vectors of W1 alone.
 - *krylov* decomposes nothing.  Block Lanczos (``lanczos.py``) gives the leading vectors of W1, and from these a Krylov
   space of W0 whose residuals decide each vector (``certificate.py``); of a low-rank update that is faint beside W0's
-  noise, one space serves both weights (``shared.py``).  How far a Ritz vector may be from its singular vector is bounded
-  in ``perturbation.py``, by the distance to what its whole group leaves out.  A converged Ritz vector close to y shows that y
-  is no intruder, once the residuals of random columns show that no second singular vector hides beside it.  A residual
-  that bounds |⟨y, x⟩| for every unit eigenvector x, marched over the whole spectrum, shows that y is one.  On the
-  longer side of a weight the lower end of the spectrum is proven by a Cholesky factorisation.  Where the size of the
-  update alone rules intruders out, the layer is "proved small", and its bounds are the proof.
+  noise, one space serves both weights (``shared.py``).  How far a Ritz vector may be from its singular vector is
+  bounded in ``perturbation.py``, by the distance to what its whole group leaves out.  A converged Ritz vector close to
+  y shows that y is no intruder, once the residuals of random columns show that no second singular vector hides beside
+  it.  A residual that bounds |⟨y, x⟩| for every unit eigenvector x, marched over the whole spectrum, shows that y is
+  one.  On the longer side of a weight the lower end of the spectrum is proven by a Cholesky factorisation.  Where the
+  size of the update alone rules intruders out, the layer is "proved small", and its bounds are the proof.
 
 What krylov cannot decide it hands over to cached, and cached to exact, so the answer is always the exact engine's.
 ``auto`` takes cached where a spectrum is kept or many fine-tunes share a base, krylov for weights from 1024 on, cached

@@ -25,6 +25,7 @@ from spectra.files.checkpoint import Checkpoint
 from spectra.records.report import LayerReport, Report
 from spectra.runs.jobs import Job, Problem, as_finished, jobs_of
 from spectra.runs.journal import Finished, Journal, open_journal
+from spectra.runs.neighbours import let_others_work
 from spectra.runs.options import AuditOptions, CacheFolder, Progress, takes_options
 from spectra.runs.progress import shown
 from spectra.runs.reports import Analysis, failure, open_cache
@@ -199,6 +200,7 @@ def _opened_there(order: WorkOrder) -> tuple[Analysis, list[SingleRun], dict[str
 def finish(order: WorkOrder, key: str) -> Finished:
     """One base weight with all its fine-tunes, in a worker."""
     analysis, runs, jobs = _opened_there(order)
+    let_others_work()
     with using_threads(jobs[key].threads):
         return _finished(analysis, runs, jobs[key])
 

@@ -133,6 +133,7 @@ def cache(
     import torch
 
     from spectra.analysis.layer import check_device, using_threads
+    from spectra.runs.neighbours import let_others_work
 
     check_device(options["device"])
     kept = SpectrumCache(cache)
@@ -146,6 +147,7 @@ def cache(
         kept.remember(opened)
         efforts = [_effort(layer, known=layer.name in there) for layer in layers]
         done = 0.0
+        let_others_work()
         with shown(options["progress"]) as progress, using_threads(threads or torch.get_num_threads()):
             for layer, effort in zip(layers, efforts, strict=True):
                 try:
