@@ -1,6 +1,6 @@
 """How many intruders random updates have that ``spectra compare`` does not draw: those below a third of the threshold.
 
-Base weights are every fifth block of SmolLM2's (35 of each kind of module and size).  Each gets random updates whose
+Base weights are those of every fifth block of SmolLM2.  Each gets random updates whose
 largest singular value is that part of the size at which the first intruder is predicted, of one to 32 equal singular
 values, the hardest case, or of falling ones.
 """
