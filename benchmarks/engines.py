@@ -15,59 +15,68 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import stretched
-from benchmarks.methods import Method, compared, engine, peft, plain, stored_spectrum
+from benchmarks.methods import PATIENCE, Method, compared, engine, peft, plain, stored_spectrum
 from benchmarks.options import Options, Row
 from benchmarks.plots import dots
 from benchmarks.problems import KINDS, Problem, prescribed_base, tuned
 from benchmarks.stretched import FAINT, STRONG, stretched_base, weights
+from spectra.svd import product_singular_values, spectral_norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 TITLE = "Seconds for one weight, float32"
+SLOW = "plain", "peft", "exact"
+SOON = 10.0  # seconds from which one run will do, of trained spectra
 UPDATES = (("lora", FAINT), ("lora", STRONG), ("dense", FAINT), ("dora", FAINT))  # of trained spectra
 BARS = {2048: 20, 4096: 45}  # krylov on a stretched spectrum with a LoRA, in times of two full SVDs
 
 
 def run(options: Options) -> Iterator[Row]:
-    """A row for each shape, kind of update and method."""
+    """A row for each shape, base, kind of update and method."""
     sizes = options.sizes or options.scale(quick=(192, 256), default=(1024, 2048, 4096))
     squares = [(n, n) for n in sizes]
     long = options.scale(quick=((192, 320), (320, 192)), default=((4096, 11008), (11008, 4096)))
-    real = weights(options.quick)
-    for name, W0 in real.items():
-        W0 = W0 / torch.linalg.matrix_norm(W0, 2)
-        yield from rows_of(f"{name}, its own", stretched.tuned(W0, "lora", options.rank, FAINT), options, True)
+    trained = weights(options.quick)
+    for name, weight in trained.items():
+        W0 = weight / torch.linalg.matrix_norm(weight, 2)
+        faint = [stretched.tuned(W0, "lora", options.rank, FAINT)]
+        yield from _rows(f"{name} itself", W0, faint, options, SLOW)
     for m, n in (*squares, *(long if options.sizes is None else ())):
         # Two SVDs of a long weight take minutes.
         everything = m == n or options.quick or options.full
         W0 = prescribed_base(m, n)
-        for kind in KINDS if everything else KINDS[:1]:
-            yield from rows_of("planted", tuned(W0, kind, options.rank), options, everything)
-        for name, weight in real.items():
+        problems = [tuned(W0, kind, options.rank) for kind in (KINDS if everything else KINDS[:1])]
+        yield from _rows("planted", W0, problems, options, SLOW if everything else ("exact",))
+        for place, (name, weight) in enumerate(trained.items()):
             if (m == n) != (weight.shape[0] == weight.shape[1]):
                 continue
             W0 = stretched_base(weight, m, n)
-            kinds = UPDATES if everything and name == next(iter(real)) else UPDATES[:2]
-            for kind, strength in kinds:
-                problem = stretched.tuned(W0, kind, options.rank, strength)
-                yield from rows_of(
-                    f"{name}, {'faint' if strength == FAINT else 'strong'}", problem, options, everything
-                )
+            updates = UPDATES if everything and not place else UPDATES[:2]
+            problems = [stretched.tuned(W0, kind, options.rank, strength) for kind, strength in updates]
+            yield from _rows(name, W0, problems, options, ("plain",) if everything else ("exact",))
 
 
-def rows_of(base: str, problem: Problem, options: Options, everything: bool) -> Iterator[Row]:
-    kind, W0 = problem.kind, problem.W0
+def _rows(base: str, W0: Tensor, problems: list[Problem], options: Options, slow: tuple[str, ...]) -> Iterator[Row]:
     with stored_spectrum(W0, options.scratch) as stored:
-        methods: dict[str, Method] = {}
-        if everything:
-            methods["plain"] = plain(problem)
-            if kind == "lora":
+        for problem in problems:
+            methods: dict[str, Method] = {}
+            if "plain" in slow:
+                methods["plain"] = plain(problem)
+            if "peft" in slow and problem.kind == "lora":
                 methods["peft"] = peft(problem)
-        methods |= {"exact": engine("exact", problem), "krylov": engine("krylov", problem)}
-        methods["cached"] = engine("cached", problem, stored)
-        repeat = options.repeat if base == "planted" else min(options.repeat, 3)
-        yield from compared({"base": base, "shape": problem.shape, "kind": kind}, methods, repeat)
+            if "exact" in slow:
+                methods["exact"] = engine("exact", problem)
+            methods |= {"krylov": engine("krylov", problem), "cached": engine("cached", problem, stored)}
+            what = {"base": base, "shape": problem.shape, "kind": problem.kind, "‖dW‖₂/σ₁": _strength(problem)}
+            yield from compared(what, methods, options.repeat, PATIENCE if "exact" in slow else SOON)
+
+
+def _strength(problem: Problem) -> float | None:
+    if problem.B is None or problem.A is None or problem.magnitude is not None:
+        return None
+    return float(product_singular_values(problem.B, problem.A)[0]) / spectral_norm(problem.W0)
 
 
 def notes(rows: list[Row]) -> list[str]:
@@ -76,14 +85,8 @@ def notes(rows: list[Row]) -> list[str]:
         "cached is warm: it reads the base's spectrum from the page cache and checks that it belongs to the weight.",
     ]
     for size, bar in BARS.items():
-        cold = [
-            row["× plain"]
-            for row in rows
-            if row["shape"] == f"{size}×{size}"
-            and row["method"] == "krylov"
-            and row["kind"] == "lora"
-            and row["base"] != "planted"
-        ]
+        mine = [row for row in rows if row["shape"] == f"{size}×{size}" and row["base"] != "planted"]
+        cold = [row["× plain"] for row in mine if row["method"] == "krylov" and row["kind"] == "lora"]
         if cold:
             reached = sum(ratio >= bar for ratio in cold)
             said.append(
@@ -95,6 +98,11 @@ def notes(rows: list[Row]) -> list[str]:
     return said
 
 
+def _name(row: Row) -> str:
+    strong = row["base"] != "planted" and (row["‖dW‖₂/σ₁"] or 0) > (FAINT + STRONG) / 2
+    return f"{row['shape']} {row['kind']}{', strong' if strong else ''}, {row['base']}"
+
+
 def draw(rows: list[Row], axes: Axes) -> None:
-    dots(axes, rows, lambda row: f"{row['shape']} {row['kind']}, {row['base']}", "seconds")
+    dots(axes, rows, _name, "seconds")
     axes.set_xlabel("seconds, logarithmic")

@@ -56,8 +56,8 @@ class Timing:
     answer: Answer
 
 
-def timed(run: Method, repeat: int) -> Timing:
-    """The median after a warm-up; one that takes longer than ``PATIENCE`` is the measurement itself."""
+def timed(run: Method, repeat: int, patience: float = PATIENCE) -> Timing:
+    """The median after a warm-up; one that takes longer than ``patience`` seconds is the measurement itself."""
 
     def once() -> tuple[float, float]:
         started = time.perf_counter()
@@ -68,10 +68,10 @@ def timed(run: Method, repeat: int) -> Timing:
     begun = time.perf_counter()
     answer = run()
     first = time.perf_counter() - begun
-    if first > PATIENCE:
+    if first > patience:
         return Timing(first if answer.seconds is None else answer.seconds, first, 1, answer)
     begun, runs = time.perf_counter(), [once()]
-    while (spent := time.perf_counter() - begun) < PATIENCE and (len(runs) < repeat or (repeat > 1 and spent < LEAST)):
+    while (spent := time.perf_counter() - begun) < patience and (len(runs) < repeat or (repeat > 1 and spent < LEAST)):
         runs.append(once())
     return Timing(statistics.median(part for part, _ in runs), statistics.median(w for _, w in runs), len(runs), answer)
 
@@ -161,11 +161,11 @@ def stored_spectrum(W0: torch.Tensor, folder: Path | None = None) -> Iterator[Ca
         yield lambda: cache.load(base, layer.name, layer.pair.layout, W0.dtype)
 
 
-def compared(what: Row, methods: dict[str, Method], repeat: int) -> Iterator[Row]:
+def compared(what: Row, methods: dict[str, Method], repeat: int, patience: float = PATIENCE) -> Iterator[Row]:
     """A row per method: seconds, ratios to the slow ones, and whether the answer is the first one's."""
     timings = {}
     for method, run in methods.items():
-        timings[method] = timing = timed(run, repeat)
+        timings[method] = timing = timed(run, repeat, patience)
         answer = timing.answer
         expected = next(iter(timings.values())).answer
         yield {
