@@ -290,7 +290,7 @@ def ritz_leading(lanczos: BlockLanczos, values: Tensor, vectors: Tensor, turned:
     Y = (lanczos.basis.double() @ vectors[:, :taken]).to(lanczos.P.dtype)
     half = turned.rmatmul(Y)
     image = turned.matmul(half).double()
-    lost = residual_norms(lanczos, vectors, k)
+    lost = residual_norms(lanczos, vectors, max(k, taken))
     measured = (image - Y.double() * values[:taken]).norm(dim=0)
     rounding = (measured - lost[:taken]).max().clamp_min(0)
     lost = torch.cat([measured, lost[taken:] + rounding])

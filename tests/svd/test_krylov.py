@@ -117,6 +117,15 @@ def test_large_weights_are_decided_without_a_decomposition(large, side, kind):
     assert fast.noise_like_base is exact.noise_like_base
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_few_vectors_are_asked_for(large, top_k):
+    W0, B, A = large
+    for update in ({"B": B, "A": A}, {"B": 0.01 * B, "A": A}, {"W1": W0 + B @ A}):
+        fast, exact = (find_intruders(W0, **update, top_k=top_k, engine=name) for name in ("krylov", "exact"))
+        assert fast.engine == "krylov"
+        assert fast.intruders == exact.intruders
+
+
 def test_the_answer_is_the_same_every_time(large):
     W0, B, A = large
     assert find_intruders(W0, B=B, A=A) == find_intruders(W0, B=B, A=A)
