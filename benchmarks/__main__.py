@@ -25,7 +25,7 @@ from benchmarks.tables import machine, text, write_table
 NAMES = (
     "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "neighbours", "scale",
     "cuda", "comparison", "nulls", "repair", "fixtures", "trained", "training", "language_model", "smollm2", "page",
-    "proof", "fuzz",
+    "proof", "proof_trained", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 

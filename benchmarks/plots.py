@@ -19,6 +19,7 @@ LOOKS = {
     "peft": ("#999999", "s"),
     "exact": ("#0072B2", "D"),
     "krylov": ("#D55E00", "^"),
+    "krylov, one space": ("#56B4E9", "<"),
     "spectra": ("#D55E00", "^"),
     "factors": ("#0072B2", "o"),
     "cached": ("#009E73", "v"),
