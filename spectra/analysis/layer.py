@@ -207,17 +207,6 @@ def ieee_arithmetic() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@contextmanager
-def using_threads(number: int) -> Iterator[None]:
-    """torch's number of threads, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def check_device(device: str) -> None:
     """Raises UsageError where torch cannot compute there."""
     try:

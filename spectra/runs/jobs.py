@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from spectra.analysis.layer import DTYPES, ieee_arithmetic, using_threads
+from spectra.analysis.layer import DTYPES, ieee_arithmetic
 from spectra.errors import LAYER_ERRORS
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.pairs import LayerPair
@@ -24,6 +24,7 @@ from spectra.runs.neighbours import let_others_work
 from spectra.runs.options import Progress
 from spectra.runs.run import Run, explain
 from spectra.runs.settings import Settings
+from spectra.svd.threads import using_threads
 from spectra.updates.algebra import TunedWeight
 
 T = TypeVar("T")

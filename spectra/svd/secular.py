@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectra.errors import ConvergenceError
 from spectra.svd.decompose import eigh
+from spectra.svd.threads import using_threads
 
 EXTRA = 24  # leading unit vectors beyond the ones asked for
 MAX_STEPS = 40
@@ -38,6 +39,10 @@ class DiagonalPlusLowRank:
 
         θ (k,) descends, Y (p, k) is orthonormal, residuals (k,) are ‖H·y − θ·y‖ ≤ tolerance·θ₁.
         """
+        with using_threads(1):
+            return self._leading(k, tolerance)
+
+    def _leading(self, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
         p = self.d.numel()
         start = min(p, k + EXTRA)
         Z = torch.zeros(p, start, dtype=torch.float64, device=self.d.device)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from spectra import __version__
-from spectra.analysis.layer import using_threads
 from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint
 from spectra.records.report import LayerReport, Report
@@ -34,6 +33,7 @@ from spectra.runs.settings import Settings, checked_settings
 from spectra.runs.workers import spread
 from spectra.sources.live import Source, several
 from spectra.sources.resolve import Bases
+from spectra.svd.threads import using_threads
 
 
 @takes_options(AuditOptions)

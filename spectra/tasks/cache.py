@@ -132,8 +132,9 @@ def cache(
 
     import torch
 
-    from spectra.analysis.layer import check_device, using_threads
+    from spectra.analysis.layer import check_device
     from spectra.runs.neighbours import let_others_work
+    from spectra.svd.threads import using_threads
 
     check_device(options["device"])
     kept = SpectrumCache(cache)
