@@ -16,6 +16,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,16 @@ def language_model(options: Options) -> tuple[Any, Any]:
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     return model, lambda text: tokenizer(text)["input_ids"]
+
+
+@contextmanager
+def prepared(options: Options) -> Iterator[tuple[Path, Any, Any]]:
+    """A folder with the model saved as ``base`` in it, the model, and what makes token ids; nothing warns meanwhile."""
+    with tempfile.TemporaryDirectory(dir=options.scratch) as home, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, encode = language_model(options)
+        model.eval().save_pretrained(Path(home) / "base")
+        yield Path(home), model, encode
 
 
 def examples(encode: Any) -> list[tuple[Tensor, Tensor]]:
@@ -166,12 +177,8 @@ def task_loss(model: Any, data: list[tuple[Tensor, Tensor]]) -> float:
 def run(options: Options) -> Iterator[Row | str]:
     family = (FAMILY[0], FAMILY[-2]) if options.quick else FAMILY
     steps, texts, held = options.scale(quick=(2, 8, 8), default=(40, TEXTS, HELD))
-    with tempfile.TemporaryDirectory(dir=options.scratch) as home, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = Path(home) / "base"
-        model, encode = language_model(options)
-        model.eval().save_pretrained(base)
-        data = examples(encode)
+    with prepared(options) as (home, model, encode):
+        base, data = home / "base", examples(encode)
         test, data = data[:held], data[held:]
         ids = written(model, texts)
         before = predictions(model, ids)
@@ -181,7 +188,7 @@ def run(options: Options) -> Iterator[Row | str]:
             tuned = taught(fresh, member, data, steps)
             divergence, error = forgotten(before, tuned, ids)
             loss = task_loss(tuned, test)
-            place = Path(home) / str(number)
+            place = home / str(number)
             tuned.save_pretrained(place)
             report = spectra.audit(place, base)
             decided = [layer.measures["update_norm_relative"] or 0.0 for layer in report if layer.status != "unchanged"]

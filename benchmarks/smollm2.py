@@ -10,15 +10,13 @@ too high learning rate, all 210 linear weights), and saved.  ``peft`` is one cal
 from __future__ import annotations
 
 import re
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import spectra
-from benchmarks.language_model import Member, examples, language_model, taught
+from benchmarks.language_model import Member, examples, prepared, taught
 from benchmarks.options import Options, Row
 from benchmarks.plots import bars
 
@@ -31,15 +29,11 @@ FAMILY = (Member("lora", 8, 1e-3), Member("lora", 8, 1e-2))
 
 def run(options: Options) -> Iterator[Row | str]:
     steps = options.scale(quick=2, default=40)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as home, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = Path(home) / "base"
-        model, encode = language_model(options)
-        model.eval().save_pretrained(base)
-        data = examples(encode)
+    with prepared(options) as (home, model, encode):
+        base, data = home / "base", examples(encode)
         for number, member in enumerate(FAMILY[: options.scale(quick=1, default=2)]):
             tuned = taught(type(model).from_pretrained(base), member, data, steps)
-            adapter = Path(home) / f"adapter-{number}"
+            adapter = home / f"adapter-{number}"
             tuned.save_pretrained(adapter)
             yield from _rows(member, tuned, adapter, base)
 

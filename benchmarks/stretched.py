@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.options import Options
 from benchmarks.problems import Problem, factors, normal, seeded
+from spectra.analysis.null import haar
 
 LEADING = 20
 FAINT, STRONG = 0.1, 0.8  # ‖dW‖₂/σ₁: of an ordinary adapter, and of one that makes intruders
@@ -89,16 +90,13 @@ def stretched_base(weight: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
     s = torch.from_numpy(stretched(torch.linalg.svdvals(weight.double()).numpy(), p)).float()
     order = torch.randperm(p, generator=generator)
     signs = torch.randint(0, 2, (p,), generator=generator) * 2.0 - 1
-    W: Tensor = haar(m, p, 1)[:, order] * (s * signs) @ haar(n, p, 2).T
+    W: Tensor = _vectors(m, p, 1)[:, order] * (s * signs) @ _vectors(n, p, 2).T
     return W
 
 
 @lru_cache(maxsize=4)
-def haar(rows: int, columns: int, seed: int) -> Tensor:
-    """Uniformly random orthonormal columns; without the signs of R, QR is not uniform (Mezzadri 2007)."""
-    Q, R = torch.linalg.qr(normal(seeded(seed), rows, columns))
-    turned: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
-    return turned
+def _vectors(rows: int, columns: int, seed: int) -> Tensor:
+    return haar(np.random.default_rng(seed), rows, columns).float()
 
 
 def tuned(W0: Tensor, kind: str, rank: int, strength: float, seed: int = 1) -> Problem:

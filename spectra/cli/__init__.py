@@ -6,7 +6,6 @@ runs, so that ``spectra --help`` answers at once.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from spectra.cli import audit, cache, compare, completion, extract, inspect, plo
 from spectra.cli.options import BAD, INTERRUPTED, OK, complain
 from spectra.cli.parser import Parser, short_usage
 from spectra.errors import SpectraError
+from spectra.runs.neighbours import let_others_work
 
 COMMANDS = (audit, compare, plot, ranks, extract, repair, verify, cache, inspect, completion)  # in --help's order
 
@@ -40,17 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk or a network that fails where nobody expected it
         complain(error)
         return BAD
-
-
-def let_others_work() -> None:
-    """Has OpenMP's threads sleep while they wait for each other, unless the user says how they wait.
-
-    By default they spin, at each of thousands of small parallel regions, and two audits at once on two cores slow each
-    other many times over (``python -m benchmarks neighbours``).  It is read when torch is loaded, so nothing is done
-    where it is already.
-    """
-    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def command_line() -> Parser:

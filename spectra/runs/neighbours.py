@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
-
-import torch
 
 CHOSEN = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})  # by any of which a user says how they wait
 PARALLEL = 1 << 18  # elements; torch shares sums of fewer among no threads
@@ -18,14 +17,22 @@ def let_others_work() -> None:
     """Has the threads of this process stop spinning early, unless the user says how they wait.
 
     OpenMP's threads spin while they wait for each other, at each of thousands of small parallel regions: of two audits
-    at once on two cores each takes many times as long as one alone.  How they wait is read when torch is loaded (the
-    command sets it before).  In a process that loaded torch itself, this keeps one idle thread with a team of its own:
-    GCC's libgomp spins 300,000 times, but 1,000 times where the process has more threads than the machine has cores
-    (its manual says so of GOMP_SPINCOUNT).  With another OpenMP nothing is gained or lost.
+    at once on two cores each takes many times as long as one alone (``python -m benchmarks neighbours``).  How they
+    wait is read when torch is loaded; before, as in the command, they are told to sleep.  In a process that loaded
+    torch itself, this keeps one idle thread with a team of its own: GCC's libgomp spins 300,000 times, but 1,000 times
+    where the process has more threads than the machine has cores (its manual says so of GOMP_SPINCOUNT).  With another
+    OpenMP nothing is gained or lost.
     """
     global _done_in
+    if CHOSEN & os.environ.keys():
+        return
+    if "torch" not in sys.modules:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        return
+    import torch
+
     with _lock:
-        if _done_in == os.getpid() or torch.get_num_threads() < 2 or CHOSEN & os.environ.keys():
+        if _done_in == os.getpid() or torch.get_num_threads() < 2:
             return
         _done_in = os.getpid()
     ready = threading.Event()
@@ -34,6 +41,8 @@ def let_others_work() -> None:
 
 
 def _rest(ready: threading.Event) -> None:
+    import torch
+
     torch.ones(PARALLEL).add_(1)  # makes the team
     ready.set()
     threading.Event().wait()

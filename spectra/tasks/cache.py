@@ -14,6 +14,7 @@ from spectra.errors import LAYER_ERRORS, CheckpointError, UsageError, in_short
 from spectra.files.checkpoint import Checkpoint
 from spectra.pairing.pairs import LayerPair, pair_layers
 from spectra.runs.cache import SpectrumCache
+from spectra.runs.neighbours import let_others_work
 from spectra.runs.options import CacheOptions, patterns_of, takes_options
 from spectra.runs.progress import shown
 from spectra.sources.live import Source
@@ -133,7 +134,6 @@ def cache(
     import torch
 
     from spectra.analysis.layer import check_device
-    from spectra.runs.neighbours import let_others_work
     from spectra.svd.threads import using_threads
 
     check_device(options["device"])
