@@ -56,7 +56,7 @@ SMALL_SCALE: dict[Any, dict[str, float]] = {
     krylov: {"FIRST_STEPS": 2, "LARGEST_SHARE": 1.2},
     lanczos: {"FIRST_STEPS": 2, "LARGEST_SHARE": 1.2},
 }
-ONE_SPACE = {"PAYS": 0, "FAINT": 1e9, "FIRST_STEPS": 1, "FIRST_CERTIFICATE": 1, "LARGEST_SHARE": 1.2}
+ONE_SPACE = {"PAYS": 0, "FAINT": 1e9, "FIRST_STEPS": 1, "LARGEST_SHARE": 1.2}
 # What is proven: the engine, and what of it is changed for that.
 VARIANTS: dict[str, tuple[str, dict[Any, dict[str, float]]]] = {
     "exact": ("exact", {}),

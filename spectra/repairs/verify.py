@@ -33,6 +33,7 @@ from spectra.sources.saved import load_repair
 from spectra.svd import Base
 from spectra.svd.triplets import Triplets, leading_triplets
 from spectra.updates.algebra import ALL, DenseWeight, FactoredWeight, TunedWeight, slabs
+from spectra.updates.products import frobenius_norm
 
 # What storing may cost.  Of factors, relative to the update that they make.  Of whole weights, relative to the weight:
 # they are compared with what is rounded likewise, but single values may fall on the other side of a step.
@@ -160,7 +161,7 @@ class _Check:
             error, tolerance = distance / size, meant.tolerance / size
             return LayerCheck(pair.name, error, tolerance, error <= tolerance and self._rows_kept(pair, there))
 
-        ((_, _, outcome),) = job.each(lambda W0: float(torch.linalg.vector_norm(W0.double())), held)
+        ((_, _, outcome),) = job.each(frobenius_norm, held)
         if isinstance(outcome, Problem):
             raise UsageError(outcome.message)
         return outcome
@@ -181,7 +182,7 @@ class _Check:
             self._recorded(repair, own, new)
         if self.merged or mine.update.kind == "dense":
             weight: TunedWeight = DenseWeight(old.W0, edited_dense(old, change, STORED[stored]).to(old.W0.dtype))
-            return _Meant(weight, off + WHOLE[stored] * float(torch.linalg.vector_norm(weight.dense().double())))
+            return _Meant(weight, off + WHOLE[stored] * frobenius_norm(weight.dense()))
         assert change is not None
         assert isinstance(old, FactoredWeight)
         assert pair.update.scaling is not None

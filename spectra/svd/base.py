@@ -13,6 +13,7 @@ from torch import Tensor
 from spectra.svd.decompose import decompose, decompose_gram, other_side, product64
 from spectra.svd.spectrum import Side, Spectrum
 from spectra.updates.algebra import SLAB, DenseWeight
+from spectra.updates.products import frobenius_norm, times
 
 ROOMY = 1024  # below, a spectrum in float64 takes no memory to speak of
 PROBES = 16
@@ -59,6 +60,11 @@ class Base:
     def W(self) -> Tensor:
         """W0 turned so that it has no more rows than columns: (p, q), a view."""
         return self.W0 if self.short == "left" else self.W0.T
+
+    @cached_property
+    def norm_fro(self) -> float:
+        """‖W0‖."""
+        return frobenius_norm(self.W0)
 
     @property
     def is_aligned(self) -> bool:
@@ -188,7 +194,7 @@ def _belongs(spectrum: Spectrum, W0: Tensor) -> bool:
     scale = float(spectrum.s[0])  # whose square may leave the range of float32
     if not scale > 0:
         return not bool(W.any())
-    half = ((W.T @ G) / scale).double()
+    half = (times(W.T, G) / scale).double()
     mixed = torch.from_numpy(spectrum.s / scale).to(X.device)[:, None] * (X.T @ G).double()
     found, expected = half.T @ half, mixed.T @ mixed
     return float((found - expected).norm()) <= STALE * float(expected.norm())

@@ -33,6 +33,7 @@ from spectra.svd.matching import BORDERLINE, match_vectors, straddles
 from spectra.svd.secular import DiagonalPlusLowRank
 from spectra.svd.spectrum import EPS32, Spectrum
 from spectra.updates.algebra import TunedWeight
+from spectra.updates.products import times
 
 SMALL = 1024  # below, float64 products cost next to nothing
 LARGEST_SHARE = 4  # of p that 2r may be; beyond, the small problem is no longer small
@@ -121,17 +122,18 @@ def _by_algebra(base: Base, factors: tuple[Tensor, Tensor], k: int, precise: boo
     B, A = factors
     X = spectrum.vectors
     s = torch.from_numpy(spectrum.s).to(W.device)
-    times = product64 if precise else _product
-    AW = times(W, A.T)
+    product = product64 if precise else _product
+    AW = product(W, A.T)
     r = B.shape[1]
-    EF = times(X.T, torch.cat([B, AW], 1))
+    EF = product(X.T, torch.cat([B, AW], 1))
     E, F = EF[:, :r], EF[:, r:]
     eye = torch.eye(r, dtype=torch.float64, device=W.device)
     # Columns of comparable size: the balance of B against A is arbitrary.
     scale = (B.norm() / AW.norm().clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
     middle = torch.cat([torch.cat([(A @ A.T) * scale**2, eye], 1), torch.cat([eye, torch.zeros_like(eye)], 1)])
     H = DiagonalPlusLowRank(s**2, torch.cat([E / scale, F * scale], 1), middle)
-    eigenpairs = H.leading(min(padded(k + EXTRA, W.shape[0]), W.shape[0]), FINE if precise else COARSE)
+    more = min(padded(k + EXTRA, W.shape[0]), W.shape[0]) - k - EXTRA  # wider products take no longer
+    eigenpairs = H.leading(k + EXTRA, FINE if precise else COARSE, more)
     if eigenpairs is None:
         return None
     theta, P, _ = eigenpairs
@@ -140,16 +142,16 @@ def _by_algebra(base: Base, factors: tuple[Tensor, Tensor], k: int, precise: boo
         return None
     if not _is_complete(H, theta, k):
         return None
-    Y = times(X, P)
-    half = times(W.T, Y) + A.T @ (B.T @ Y)
-    image = times(W, half) + B @ (A @ half)
+    Y = product(X, P)
+    half = product(W.T, Y) + A.T @ (B.T @ Y)
+    image = product(W, half) + B @ (A @ half)
     residuals = (image - Y * theta).norm(dim=0) / sigma
     cosines = P[:, :k]
     if not base.is_aligned:
         mixed = s[:, None] ** 2 * cosines + F @ (E.T @ cosines)
         cosines = torch.where(s[:, None] > 0, mixed / (s[:, None].clamp_min(1e-300) * sigma[:k]), 0.0)
     return _Leading(
-        s=sigma.cpu().numpy(),
+        s=sigma[: k + EXTRA].cpu().numpy(),
         residuals=residuals[:k].cpu().numpy(),
         cosines=cosines.cpu().numpy(),
         rounding=spectrum.orthogonality + (0.0 if precise else 4 * EPS32),
@@ -192,4 +194,4 @@ def _by_vectors(base: Base, tuned: TunedWeight, k: int) -> _Leading:
 
 
 def _product(W: Tensor, X: Tensor) -> Tensor:
-    return (W @ X.to(W.dtype)).double()
+    return times(W, X.to(W.dtype)).double()

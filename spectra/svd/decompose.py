@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectra.errors import ConvergenceError, NonFiniteError
 from spectra.svd.spectrum import CLUSTER_WIDTH, Side, Spectrum
+from spectra.svd.threads import threads_for
 from spectra.updates.algebra import ALL, TunedWeight, slabs
 
 EPS64 = float(np.finfo(np.float64).eps)
@@ -71,7 +72,8 @@ def singular_values(W: Tensor) -> np.ndarray:
     """All singular values of W, float64, descending; raises as :func:`decompose` does."""
     check_finite(W)
     try:
-        s = torch.linalg.svdvals(W)
+        with threads_for(min(W.shape)):
+            s = torch.linalg.svdvals(W)
     except NOT_CONVERGED:
         s = _thin_svd(W)[1]
     values: np.ndarray = s.double().cpu().numpy()
@@ -92,7 +94,8 @@ def product_singular_values(B: Tensor, A: Tensor) -> np.ndarray:
 
 def _run_driver(W: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     if name != "gesvd" or W.is_cuda:
-        result = torch.linalg.svd(W, full_matrices=False, driver=name if W.is_cuda else None)
+        with threads_for(min(W.shape)):
+            result = torch.linalg.svd(W, full_matrices=False, driver=name if W.is_cuda else None)
         return result.U, result.S, result.Vh
     U, s, Vh = scipy.linalg.svd(W.numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False)
     return torch.from_numpy(U), torch.from_numpy(s), torch.from_numpy(Vh)
@@ -192,7 +195,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues are equal; raises ConvergenceError.
     """
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        with threads_for(matrix.shape[0]):
+            values, vectors = torch.linalg.eigh(matrix)
     except NOT_CONVERGED as first:
         try:
             eigenpairs = scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev")
@@ -200,6 +204,12 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             raise ConvergenceError(f"its eigenvalues did not converge (evd: {first}; ev: {second})") from None
         values, vectors = (torch.from_numpy(part).to(matrix.device) for part in eigenpairs)
     return values, vectors
+
+
+def leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, the largest first."""
+    values, vectors = eigh(matrix)
+    return values.flip(0), vectors.flip(1)
 
 
 def product64(W: Tensor, X: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from spectra.svd.lanczos import (
 from spectra.svd.matching import BORDERLINE
 from spectra.svd.shared import certified_together, pays
 from spectra.updates.algebra import TunedWeight
+from spectra.updates.products import times
 
 FIRST_STEPS = 8  # fewer have decided nothing; trained-like weights of 1024 to 4096 took 8 to 12
 ACCURACY = DIRECTION_ERROR / 8  # what a direction's error leaves of epsilon is not got back
@@ -68,9 +69,9 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | No
         return small
     X = leading.Y if base.is_aligned else (W @ leading.half) / leading.sigma[: leading.k].to(W.dtype)
     random = random_columns(p, width - leading.k, p + 1).to(W.device) / np.sqrt(p)
-    lanczos = BlockLanczos(lambda Z: W @ (W.T @ Z), torch.cat([X.double(), random], 1), W.dtype)
+    lanczos = BlockLanczos(lambda Z: times(W, times(W.T, Z)), torch.cat([X.double(), random], 1), W.dtype)
     # W0's spectrum is about as hard to resolve as W1's was, and each look costs as much as a step.
-    looks = Looks(max(FIRST_STEPS, int(LIKE_THE_FIRST * leading.theta.numel() / width)), p, width, LARGEST_SHARE)
+    looks = Looks(max(FIRST_STEPS, int(LIKE_THE_FIRST * leading.steps)), p, width, LARGEST_SHARE)
     rounding = Rounding()
     while (steps := looks.next) is not None:
         if not lanczos.extend(steps):
@@ -97,7 +98,7 @@ def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Que
     if not norm < float((sigma - s[k]).max()):
         return None  # no window can be free
     Y, right = leading.Y, leading.half.double() / sigma
-    half0 = W.T @ Y
+    half0 = times(W.T, Y)
     if factors is not None:
         B, A = factors
         changes = A.T @ (B.T @ Y.double()), B @ (A @ right)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from spectra.svd.base import Base
-from spectra.svd.decompose import eigh, singular_values
+from spectra.svd.decompose import leading_eigenpairs, singular_values
 from spectra.svd.perturbation import GUARDS as MIXED
 from spectra.svd.perturbation import direction_bounds
 from spectra.svd.spectrum import CLUSTER_WIDTH, EPS32
 from spectra.updates.algebra import ALL, TunedWeight, slabs
+from spectra.updates.products import times
 
 PROBES = 16
 GUARDS = 6  # vectors beyond the top k that keep the last of them from converging slowly
@@ -124,7 +125,7 @@ def _orthonormal(X: Tensor) -> tuple[Tensor | None, Tensor]:
     diagonal = R.diagonal()
     if int(info) or float(diagonal.min()) <= 1e-5 * float(diagonal.max()):
         return None, R
-    return torch.linalg.solve_triangular(R, X64, upper=True, left=False).to(X.dtype), R
+    return (X64 @ torch.linalg.inv(R)).to(X.dtype), R
 
 
 def random_columns(p: int, count: int, seed: int) -> Tensor:
@@ -266,10 +267,12 @@ class Leading(Ritz):
     Attributes
     ----------
     half, image : W1ᵀ·Y (q, k) and W1·W1ᵀ·Y (p, k, float64).
+    steps : of the process that they come from.
     """
 
     half: Tensor
     image: Tensor
+    steps: int
 
 
 def residual_norms(lanczos: BlockLanczos, vectors: Tensor, k: int) -> Tensor:
@@ -285,7 +288,7 @@ def worst_direction(theta: Tensor, lost: Tensor, k: int, aligned: bool) -> float
 
 
 def ritz_leading(lanczos: BlockLanczos, values: Tensor, vectors: Tensor, turned: Turned, k: int) -> Leading:
-    """From the eigenpairs (descending) of W1·W1ᵀ projected on the basis of ``lanczos``."""
+    """From the leading eigenpairs (descending) of W1·W1ᵀ projected on the basis of ``lanczos``."""
     taken = min(padded(k, lanczos.P.shape[0]), values.numel() - 1)  # more of them take no longer
     Y = (lanczos.basis.double() @ vectors[:, :taken]).to(lanczos.P.dtype)
     half = turned.rmatmul(Y)
@@ -294,7 +297,7 @@ def ritz_leading(lanczos: BlockLanczos, values: Tensor, vectors: Tensor, turned:
     measured = (image - Y.double() * values[:taken]).norm(dim=0)
     rounding = (measured - lost[:taken]).max().clamp_min(0)
     lost = torch.cat([measured, lost[taken:] + rounding])
-    return Leading(values, lost, Y[:, :k], half[:, :k], image[:, :k])
+    return Leading(values, lost, Y[:, :k], half[:, :k], image[:, :k], lanczos.steps)
 
 
 def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Leading | None:
@@ -312,8 +315,7 @@ def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Le
     while (steps := looks.next) is not None:
         if not lanczos.extend(steps):
             return None
-        values, vectors = eigh(lanczos.projected())
-        values, vectors = values.flip(0), vectors.flip(1)
+        values, vectors = leading_eigenpairs(lanczos.projected())
         lost = residual_norms(lanczos, vectors, k) + ROUNDING * values[0]
         bound = worst_direction(values, lost, k, base.is_aligned)
         looks.wait_for(bound, accuracy, float(lost[:k].max()))
@@ -332,14 +334,15 @@ def spectral_norm(W: Tensor) -> float:
     turned = W if W.shape[0] <= W.shape[1] else W.T
     p = turned.shape[0]
     width = padded(GUARDS, p)
-    lanczos = BlockLanczos(lambda X: turned @ (turned.T @ X), random_columns(p, width, p).to(W.device), W.dtype)
+    start = random_columns(p, width, p).to(W.device)
+    lanczos = BlockLanczos(lambda X: times(turned, times(turned.T, X)), start, W.dtype)
     looks = Looks(FIRST_STEPS, p, width, LARGEST_SHARE)
     while (steps := looks.next) is not None:
         looks.wait()
         if not lanczos.extend(steps):
             break
-        values, vectors = eigh(lanczos.projected())
+        values, vectors = leading_eigenpairs(lanczos.projected())
         # The error of a Ritz value is at most its residual, and near residual²/gap.
-        if float((lanczos.below[-1] @ vectors[-width:, -1]).norm()) <= 1e-4 * float(values[-1]):
-            return float(values[-1].sqrt())
+        if float((lanczos.below[-1] @ vectors[-width:, 0]).norm()) <= 1e-4 * float(values[0]):
+            return float(values[0].sqrt())
     return float(singular_values(W)[0])

@@ -34,47 +34,53 @@ class DiagonalPlusLowRank:
     def matmul(self, X: Tensor) -> Tensor:
         return self.d[:, None] * X + self.L @ (self.M @ (self.L.T @ X))
 
-    def leading(self, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    def leading(self, k: int, tolerance: float, more: int = 0) -> tuple[Tensor, Tensor, Tensor] | None:
         """(θ, Y, residuals): the ``k`` largest eigenpairs, or None where they do not converge.
 
-        θ (k,) descends, Y (p, k) is orthonormal, residuals (k,) are ‖H·y − θ·y‖ ≤ tolerance·θ₁.
+        θ (k,) descends, Y (p, k) is orthonormal, residuals (k,) are ‖H·y − θ·y‖ ≤ tolerance·θ₁.  Of ``more``
+        approximate pairs that follow nothing is promised.
         """
         with using_threads(1):
-            return self._leading(k, tolerance)
+            return self._leading(k, tolerance, k + more)
 
-    def _leading(self, k: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _leading(self, k: int, tolerance: float, taken: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        # The search space is [I, 0; 0, Q]: the leading unit vectors, and a basis of the other coordinates.
         p = self.d.numel()
-        start = min(p, k + EXTRA)
-        Z = torch.zeros(p, start, dtype=torch.float64, device=self.d.device)
-        Z.diagonal().fill_(1)
-        added = _orthonormal(Z, self.L)
-        Z = torch.cat([Z, added], 1)
-        if Z.shape[1] < k:
+        start = min(p, taken + EXTRA)
+        d, L = self.d[start:, None], self.L[start:]
+        Q = _added(L.new_empty(L.shape[0], 0), L)
+        if start + Q.shape[1] < taken:
             return None
-        projected = Z.T @ self.matmul(Z)
+        inner = Q.T @ (d * Q)
+        G = torch.cat([self.L[:start].T, L.T @ Q], 1)
         for _ in range(MAX_STEPS):
+            projected = G.T @ (self.M @ G)
+            projected[:start, :start].diagonal().add_(self.d[:start])
+            projected[start:, start:] += inner
             values, C = eigh((projected + projected.T) / 2)
-            values, C = values.flip(0)[:k], C.flip(1)[:, :k]
-            Y = Z @ C
-            R = self.matmul(Y) - Y * values
+            values, C = values.flip(0)[:taken], C.flip(1)[:, :taken]
+            below = Q @ C[start:]
+            R = (d - values) * below + L @ (self.M @ (G @ C))  # of the leading coordinates nothing is left
             residuals = R.norm(dim=0)
             largest = float(values[0])
             if not largest > 0:
                 return None
             open_ones = residuals > tolerance * largest
+            open_ones[k:] = False
             if not bool(open_ones.any()):
-                return values, Y, residuals
-            if Z.shape[1] >= p // 2 + start:
+                return values, torch.cat([C[:start], below]), residuals
+            if start + Q.shape[1] >= p // 2 + start:
                 return None
-            shift = self.d[:, None] - values[open_ones]
+            shift = d - values[open_ones]
             least = SINGULAR * largest
-            added = _orthonormal(Z, R[:, open_ones] / torch.where(shift.abs() < least, least, shift))
+            added = _added(Q, R[:, open_ones] / torch.where(shift.abs() < least, least, shift))
             if not added.shape[1]:
                 return None
-            image = self.matmul(added)
-            border = Z.T @ image
-            projected = torch.cat([torch.cat([projected, border], 1), torch.cat([border.T, added.T @ image], 1)])
-            Z = torch.cat([Z, added], 1)
+            image = d * added
+            border = Q.T @ image
+            inner = torch.cat([torch.cat([inner, border], 1), torch.cat([border.T, added.T @ image], 1)])
+            G = torch.cat([G, L.T @ added], 1)
+            Q = torch.cat([Q, added], 1)
         return None
 
     def count_above(self, tau: float) -> int:
@@ -94,7 +100,7 @@ class DiagonalPlusLowRank:
         return int((shift > 0).sum()) + int((values > 0).sum()) - r
 
 
-def _orthonormal(Z: Tensor, X: Tensor) -> Tensor:
+def _added(Z: Tensor, X: Tensor) -> Tensor:
     """An orthonormal basis of what X adds to the span of Z, without directions that are rounding."""
     size = X.norm(dim=0)
     X = X[:, size > 0] / size[size > 0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectra.svd.base import Base
 from spectra.svd.certificate import DIRECTION_ERROR, Certificate, Rounding
-from spectra.svd.decompose import eigh, product_singular_values
+from spectra.svd.decompose import leading_eigenpairs, product_singular_values
 from spectra.svd.engine import Question
 from spectra.svd.lanczos import (
     BlockLanczos,
@@ -32,12 +32,13 @@ from spectra.svd.lanczos import (
     ritz_leading,
     worst_direction,
 )
+from spectra.updates.products import times
 
 PAYS = 2048  # from this size on; below, wider blocks cost more than the steps that they save
 FAINT = 0.8  # of the edge of W0's noise; stronger updates may make intruders, which two narrow processes prove sooner
 WIDEST = 48  # columns of a block
 RANDOM = 8  # of them at least
-FIRST_STEPS, FIRST_CERTIFICATE = 6, 8
+FIRST_STEPS = 8  # fewer have decided nothing, and a look costs as much as two steps
 LARGEST_SHARE = 3.5  # the basis stays below that part of the matrix
 WELL = 0.9  # of what a direction's error may be, before a certificate is tried
 EXPECTED = 1e-6  # of σ₁², the most that float32 has added to a residual, until it is measured
@@ -49,7 +50,7 @@ def pays(base: Base, turned: Turned) -> bool:
     if base.W.shape[0] < PAYS or factors is None or 2 * factors[0].shape[1] + RANDOM > WIDEST:
         return False
     p, q = base.W.shape
-    edge = float(torch.linalg.vector_norm(base.W)) * (p**-0.5 + q**-0.5)  # rms·(√p + √q)
+    edge = base.norm_fro * (p**-0.5 + q**-0.5)  # rms·(√p + √q)
     return bool(product_singular_values(*factors)[0] <= FAINT * edge)
 
 
@@ -65,7 +66,7 @@ class SharedSpace:
         width = padded(2 * r + RANDOM, p)
         self.random = random_columns(p, width - 2 * r, p + 1).to(W.device) / np.sqrt(p)
         start = torch.cat([self.B, self.F, self.random], 1)
-        self.lanczos = BlockLanczos(lambda Z: W @ (W.T @ Z), start, W.dtype)
+        self.lanczos = BlockLanczos(lambda Z: times(W, times(W.T, Z)), start, W.dtype)
         first = self.lanczos.P.double()
         E, F = first.T @ self.B, first.T @ self.F
         self.added = E @ F.T + F @ E.T + E @ (A @ A.T) @ E.T
@@ -75,8 +76,7 @@ class SharedSpace:
         T = self.lanczos.projected()
         b = self.lanczos.width
         T[:b, :b] += self.added
-        values, vectors = eigh(T)
-        return values.flip(0), vectors.flip(1)
+        return leading_eigenpairs(T)
 
     def represented(self, ritz: Ritz, vectors: Tensor, aligned: bool) -> Tensor:
         """What stands for the tuned vectors: these, or W times those of the longer side (W·W1ᵀ·y/σ)."""
@@ -99,7 +99,7 @@ def certified_together(base: Base, turned: Turned, question: Question) -> Certif
         values, vectors = space.tuned_pairs()
         lost = residual_norms(lanczos, vectors, k) + uncertain * values[0]
         bound = worst_direction(values, lost, k, base.is_aligned)
-        if bound > WELL * DIRECTION_ERROR or steps < FIRST_CERTIFICATE:
+        if bound > WELL * DIRECTION_ERROR:
             looks.wait_for(bound, WELL * DIRECTION_ERROR, float(lost[:k].max()))
             continue
         ritz = Ritz(values, lost, (lanczos.basis.double() @ vectors[:, :k]).to(lanczos.P.dtype))
@@ -121,5 +121,5 @@ def _product(W: Tensor, X: Tensor) -> Tensor:
     """W·X in W's dtype, as wide as products are fast."""
     more = padded(X.shape[1], max(W.shape)) - X.shape[1]
     wide = torch.nn.functional.pad(X.to(W.dtype), (0, more))
-    product: Tensor = (W @ wide)[:, : X.shape[1]].double()
+    product: Tensor = times(W, wide)[:, : X.shape[1]].double()
     return product

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
-import torch
 
 from spectra import __version__
 from spectra.adapters import rescales_base
@@ -26,9 +25,7 @@ from spectra.runs.run import Run, SingleRun, base_facts, check_initial, open_run
 from spectra.runs.settings import checked_settings
 from spectra.sources.live import Source
 from spectra.updates.algebra import TunedWeight
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from spectra.updates.products import frobenius_norm
 
 # Ends of transformers' class names, and PEFT's names of their tasks.
 TASK_TYPES = {
@@ -149,10 +146,7 @@ class Ranking:
             yield choice.name, factors.rescaled(choice.scaling)
 
     def _of_job(self, job: Job) -> list[tuple[LayerPair, LayerRank | Problem]]:
-        def norm(W0: Tensor) -> float:
-            return float(torch.linalg.vector_norm(W0, dtype=torch.float64))
-
-        return [(pair, outcome) for _, pair, outcome in job.each(norm, self._layer)]
+        return [(pair, outcome) for _, pair, outcome in job.each(frobenius_norm, self._layer)]
 
     def _layer(self, base_norm: float, run: Run, pair: LayerPair, tuned: TunedWeight, _: bool) -> LayerRank:
         def made(singular_values: np.ndarray) -> LayerRank:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.updates.products import times
+
 SLAB = 256  # rows or columns that are upcast at once
 
 MAGNITUDE_ROUNDING = 1e-6  # of norms computed and stored in float32
@@ -81,14 +83,14 @@ class FactoredWeight:
         return self.W0.shape[0], self.W0.shape[1]
 
     def matmul(self, X: Tensor) -> Tensor:
-        base = self.W0 @ X
+        base = times(self.W0, X)
         if self.left is not None:
             base *= self.left.to(X.dtype)[:, None]
         return base.addmm_(self.B.to(X.dtype), self.A.to(X.dtype) @ X)
 
     def rmatmul(self, Y: Tensor) -> Tensor:
         scaled = Y if self.left is None else self.left.to(Y.dtype)[:, None] * Y
-        return (self.W0.T @ scaled).addmm_(self.A.T.to(Y.dtype), self.B.T.to(Y.dtype) @ Y)
+        return times(self.W0.T, scaled).addmm_(self.A.T.to(Y.dtype), self.B.T.to(Y.dtype) @ Y)
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         part = self.W0[rows, columns].double()
@@ -135,10 +137,10 @@ class DenseWeight:
         return self.W1.shape[0], self.W1.shape[1]
 
     def matmul(self, X: Tensor) -> Tensor:
-        return self.W1 @ X
+        return times(self.W1, X)
 
     def rmatmul(self, Y: Tensor) -> Tensor:
-        return self.W1.T @ Y
+        return times(self.W1.T, Y)
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         return self.W1[rows, columns].double()

@@ -15,7 +15,7 @@ from tests.support import problems, reference
 @pytest.fixture
 def everywhere(monkeypatch, small_scale):
     """Lets one space try itself on matrices of any size and updates of any strength."""
-    limits = {"PAYS": 0, "FAINT": np.inf, "FIRST_STEPS": 1, "FIRST_CERTIFICATE": 2, "LARGEST_SHARE": 1.0}
+    limits = {"PAYS": 0, "FAINT": np.inf, "FIRST_STEPS": 2, "LARGEST_SHARE": 1.0}
     for name, value in limits.items():
         monkeypatch.setattr(shared, name, value)
 
