@@ -100,7 +100,6 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def draw(rows: list[Row], axes: Axes) -> None:
-    names = [f"{row['weights']}: {row['how']}, {what}" for row in rows for what in ("one alone", "two at once")]
-    seconds = [row[what] for row in rows for what in ("one alone", "two at once")]
-    bars(axes, names, seconds, "{:.3g} s")
-    axes.set_xlabel("seconds")
+    names = [f"{row['weights']}\n{row['how']}" for row in rows]
+    bars(axes, names, [row["ratio"] for row in rows], "{:.2g}")
+    axes.set_xlabel("two at once, in times of one alone")

@@ -7,7 +7,7 @@ import sys
 import threading
 
 CHOSEN = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})  # by any of which a user says how they wait
-SPINS = "700"  # from about 600 on one decomposition of 1024 alone takes no longer than at the 300,000 of the default
+SPINS = "1500"  # with fewer what is small takes longer alone, with more it takes longer beside others
 PARALLEL = 1 << 18  # elements; torch shares sums of fewer among no threads
 
 _lock = threading.Lock()
@@ -19,8 +19,8 @@ def let_others_work() -> None:
 
     OpenMP's threads spin while they wait for each other, at each of thousands of small parallel regions: of two audits
     at once on two cores each takes many times as long as one alone (``python -m benchmarks neighbours``).  How they
-    wait is read when torch is loaded; before, as in the command, they are told to sleep: GCC's libgomp after a few
-    microseconds, for LAPACK has no longer waits, and waking a thread takes longer than that.  In a process that loaded
+    wait is read when torch is loaded; before, as in the command, they are told to sleep, in GCC's libgomp after some
+    microseconds: most waits within LAPACK are shorter, and to wake a thread takes longer.  In a process that loaded
     torch itself, this keeps one idle thread with a team of its own: libgomp spins 300,000 times, but 100 times where
     the process has more threads than the machine has cores (its manual says so of GOMP_SPINCOUNT).  With another OpenMP
     nothing is gained or lost.

@@ -76,6 +76,11 @@ class Base:
         """Of the side in question, by a full SVD in the working dtype."""
         return decompose(self.W0, self.side)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether :attr:`exact` costs no decomposition any more."""
+        return "exact" in self.__dict__
+
     @cached_property
     def settled(self) -> Spectrum:
         """Of the side in question, from the float64 Gram matrix."""

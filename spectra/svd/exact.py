@@ -14,6 +14,7 @@ from spectra.svd.base import Base
 from spectra.svd.decompose import decompose, decompose_gram
 from spectra.svd.engine import Answer, Question
 from spectra.svd.matching import cosines_between, match_vectors, verdict_is_open
+from spectra.svd.threads import both
 from spectra.updates.algebra import TunedWeight
 
 
@@ -26,17 +27,25 @@ class ExactEngine:
         k = question.top_k
         settle = base.is_settled  # what is known in float64 is not decomposed again in float32
         if not settle:
-            spectrum = decompose(tuned.dense(), question.side, keep=k)
-            before = base.exact
+            spectrum, before = both(
+                lambda: decompose(tuned.dense(), question.side, keep=k),
+                lambda: base.exact,
+                base.W0,
+                alone=base.is_exact,
+            )
             cosines = cosines_between(before, spectrum.vectors)
             matches = match_vectors(before, spectrum, k, cosines)
             settle = before.dtype != torch.float64 and any(verdict_is_open(m, question.epsilon) for m in matches)
             if settle:
                 del before, cosines
         if settle:
-            # The tuned side first: only its top vectors stay while the base's take the memory.
-            spectrum = decompose_gram(tuned, question.side, keep=k)
-            before = base.settled
+            # The tuned side first: of a large one only its top vectors stay while the base's take the memory.
+            spectrum, before = both(
+                lambda: decompose_gram(tuned, question.side, keep=k),
+                lambda: base.settled,
+                base.W0,
+                alone=base.is_settled,
+            )
             cosines = cosines_between(before, spectrum.vectors)
             matches = match_vectors(before, spectrum, k, cosines)
         return Answer(
