@@ -69,7 +69,7 @@ class DiagonalPlusLowRank:
             open_ones[k:] = False
             if not bool(open_ones.any()):
                 return values, torch.cat([C[:start], below]), residuals
-            if start + Q.shape[1] >= p // 2 + start:
+            if Q.shape[1] >= p // 2:
                 return None
             shift = d - values[open_ones]
             least = SINGULAR * largest
