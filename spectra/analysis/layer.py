@@ -99,7 +99,7 @@ class LayerAnalysis:
             if self._study is not None:
                 update = update_spectrum(tuned, question.side, question.top_k)
                 extras = self._study.of(self._base, tuned, question, self._engine, answer, vectors, update, seed)
-        measures = layer_measures(self._base, tuned, answer, vectors, None if update is None else update.s)
+        measures = layer_measures(tuned, answer, vectors, self._base.norm_fro, None if update is None else update.s)
         m, n = tuned.shape
         flags = ["settled_in_float64"] if answer.settled_in_float64 else []
         top, size = answer.base_norm_spectral, measures["base_norm_fro"]

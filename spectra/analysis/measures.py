@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectra.records.energy import norm_fro, rank_of_energy
 from spectra.records.layer import Vector
-from spectra.svd import Answer, Base, product_singular_values, singular_values, spectral_norm
+from spectra.svd import Answer, product_singular_values, singular_values, spectral_norm
 from spectra.updates.algebra import TunedWeight
 
 
@@ -96,15 +96,14 @@ def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:
 
 
 def layer_measures(
-    base: Base, tuned: TunedWeight, answer: Answer, vectors: tuple[Vector, ...], update: np.ndarray | None = None
+    tuned: TunedWeight, answer: Answer, vectors: tuple[Vector, ...], base_size: float, update: np.ndarray | None = None
 ) -> dict[str, float | None]:
     """The measures of an audited layer, by the names the report uses; ratios are of W0's norms.
 
-    ``update`` are dW's singular values where they are known already.  What would need a decomposition that the
-    engine did without is None.
+    ``base_size`` is ‖W0‖, ``update`` are dW's singular values where they are known already.  What would need a
+    decomposition that the engine did without is None.
     """
     m, n = tuned.shape
-    base_size = base.norm_fro
     base_top = answer.base_norm_spectral
     if update is None and (answer.engine != "krylov" or tuned.low_rank() is not None):
         update = update_singular_values(tuned)
