@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.files.checkpoint import Checkpoint
-from spectra.files.gguf import BLOCKS, read_gguf
+from spectra.files.gguf.headers import BLOCKS, read_gguf
 from spectra.files.pickles import NESTED
 
 BINARY = ("gguf", "pickle", "archive")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from spectra.adapters.plan import VECTOR, Plan, PlannedUpdate, Skipped, UpdateKind
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived, Unreadable, Weight, sources_of
-from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.files.orientation import Layout, as_matrix, is_convolution
 from spectra.files.stored.experts import BIASES
 
@@ -66,8 +65,6 @@ def whole_tensor(info: Weight, name: str, bias: Weight | None = None) -> Planned
         return Skipped(module, info.reason, "without_spectrum" if info.reason == BIASES else "not_read", info.size)
     if len(info.shape) < 2:
         return Skipped(name, VECTOR, "without_spectrum", info.size)
-    if info.dtype in BLOCKS:
-        return Skipped(name, f"stored as {info.dtype}: {BLOCKS_NOT_READ}", "not_read", info.size)
     if not info.is_float:
         why = f"stored as {info.dtype}: integers and quantised weights are not analysed"
         return Skipped(name, why, "no_update" if _is_buffer(name, info) else "not_read", info.size)

@@ -16,7 +16,8 @@ from spectra.adapters.factors import StoredFactors, check_factors, common_facts
 from spectra.adapters.plan import VECTOR, Plan, Skipped
 from spectra.errors import AdapterError, UnsupportedMethodError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
-from spectra.files.gguf import REORDERED, check_heads, in_order, module_of
+from spectra.files.gguf.headers import check_heads, in_order
+from spectra.files.gguf.names import REORDERED, module_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class GgufFactors(StoredFactors):
     def read(self, checkpoint: Checkpoint, layout: Any, rows: int | None, dtype: torch.dtype, device: str) -> LowRank:
         from spectra.updates.algebra import LowRank
 
-        A, B = (checkpoint.read(info.name, digest=True).to(device=device).double() for info in (*self.down, *self.up))
+        A, B = (checkpoint.load(info, digest=True).to(device=device).double() for info in (*self.down, *self.up))
         A = A.T if self.tokens else A
         if self.reordered:
             assert self.heads is not None, "against_base gives it"
@@ -80,7 +81,7 @@ class GgufLora:
             raise AdapterError(file, f"adapter.lora.alpha = {str(alpha)[:40]!r}; expected a finite number")
         modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         skipped: list[Skipped] = []
-        for key, info in tuned.tensors.items():
+        for key, info in tuned.weights.items():
             module, _, tail = key.rpartition(".")
             if tail in ("lora_a", "lora_b") and module.endswith(".weight"):
                 modules[module.removesuffix(".weight")][tail] = info

@@ -24,7 +24,8 @@ from spectra.errors import (
 from spectra.files.configs import read_json
 from spectra.files.derived import Alternative, Derived, Unreadable, Weight, in_component, read_rows
 from spectra.files.fingerprints import Fingerprint, digest_of, digest_of_file, fingerprint_of
-from spectra.files.gguf import model_of, read_gguf
+from spectra.files.gguf.names import model_of
+from spectra.files.gguf.parts import first_parts, read_parts
 from spectra.files.headers import (
     BYTES_PER_ELEMENT,
     PICKLE_ADVICE,
@@ -140,7 +141,7 @@ class Checkpoint:
         return made
 
     def read(self, name: str, *, rows: slice | None = None, digest: bool = False) -> torch.Tensor:
-        """The tensor as stored (dtype and shape of its header), or some of its leading rows, on the CPU.
+        """The tensor as stored (dtype and shape of its header), or some of its leading rows; of blocks the bytes.
 
         With ``digest`` its bytes also enter :meth:`fingerprint`, once they are read as a whole.
 
@@ -150,7 +151,8 @@ class Checkpoint:
         """
         info = self.tensors[name]
         tensor = stored_value(info, rows)
-        if tuple(tensor.shape[1:]) != info.shape[1:] or (rows is None and tuple(tensor.shape) != info.shape):
+        expected = info.shape_as_read
+        if tuple(tensor.shape[1:]) != expected[1:] or (rows is None and tuple(tensor.shape) != expected):
             raise CorruptFileError(info.file, "the file changed while it was being read", name)
         if digest and rows is None and name not in self._digests:
             self._digests[name] = digest_of(tensor)
@@ -245,7 +247,7 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
 
 
 def _open_gguf(path: Path, file: Path) -> Checkpoint:
-    gguf = read_gguf(file)
+    gguf = read_parts(file)
     if gguf.fields.get("general.type") == "adapter":
         return Checkpoint(path, "gguf adapter", gguf.tensors, gguf.fields)
     tensors, config = model_of(file, gguf)
@@ -306,7 +308,7 @@ def _open_model(folder: Path, allow_pickle: bool) -> Checkpoint:
         return _open_adapter(check_within(adapters[0], folder), allow_pickle)
     if adapters:
         raise AmbiguousFilesError(folder, f"several adapters: {_names(adapters)}; name one of them")
-    ggufs = sorted(folder.glob("*.gguf"))
+    ggufs = first_parts(list(folder.glob("*.gguf")))
     if len(ggufs) > 1:
         raise AmbiguousFilesError(folder, f"several GGUF files: {_names(ggufs)}; name one of them")
     if ggufs:

@@ -85,6 +85,11 @@ class TensorInfo:
         """Whether its value's bytes are those of ``span``, in their order."""
         return True
 
+    @property
+    def shape_as_read(self) -> tuple[int, ...]:
+        """That of its value: ``shape``, but where several values share bytes that are read as such."""
+        return self.shape
+
 
 @dataclass(frozen=True)
 class ForeignTensor(TensorInfo):
@@ -104,6 +109,10 @@ class Renamed(ForeignTensor):
     @property
     def as_stored(self) -> bool:
         return self.stored is None or self.stored.as_stored
+
+    @property
+    def shape_as_read(self) -> tuple[int, ...]:
+        return self.shape if self.stored is None else self.stored.shape_as_read
 
     def value(self, rows: slice | None = None) -> Tensor:
         assert self.stored is not None

@@ -20,7 +20,6 @@ from spectra.adapters.peft.vera import with_projections
 from spectra.errors import AdapterError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Alternative, Derived, Unreadable, Weight
-from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.files.orientation import Layout, Orientation, Role, as_matrix, matrix_shape, role_of
 from spectra.files.stored.rows import Rows, footprint, overlap, own_name
 from spectra.pairing.fused import against_split
@@ -162,8 +161,7 @@ def pair_layers(
             skipped.append(Skipped(update.module, info.reason, "not_read", update.parameters))
             continue
         if not info.is_float:
-            why = BLOCKS_NOT_READ if info.dtype in BLOCKS else "integers without scales are not read as weights"
-            why = f"its base weight is stored as {info.dtype}: {why}"
+            why = f"its base weight is stored as {info.dtype}: integers without scales are not read as weights"
             skipped.append(Skipped(update.module, why, "not_read", update.parameters))
             continue
         made = _make_pair(tuned, update, info, orientation)

@@ -7,7 +7,6 @@ import re
 from spectra.adapters import Plan
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived, Unreadable
-from spectra.files.gguf import BLOCKS
 from spectra.files.stored.quantised.weights import settings_of
 from spectra.sources.resolve import named_base
 
@@ -23,7 +22,7 @@ def quantised_as(checkpoint: Checkpoint) -> str | None:
 
     Of a GGUF file its own names ("Q4_0").  Where none of them can be read, what its config.json calls the method.
     """
-    types = _read_as(checkpoint) | {info.dtype for info in checkpoint.tensors.values() if info.dtype in BLOCKS}
+    types = _read_as(checkpoint)
     if types:
         return ", ".join(sorted(types))
     if not any(isinstance(info, Unreadable) for info in checkpoint.derived.values()):

@@ -16,14 +16,12 @@ from spectra.errors import (
     MissingFileError,
     SpectraError,
     UnsafeFileError,
-    UnsupportedMethodError,
     UsageError,
     WrongBaseError,
     in_short,
 )
 from spectra.files.checkpoint import Checkpoint, open_checkpoint
 from spectra.files.configs import check_regular
-from spectra.files.gguf import BLOCKS, BLOCKS_NOT_READ
 from spectra.sources.hub import URL, fetch_url, find_on_hub, is_offline, without_secrets
 from spectra.sources.live import ADAPTER_IN_MEMORY, LiveCheckpoint, Source, base_checkpoint_of, checkpoint_of
 
@@ -219,7 +217,6 @@ def open_base(name: Source, access: Access = ANYWHERE) -> Checkpoint:
     ------
     MissingFileError : it is not there.
     WrongBaseError : it is itself an adapter.
-    UnsupportedMethodError : all its matrices are stored in GGUF's quantised types.
     """
     if not isinstance(name, str | Path):
         return _checked_base(as_loaded(base_checkpoint_of(name), access))
@@ -246,10 +243,6 @@ def open_base_at(path: Path, access: Access) -> Checkpoint:
 def _checked_base(base: Checkpoint) -> Checkpoint:
     if base.layout in ("peft folder", "mlx folder", "gguf adapter", ADAPTER_IN_MEMORY):
         raise WrongBaseError(base.path, "this is an adapter; a base is the model it was trained on")
-    matrices = [info for info in base.tensors.values() if len(info.shape) > 1]
-    types = sorted({info.dtype for info in matrices} & BLOCKS)
-    if base.layout == "gguf" and types and not any(info.is_float for info in matrices):
-        raise UnsupportedMethodError(base.path, f"its matrices are stored as {', '.join(types)}: {BLOCKS_NOT_READ}")
     return base
 
 

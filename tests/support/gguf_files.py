@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import torch
 
-from spectra.files.gguf import MODULES, REORDERED
+from spectra.files.gguf.names import MODULES, REORDERED
 from tests.support.dialects import draw, write
 
 LORA = "lora.gguf"
@@ -26,7 +26,7 @@ def reordered(weights, heads):
 
 
 def write_gguf(path, architecture, tensors, fields=(), *, alignment=None):
-    """A file by gguf's own writer; ``fields`` are (method, key, value)."""
+    """A file by gguf's own writer; ``fields`` are (method, key, value), blocks (bytes, their type)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, architecture)
     if alignment is not None:
@@ -34,7 +34,9 @@ def write_gguf(path, architecture, tensors, fields=(), *, alignment=None):
     for method, key, value in fields:
         getattr(writer, f"add_{method}")(key, value)
     for name, value in tensors.items():
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+        if isinstance(value, tuple):
+            writer.add_tensor(name, value[0], raw_dtype=gguf.GGMLQuantizationType[value[1]])
+        elif isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
             raw = value.contiguous().view(torch.int16).numpy().view(np.uint8)
             writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=STORED[value.dtype])
         else:

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from spectra.files.gguf import MAX_ITEMS
+from spectra.files.gguf.headers import MAX_ITEMS
 from tests.support import hostile
 from tests.support.gguf_files import LORA
 from tests.support.hostile import Case

@@ -18,13 +18,15 @@ from spectra.errors import CorruptFileError
 from spectra.files.derived import Derived, Unreadable, Weights
 from spectra.files.stored.quantised.bitsandbytes import eight_bit, four_bit
 from spectra.files.stored.quantised.float8 import float8, int8, mxfp4
+from spectra.files.stored.quantised.ggml import ggml
+from spectra.files.stored.quantised.mlx import mlx
 from spectra.files.stored.quantised.named import left_over, named
 from spectra.files.stored.quantised.packed import packed, qweights
 from spectra.files.stored.quantised.weights import Quantised
 
 # In this order: what is known by its names, then what its dtype alone gives away.
 FORMS: tuple[Callable[[Quantised], Iterator[Derived | Unreadable]], ...] = (
-    four_bit, eight_bit, mxfp4, qweights, packed, named, int8, float8, left_over,
+    ggml, mlx, four_bit, eight_bit, mxfp4, qweights, packed, named, int8, float8, left_over,
 )  # fmt: skip
 
 

@@ -1,17 +1,14 @@
-"""GGUF files: what their headers say, bounded and checked before anything is read, and their tensors as torch has them.
+"""What a GGUF file's header says, bounded and checked before anything is read, and its tensors as torch has them.
 
-After ggml's ``docs/gguf.md``, versions 2 and 3.  Sizes of a shape are stored with the last of torch's first.  A model's
-tensors get the names that transformers gives them, and the query and key rows of models of the
-architecture "llama", which the converter reorders for ggml's rotary embedding, their own order.
+After ggml's ``docs/gguf.md``, versions 2 and 3.  Sizes of a shape are stored with the last of torch's first.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -42,27 +39,15 @@ TYPES = {
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
-BLOCKS = frozenset(name for name, values, _ in TYPES.values() if values > 1)  # quantised, in blocks with scales
-BLOCKS_NOT_READ = "GGUF's quantised types are not read; name a GGUF in F16, BF16 or F32, or the original model"
+LAYOUTS = {name: (values, width) for name, values, width in TYPES.values()}
+BLOCKS = frozenset(name for name, (values, _) in LAYOUTS.items() if values > 1)  # quantised, in blocks with scales
+# What numpy calls the others; of blocks the bytes are read.
+_NUMPY = {
+    "F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<i2", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
+}  # fmt: skip
 # Number of a value's type → how struct reads it.
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY = 8, 9
-
-# Architectures whose names and orders were checked against gguf's own table and the converter: names of a layer's
-# modules after "model.layers.N.", and whether query and key rows are reordered.  Others may order rows otherwise.
-_ATTENTION = {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"} | {"attn_output": "self_attn.o_proj"}
-_GATED = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
-_LLAMA = _ATTENTION | _GATED
-MODULES: dict[str, dict[str, str]] = {
-    "llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma": _LLAMA, "gemma2": _LLAMA, "gemma3": _LLAMA,
-    "stablelm": _LLAMA, "starcoder2": _ATTENTION | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
-    "phi2": _ATTENTION | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
-    "phi3": {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
-             "ffn_down": "mlp.down_proj"},
-}  # fmt: skip
-REORDERED = {"llama": ("attn_q", "attn_k")}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
-_BLOCK = re.compile(r"blk\.([0-9]{1,6})\.([^.]+)")
 
 
 @dataclass(frozen=True)
@@ -73,33 +58,37 @@ class GgufTensor(ForeignTensor):
 
     @property
     def as_stored(self) -> bool:
-        return self.heads is None or self.dtype in BLOCKS
+        return self.heads is None
+
+    @property
+    def shape_as_read(self) -> tuple[int, ...]:
+        if self.dtype not in BLOCKS:
+            return self.shape
+        values, width = LAYOUTS[self.dtype]
+        return *self.shape[:-1], self.shape[-1] // values * width
 
     def value(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some of its leading rows; of one in blocks the bytes (…, bytes a row), uint8."""
         import numpy as np
         import torch
 
-        kinds = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<i2", "I8": "<i1", "I16": "<i2", "I32": "<i4",
-                 "I64": "<i8"}  # fmt: skip
-        if self.dtype not in kinds:
-            raise CorruptFileError(self.file, f"it is stored as {self.dtype}, which is not read", self.name)
-        width = np.dtype(kinds[self.dtype]).itemsize
-        whole = self.heads is not None or rows is None or not self.shape
-        begin, end, step = (0, self.size, 1) if whole else rows.indices(self.shape[0])  # type: ignore[union-attr]
-        row = 1 if whole else math.prod(self.shape[1:])
+        kind, shape = np.dtype(_NUMPY.get(self.dtype, "u1")), self.shape_as_read
+        whole = self.heads is not None or rows is None or not shape
+        begin, end, step = (0, math.prod(shape), 1) if whole else rows.indices(shape[0])  # type: ignore[union-attr]
+        row = 1 if whole else math.prod(shape[1:])
         wanted = max(0, end - begin) * row
         try:
-            values = np.fromfile(self.file, kinds[self.dtype], wanted, offset=self.span[0] + begin * row * width)
+            found = np.fromfile(self.file, kind, wanted, offset=self.span[0] + begin * row * kind.itemsize)
         except (OSError, ValueError) as error:
             raise CorruptFileError(self.file, f"could not be read: {error}", self.name) from None
-        if values.size != wanted:
+        if found.size != wanted:
             raise CorruptFileError(self.file, "the file changed while it was being read", self.name)
-        tensor = torch.from_numpy(values)
+        tensor = torch.from_numpy(found)
         if self.dtype == "BF16":
             tensor = tensor.view(torch.bfloat16)
         if not whole:
-            return tensor.reshape(-1, *self.shape[1:])[::step]
-        tensor = tensor.reshape(self.shape)
+            return tensor.reshape(-1, *shape[1:])[::step]
+        tensor = tensor.reshape(shape)
         if self.heads is not None:
             tensor = in_order(tensor, self.heads)
         return tensor if rows is None else tensor[rows]
@@ -196,7 +185,7 @@ def read_gguf(path: Path) -> GgufFile:
     Raises
     ------
     MissingFileError, CorruptFileError
-    UnsupportedMethodError : big-endian numbers, another version, one part of several.
+    UnsupportedMethodError : big-endian numbers, another version.
     """
     try:
         size = check_regular(path)
@@ -214,8 +203,8 @@ def read_gguf(path: Path) -> GgufFile:
         if isinstance(error, MissingFileError):
             raise
         raise MissingFileError(path, f"could not be opened: {error.strerror or error}") from None
-    if fields.get("split.count", 1) not in (0, 1):
-        raise UnsupportedMethodError(path, f"this is one of {fields['split.count']} parts of a model: merge them first")
+    if not entries and not fields.get("split.count"):  # the first part of a model may have none
+        raise CorruptFileError(path, "holds no tensors")
     return GgufFile(
         {key: value for key, value in fields.items() if value is not None}, _placed(cursor, fields, entries)
     )
@@ -234,8 +223,6 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     # A tensor takes 25 bytes of header at the least, a field 14.
     if tensors * 25 + fields * 14 > min(cursor.size, MAX_HEADER_BYTES) or fields > MAX_FIELDS or tensors > MAX_TENSORS:
         raise CorruptFileError(path, f"malformed: {tensors:,} tensors and {fields:,} fields in {cursor.size:,} bytes")
-    if not tensors:
-        raise CorruptFileError(path, "holds no tensors")
     return tensors, fields
 
 
@@ -292,8 +279,9 @@ def _placed(
         if kind not in TYPES:
             raise CorruptFileError(path, f"type {kind} of ggml is not known to this version", name)
         dtype, block, width = TYPES[kind]
-        if shape and shape[-1] % block:
-            raise CorruptFileError(path, f"malformed: rows of {shape[-1]:,} values in blocks of {block}", name)
+        if block > 1 and (not shape or shape[-1] % block):
+            row = shape[-1] if shape else 1
+            raise CorruptFileError(path, f"malformed: rows of {row:,} values in blocks of {block}", name)
         length = math.prod(shape) // block * width
         if offset != expected:
             raise CorruptFileError(path, f"malformed: it begins at {offset:,}, where {expected:,} was expected", name)
@@ -304,63 +292,3 @@ def _placed(
         expected = -(-(offset + length) // alignment) * alignment
         tensors[name] = GgufTensor(name, dtype, shape, path, (start + offset, length))
     return tensors
-
-
-def module_of(path: Path, architecture: str, name: str) -> tuple[str | None, str | None]:
-    """(the module's name in transformers, what of a layer it is) of a GGUF module; None where it has none.
-
-    Raises
-    ------
-    UnsupportedMethodError : an architecture whose names and orders were not checked.
-    """
-    if architecture not in MODULES:
-        raise UnsupportedMethodError(
-            path,
-            f"a GGUF file of the architecture {architecture[:40]!r} cannot be read by this version: its rows may have "
-            f"an order of their own (known are {', '.join(sorted(MODULES))})",
-        )
-    if name in _OUTSIDE:
-        return _OUTSIDE[name], name
-    match = _BLOCK.fullmatch(name)
-    if match is None or match[2] not in MODULES[architecture]:
-        return None, None
-    return f"model.layers.{match[1]}.{MODULES[architecture][match[2]]}", match[2]
-
-
-def model_of(path: Path, gguf: GgufFile) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
-    """A model's tensors under the names of transformers, and what of its config the file tells.
-
-    Raises
-    ------
-    UnsupportedMethodError : no model, or one of an architecture that was not checked.
-    CorruptFileError : numbers of heads that do not fit.
-    """
-    kind, architecture = gguf.fields.get("general.type", "model"), gguf.fields.get("general.architecture")
-    if kind != "model" or not isinstance(architecture, str):
-        raise UnsupportedMethodError(path, f"general.type = {str(kind)[:40]!r}: neither a model nor a LoRA")
-    if gguf.fields.get(f"{architecture}.expert_count"):
-        raise UnsupportedMethodError(path, "a GGUF file of a mixture of experts cannot be read by this version")
-    heads = gguf.fields.get(f"{architecture}.attention.head_count")
-    key_heads = gguf.fields.get(f"{architecture}.attention.head_count_kv", heads)
-    tensors: dict[str, TensorInfo] = {}
-    for name, info in gguf.tensors.items():
-        own, _, tail = name.rpartition(".")
-        module, part = module_of(path, architecture, own)
-        renamed = name if module is None else f"{module}.{tail}"
-        if renamed in tensors:
-            raise CorruptFileError(path, f"malformed: {renamed!r} is there under two names", name)
-        placed: TensorInfo = replace(info, name=renamed)
-        if part in REORDERED.get(architecture, ()):
-            count = heads if part == "attn_q" else key_heads
-            if type(count) is not int:
-                raise UnsupportedMethodError(
-                    path,
-                    f"the number of heads is {str(count)[:40]}, and one number is needed to put rows in order",
-                    name,
-                )
-            check_heads(info, count)
-            assert isinstance(info, GgufTensor)
-            placed = replace(info, name=renamed, heads=count)
-        tensors[renamed] = placed
-    config: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
-    return tensors, {key: value for key, value in config.items() if type(value) is int}

@@ -12,13 +12,11 @@ import torch
 import spectra
 from spectra.adapters import plan_updates
 from spectra.cli import main
-from spectra.errors import UnsupportedMethodError
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.gguf import KEPT_ITEMS, MODULES, TYPES, read_gguf
-from spectra.pairing.precision import quantised_as
+from spectra.files.gguf.headers import KEPT_ITEMS, TYPES, read_gguf
+from spectra.files.gguf.names import MODULES
 from tests.support.dialects import check, draw, write
 from tests.support.gguf_files import ARCHITECTURES, LORA, STORED, a_model, heads_of, lora_fields, reordered, write_gguf
-from tests.support.paths import ROOT
 from tests.support.seeds import each_seed
 
 # A model
@@ -77,27 +75,18 @@ def test_a_lora_upon_a_model_of_its_own_kind(tmp_path):
     check(base, lora, {name: weights[name].double() + 2 * B.double() @ A.double()})
 
 
-def test_quantised_weights_of_a_model_are_skipped(tmp_path):
-    weights = {"blk.0.ffn_up.weight": np.ones((8, 32), np.float32)}
-    path = write_gguf(tmp_path / "a.gguf", "qwen2", weights)
-    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "qwen2")
-    raw = gguf.quants.quantize(weights["blk.0.ffn_up.weight"], gguf.GGMLQuantizationType.Q8_0)
-    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.add_tensor("blk.0.ffn_down.weight", np.ones((8, 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    opened = open_checkpoint(tmp_path / "b.gguf")
-    assert {info.dtype for info in opened.tensors.values()} == {"F32", "Q8_0"}
+def test_types_that_are_not_read_are_named(tmp_path, capsys):
+    """Of a model and of a base alike: what is stored so is a part that was not looked at."""
+    raw = np.zeros((8, 40), np.uint8)
+    tensors = {"blk.0.ffn_up.weight": (raw, "Q8_1"), "blk.0.ffn_down.weight": np.ones((8, 8), np.float32)}
+    path = write_gguf(tmp_path / "a.gguf", "qwen2", tensors)
+    opened = open_checkpoint(path)
+    assert {info.dtype for info in opened.tensors.values()} == {"F32", "Q8_1"}
     (skipped,) = plan_updates(opened).skipped
-    assert "Q8_0" in skipped.reason
+    assert "Q8_1" in skipped.reason
     assert opened.fingerprint(hash_contents=True).covers == "contents", "also of what is not read"
-    assert (quantised_as(opened), quantised_as(open_checkpoint(path))) == ("Q8_0", None)
-    report = spectra.audit(tmp_path / "b.gguf", tmp_path / "b.gguf", hash_contents=True)
-    assert report.base["quantised"] == "Q8_0"
-    assert report.base["caveat"] == "weights that the base stores as Q8_0 are not read"
-    assert open_checkpoint(path).tensors["model.layers.0.mlp.up_proj.weight"].shape == (8, 32)
+    assert main(["audit", str(path), "--base", str(path)]) == 2
+    assert "Q8_1" in capsys.readouterr().out
 
 
 # What gguf itself knows
@@ -115,7 +104,7 @@ def test_names_are_those_of_gguf(architecture):
     for part, module in MODULES[architecture].items():
         assert table.get_name(f"model.layers.2.{module}") == f"blk.2.{part}"
     assert table.get_name("model.embed_tokens") == "token_embd"
-    if architecture not in ("gemma", "gemma2"):  # whose head is the embedding
+    if architecture not in ("gemma", "gemma2", "command-r", "cohere2"):  # whose head is the embedding
         assert table.get_name("lm_head") == "output"
     known = {
         gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[kinds[architecture]]
@@ -154,22 +143,6 @@ def test_headers_are_read_as_gguf_reads_them(tmp_path, seed):
         assert info.shape == tuple(reversed(item.shape.tolist()))
         assert info.span == (item.data_offset, item.n_bytes)
         assert torch.equal(info.value(), torch.from_numpy(tensors[item.name]))  # type: ignore[attr-defined]
-
-
-def test_a_base_of_quantised_types_alone_is_refused_with_a_remedy(tmp_path, capsys):
-    raw = gguf.quants.quantize(np.ones((4, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
-    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UnsupportedMethodError, match=r"base\.gguf: .*Q8_0: GGUF's quantised types are not read; .*F16"):
-        spectra.audit(ROOT / "fixtures" / "full", tmp_path / "base.gguf")
-    assert main(["inspect", str(tmp_path / "base.gguf")]) == 0
-    out = capsys.readouterr().out
-    assert "matrices   none that can be read" in out
-    assert out.count("Q8_0") == 2  # what it holds, and why that is not read
 
 
 def test_norms_under_ggufs_own_names_are_no_part(tmp_path, rng):

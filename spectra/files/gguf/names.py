@@ -1,0 +1,95 @@
+"""A model's tensors in a GGUF file under the names that transformers gives them, their rows in its order.
+
+The converter reorders the query and key rows of models like Llama for ggml's rotary embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spectra.errors import CorruptFileError, UnsupportedMethodError
+from spectra.files.gguf.headers import GgufFile, GgufTensor, check_heads
+from spectra.files.headers import TensorInfo
+
+# Architectures whose names and orders were checked against gguf's own table and the converter: names of a layer's
+# modules after "model.layers.N.", and whether query and key rows are reordered.  Others may order rows otherwise.
+_ATTENTION = {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"} | {"attn_output": "self_attn.o_proj"}
+_GATED = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+_LLAMA = _ATTENTION | _GATED
+MODULES: dict[str, dict[str, str]] = {
+    "llama": _LLAMA, "mistral3": _LLAMA, "granite": _LLAMA, "smollm3": _LLAMA, "olmo": _LLAMA, "olmo2": _LLAMA,
+    "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma": _LLAMA, "gemma2": _LLAMA, "gemma3": _LLAMA, "stablelm": _LLAMA,
+    "command-r": _LLAMA, "cohere2": _LLAMA, "seed_oss": _LLAMA,
+    "nemotron": _ATTENTION | {part: _GATED[part] for part in ("ffn_up", "ffn_down")},
+    "starcoder2": _ATTENTION | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    "phi2": _ATTENTION | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
+             "ffn_down": "mlp.down_proj"},
+}  # fmt: skip
+# What the converter derives from LlamaModel, or permutes as that does.
+REORDERED = dict.fromkeys(("llama", "mistral3", "granite", "smollm3", "olmo"), ("attn_q", "attn_k"))
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
+_BLOCK = re.compile(r"blk\.([0-9]{1,6})\.([^.]+)")
+
+
+def module_of(path: Path, architecture: str, name: str) -> tuple[str | None, str | None]:
+    """(the module's name in transformers, what of a layer it is) of a GGUF module; None where it has none.
+
+    Raises
+    ------
+    UnsupportedMethodError : an architecture whose names and orders were not checked.
+    """
+    if architecture not in MODULES:
+        raise UnsupportedMethodError(
+            path,
+            f"a GGUF file of the architecture {architecture[:40]!r} cannot be read by this version: its rows may have "
+            f"an order of their own (known are {', '.join(sorted(MODULES))})",
+        )
+    if name in _OUTSIDE:
+        return _OUTSIDE[name], name
+    match = _BLOCK.fullmatch(name)
+    if match is None or match[2] not in MODULES[architecture]:
+        return None, None
+    return f"model.layers.{match[1]}.{MODULES[architecture][match[2]]}", match[2]
+
+
+def model_of(path: Path, gguf: GgufFile) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """A model's tensors under the names of transformers, and what of its config the file tells.
+
+    Raises
+    ------
+    UnsupportedMethodError : no model, or one of an architecture that was not checked.
+    CorruptFileError : numbers of heads that do not fit.
+    """
+    kind, architecture = gguf.fields.get("general.type", "model"), gguf.fields.get("general.architecture")
+    if kind != "model" or not isinstance(architecture, str):
+        raise UnsupportedMethodError(path, f"general.type = {str(kind)[:40]!r}: neither a model nor a LoRA")
+    if gguf.fields.get(f"{architecture}.expert_count"):
+        raise UnsupportedMethodError(path, "a GGUF file of a mixture of experts cannot be read by this version")
+    heads = gguf.fields.get(f"{architecture}.attention.head_count")
+    key_heads = gguf.fields.get(f"{architecture}.attention.head_count_kv", heads)
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in gguf.tensors.items():
+        own, _, tail = name.rpartition(".")
+        module, part = module_of(path, architecture, own)
+        renamed = name if module is None else f"{module}.{tail}"
+        if renamed in tensors:
+            raise CorruptFileError(path, f"malformed: {renamed!r} is there under two names", name)
+        placed: TensorInfo = replace(info, name=renamed)
+        if part in REORDERED.get(architecture, ()):
+            count = heads if part == "attn_q" else key_heads
+            if type(count) is not int:
+                raise UnsupportedMethodError(
+                    path,
+                    f"the number of heads is {str(count)[:40]}, and one number is needed to put rows in order",
+                    name,
+                )
+            check_heads(info, count)
+            assert isinstance(info, GgufTensor)
+            placed = replace(info, name=renamed, heads=count)
+        tensors[renamed] = placed
+    config: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    return tensors, {key: value for key, value in config.items() if type(value) is int}
