@@ -23,13 +23,7 @@ JOBS = dict(hostile_commands.chosen(STEP))
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("commands")
-    results = folder / "results.json"
-    command = [sys.executable, "-m", "tests.support.hostile_commands", str(folder / "cases"), str(results), str(STEP)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(results.read_text())
+    return hostile.outcomes_of("hostile_commands", tmp_path_factory.mktemp("commands"), str(STEP), timeout=600)
 
 
 @pytest.mark.parametrize("job", JOBS)

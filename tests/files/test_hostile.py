@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +23,7 @@ from tests.support.paths import FIXTURES, ROOT
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """What every case did; they are run once, by a process that measures them."""
-    folder = tmp_path_factory.mktemp("hostile")
-    results = folder / "results.json"
-    command = [sys.executable, "-m", "tests.support.hostile", str(folder / "cases"), str(results)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not survive a fork
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(results.read_text())
+    return hostile.outcomes_of("hostile", tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.mark.parametrize("name", CASES)

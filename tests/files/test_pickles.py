@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -33,14 +32,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """What every case did; they are run once, by a process that measures them."""
-    folder = tmp_path_factory.mktemp("pickled")
-    results = folder / "results.json"
-    command = [sys.executable, "-m", "tests.support.pickled", str(folder / "cases"), str(results)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(results.read_text())
+    return hostile.outcomes_of("pickled", tmp_path_factory.mktemp("pickled"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,6 +14,7 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -53,6 +54,17 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+
+
+def outcomes_of(module: str, folder: Path, *arguments: str, timeout: float = 300) -> dict[str, Any]:
+    """What every case of ``tests.support.MODULE`` did; they are run once, by a process that measures them."""
+    results = folder / "results.json"
+    command = [sys.executable, "-m", f"tests.support.{module}", str(folder / "cases"), str(results), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not survive a fork
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(results.read_text())
+    return found
 
 
 def case(

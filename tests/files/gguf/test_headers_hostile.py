@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import gguf
 import numpy as np
 import pytest
@@ -17,18 +12,11 @@ from spectra.files.checkpoint import open_checkpoint
 from tests.support import hostile
 from tests.support.gguf_files import LORA
 from tests.support.hostile_gguf import CASES, a_file
-from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gguf")
-    results = folder / "results.json"
-    command = [sys.executable, "-m", "tests.support.hostile_gguf", str(folder / "cases"), str(results)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(results.read_text())
+    return hostile.outcomes_of("hostile_gguf", tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.mark.parametrize("name", CASES)
