@@ -51,7 +51,12 @@ def _weight(checkpoint: Quantised, module: str, codes: TensorInfo, scales: Tenso
     if not isinstance(mode, str) or mode not in DEFAULTS:
         return f"the mode {str(mode)[:40]!r} is not read by this version"
     size, bits = (said.get(key, default) for key, default in zip(("group_size", "bits"), DEFAULTS[mode], strict=True))
-    if not is_count(size, 4096) or bits not in BITS or (mode == "mxfp4" and (size, bits) != DEFAULTS[mode]):
+    if (
+        not is_count(size, 4096)
+        or not is_count(bits)
+        or bits not in BITS
+        or (mode == "mxfp4" and (size, bits) != DEFAULTS[mode])
+    ):
         return f"group_size = {str(size)[:40]} and bits = {str(bits)[:40]} are not read"
     columns = scales.shape[-1] * size if scales.shape else 0
     expect(codes, ("U32",), (*scales.shape[:-1], -(-columns * bits // WORD)))

@@ -78,6 +78,7 @@ def test_modules_may_have_their_own_bits(opened, rng):
         ({"group_size": 64, "bits": 4, "m": False}, "does not say how"),
         ({"group_size": 64, "bits": 7}, "bits = 7"),
         ({"group_size": 64, "bits": "4"}, "bits = 4"),
+        ({"group_size": 64, "bits": 4.0}, "bits = 4.0"),
         ({"group_size": 0, "bits": 4}, "group_size = 0"),
         ({"group_size": 10**9, "bits": 4}, "group_size"),
         ({"group_size": 64, "bits": 4, "mode": "nvfp4"}, "nvfp4"),
