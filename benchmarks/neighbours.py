@@ -33,7 +33,7 @@ BAR = 2.5  # a pair may take so many times what one alone takes
 PYTHON = """
 import sys, torch, spectra
 torch.ones(64, 64) @ torch.ones(64, 64)
-spectra.audit(sys.argv[1], sys.argv[2], engine=sys.argv[3] if sys.argv[3:] else "auto", cache=False)
+spectra.audit(sys.argv[1], sys.argv[2], engine=sys.argv[3], cache=False)
 """
 
 
@@ -48,9 +48,9 @@ def run(options: Options) -> Iterator[Row | str]:
         write_tuned(home / "lora", range(layers), shapes, options.rank)
         write_base(home / "small", range(few), {"self_attn.o_proj": (small, small)})
         write_base(home / "dense", range(few), {"self_attn.o_proj": (small, small)}, make=_dense)
-        yield from _rows("LoRA, krylov", layers, width, home / "lora", home / "base", ["--engine", "krylov"], options)
+        yield from _rows("LoRA, krylov", layers, width, home / "lora", home / "base", "krylov", options)
         if not options.quick:
-            yield from _rows("dense", few, small, home / "dense", home / "small", [], options)
+            yield from _rows("dense", few, small, home / "dense", home / "small", "auto", options)
 
 
 def _dense(module: str, layer: int, m: int, n: int, seed: int) -> Tensor:
@@ -61,12 +61,10 @@ def _dense(module: str, layer: int, m: int, n: int, seed: int) -> Tensor:
     return dense
 
 
-def _rows(
-    what: str, layers: int, width: int, tuned: Path, base: Path, engine: list[str], options: Options
-) -> Iterator[Row]:
-    command = [sys.executable, "-m", "spectra", "audit", str(tuned), "--base", str(base), *engine]
-    command += ["--no-cache", "--quiet"]
-    python = [sys.executable, "-c", PYTHON, str(tuned), str(base), *engine[1:]]
+def _rows(what: str, layers: int, width: int, tuned: Path, base: Path, engine: str, options: Options) -> Iterator[Row]:
+    command = [sys.executable, "-m", "spectra", "audit", str(tuned), "--base", str(base)]
+    command += ["--engine", engine, "--no-cache", "--quiet"]
+    python = [sys.executable, "-c", PYTHON, str(tuned), str(base), engine]
     ways = {
         "the command": (command, {}),
         "the command, spinning": (command, SPINNING),

@@ -141,7 +141,9 @@ class Checkpoint:
         return made
 
     def read(self, name: str, *, rows: slice | None = None, digest: bool = False) -> torch.Tensor:
-        """The tensor as stored (dtype and shape of its header), or some of its leading rows; of blocks the bytes.
+        """The tensor as stored (dtype and shape of its header), or some of its leading rows, on the CPU.
+
+        Of one in blocks of quantised values it is their bytes.
 
         With ``digest`` its bytes also enter :meth:`fingerprint`, once they are read as a whole.
 

@@ -207,7 +207,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, the largest first."""
+    """As :func:`eigh`, the largest first."""
     values, vectors = eigh(matrix)
     return values.flip(0), vectors.flip(1)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectra.errors import ConvergenceError
-from spectra.svd.decompose import eigh
+from spectra.svd.decompose import eigh, leading_eigenpairs
 from spectra.svd.threads import using_threads
 
 EXTRA = 24  # leading unit vectors beyond the ones asked for
@@ -57,8 +57,8 @@ class DiagonalPlusLowRank:
             projected = G.T @ (self.M @ G)
             projected[:start, :start].diagonal().add_(self.d[:start])
             projected[start:, start:] += inner
-            values, C = eigh((projected + projected.T) / 2)
-            values, C = values.flip(0)[:taken], C.flip(1)[:, :taken]
+            values, C = leading_eigenpairs((projected + projected.T) / 2)
+            values, C = values[:taken], C[:, :taken]
             below = Q @ C[start:]
             R = (d - values) * below + L @ (self.M @ (G @ C))  # of the leading coordinates nothing is left
             residuals = R.norm(dim=0)
