@@ -10,7 +10,8 @@ the Lanczos relation; what remains is "up to rounding".
 
 The other way round, a converged Ritz vector of W0 whose cosine with y, less the error of both, is at least
 epsilon shows a base vector close by: its error is at most residual/η (Davis & Kahan 1970) if no other
-eigenvalue lies within η, which the same residuals show, of random columns in the start block.
+eigenvalue lies within η, which the same residuals show, of random columns in the start block.  Where the
+rounding of the whole space, ‖F‖, is too coarse for that, one product with the operator measures those Ritz vectors.
 
 On the longer side, where W0's singular vectors are Wᵀx/σ, a vector y is represented by h = W·y, and
 ⟨Wᵀx/σ, y⟩ = ⟨x, h⟩/σ: the same bounds, divided by √λ.  They cannot reach λ = 0, so there the spectrum's
@@ -94,15 +95,18 @@ class Certificate:
         self.worst = 1.0  # of the open vectors' residuals, in units of what they may be
         self._judge_by_ritz()
 
-    def _judge_by_ritz(self) -> None:
-        """Lower bounds from converged Ritz vectors of W0, for each vector from the one it resembles most."""
+    def _judge_by_ritz(self, measured: Tensor | None = None) -> None:
+        """Lower bounds from converged Ritz vectors of W0, for each vector from the one it resembles most.
+
+        ``measured`` : what :meth:`_residuals_of_best` gives, where the relation's rounding is too coarse.
+        """
         error = self.G.norm(dim=0) + self.rounding
         size = (self.C.square().sum(0) + self.outside.square().sum(0)).sqrt()
         weight = self.C.abs() if self.aligned else self.C.abs() / self.theta.clamp_min(1e-300).sqrt()[:, None]
         tolerance = (2 * max(self.base.W.shape) * EPS32) ** 2
         weight[self.theta <= tolerance * self.top] = 0
         self.best = weight.argmax(0)
-        theta, error = self.theta[self.best], error[self.best]
+        theta, error = self.theta[self.best], error[self.best] if measured is None else measured
         radius = self._isolation(self.best)
         sine = torch.where(radius > 0, error / radius.clamp_min(1e-300), 1.0).clamp_max(1.0)
         if self.complete:
@@ -124,6 +128,19 @@ class Certificate:
         self.upper = torch.where(alone, (reach + self.direction_error).clamp_max(1.0), 1.0)
         self.not_intruder = self.known & (self.lower >= self.question.epsilon + BORDERLINE)
         self.intruder = torch.zeros_like(self.not_intruder)
+
+    def _sharpen(self) -> None:
+        """Measures the Ritz vectors themselves, where cosines above epsilon are open by no more than rounding."""
+        above = self.cosine >= self.question.epsilon + BORDERLINE + self.direction_error
+        converged = self.G.norm(dim=0)[self.best] <= self.rounding
+        if bool((~self.not_intruder & above & converged).any()):
+            self._judge_by_ritz(self._residuals_of_best())
+
+    def _residuals_of_best(self) -> Tensor:
+        """(k,): ‖M·x − θ·x‖ of the Ritz vector that each vector resembles most, by the operator itself."""
+        vectors = (self.lanczos.basis.double() @ self.Q[:, self.best]).to(self.lanczos.P.dtype)
+        lost: Tensor = (self.lanczos.gram(vectors).double() - vectors.double() * self.theta[self.best]).norm(dim=0)
+        return lost
 
     def _leading_sines(self) -> Tensor:
         """Bounds on the angles of all Ritz vectors of W0: of the leading ones by what follows them, else 1."""
@@ -161,8 +178,16 @@ class Certificate:
         """About as many steps as would decide what is open: a residual falls as one over their square root."""
         return max(self.lanczos.steps * self.worst**2, self.lanczos.steps + 2) if self.worst > 1 else None
 
+    @property
+    def is_borderline(self) -> bool:
+        """Whether some cosine is known to lie so close to epsilon that no larger space would decide it."""
+        beside = (self.cosine - self.question.epsilon).abs() < BORDERLINE - self.direction_error
+        converged = self.G.norm(dim=0)[self.best] <= self.rounding
+        return bool((~self.not_intruder & beside & converged).any())
+
     def decide(self) -> bool:
         """Decides the vectors that Ritz left open, by a march along the spectrum; False where one stays undecided."""
+        self._sharpen()
         floor = self._marched()
         if floor is None:
             return False
@@ -170,6 +195,7 @@ class Certificate:
         if measured > self.rounding:
             self.rounding = measured
             self._judge_by_ritz()
+            self._sharpen()
             floor = self._marched()
         return floor is not None and (not floor or self.base.has_no_eigenvalue_below(floor))
 
@@ -196,6 +222,10 @@ class Certificate:
         C, out, lost = self.C[:, open_ones], self.outside[:, open_ones], self.lost[open_ones]
         end = max(self._end(C[:, i], out[:, i], float(slack[i]), float(lost[i])) for i in range(len(open_ones)))
         lam = floor + torch.linspace(0, 1, POINTS, dtype=torch.float64, device=C.device) ** 2 * (end - floor)
+        # At a Ritz value itself z has no part along its vector, so that the bound holds far around it; close
+        # by, that part times the rounding would add some 1e-3.
+        nearest = self.theta[self.best[open_ones]]
+        lam = torch.cat([lam, nearest[(nearest > floor) & (nearest < end)]])
         left, right = self._covered(lam, C, out, slack, lost)
         if not bool((left > 0).all()):
             return False

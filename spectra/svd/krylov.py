@@ -79,6 +79,8 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | No
         certificate = Certificate(base, lanczos, X, random, leading, question, rounding)
         if certificate.decide():
             return _answer(certificate.matches(), leading, certificate.top)
+        if certificate.is_borderline:
+            return None
         rounding.measure(certificate)
         looks.wait(certificate.needed())
     return None

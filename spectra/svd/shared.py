@@ -112,6 +112,8 @@ def certified_together(base: Base, turned: Turned, question: Question) -> Certif
             if measured <= 0:
                 return certificate
             uncertain += 2 * measured / float(values[0])
+        elif certificate.is_borderline:
+            return None
         rounding.measure(certificate)
         looks.wait(certificate.needed())
     return None

@@ -171,3 +171,26 @@ def test_a_report_on_a_small_update(large, make_base, make_adapter):
     assert report.summary["layers_proved_small"] == 1
     assert report.summary["vectors_compared"] == exact.summary["vectors_compared"] == 10
     assert exact.layers[0].status == "analysed"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("beside", "decided"), [(0.0018, True), (0.0004, False), (-0.0004, False), (-0.0018, True)], ids=str
+)
+def test_a_cosine_beside_epsilon_is_decided_where_it_can_be(rng, side, beside, decided):
+    """W1's third vector is turned out of W0's towards many others, to a cosine that near epsilon."""
+    s = np.concatenate([np.linspace(2, 1.2, 12), np.linspace(1, 0.3, 500)])
+    W0, U, V = problems.with_spectrum(rng, 512, 512, s)
+    kept = U if side == "left" else V
+    others = kept[:, 14:] @ rng.normal(size=498)
+    cosine = 0.5 - beside
+    turned = cosine * kept[:, 2] + np.sqrt(1 - cosine**2) * others / np.linalg.norm(others)
+    flipped = kept[:, 2] - turned  # a reflection takes the one to the other
+    H = np.eye(512) - 2 * np.outer(flipped, flipped) / (flipped @ flipped)
+    W1 = H @ W0 if side == "left" else W0 @ H
+    base, tuned = Base(torch.from_numpy(W0).float(), side), Dense(torch.from_numpy(W1).float())
+    found = krylov.certified(base, tuned.tuned(base.W0), Question(6, 0.5, side))
+    assert (found is not None) == decided
+    if found is not None:
+        third = found.matches[2]
+        assert third.bounds[1] < 0.5 if beside > 0 else third.bounds[0] > 0.5
