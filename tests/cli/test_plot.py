@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from spectra.cli import main
@@ -60,8 +62,7 @@ def kept(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("ending", MAGIC)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "ending"), list(zip(KINDS, itertools.cycle(MAGIC), strict=False)))
 def test_every_figure(capsys, tmp_path, kept, kind, ending):
     target = tmp_path / f"figure.{ending}"
     if kind == "trajectory":

@@ -20,10 +20,14 @@ from tests.support import hostile, hostile_formats  # noqa: F401  which register
 from tests.support.hostile import CASES
 from tests.support.paths import FIXTURES, ROOT
 
+GROUP = 100  # cases that one process runs
+
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    return hostile.outcomes_of("hostile", tmp_path_factory.mktemp("hostile"))
+    names = list(CASES)
+    groups = {name: names[at // GROUP * GROUP :][:GROUP] for at, name in enumerate(names)}
+    return hostile.Outcomes("hostile", tmp_path_factory.mktemp("hostile"), groups)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -49,14 +49,14 @@ def test_files(kind):
     for format in plots.FORMATS:
         data = plots.render(one, format)
         assert data.startswith(MAGIC[format])
-        assert data == plots.render(one, format)
         assert data == plots.render(again, format)
-    svg, pdf = plots.render(one, "svg"), plots.render(one, "pdf")
-    assert b"<text" in svg
-    assert b"<dc:date>" not in svg
-    assert b"/FontFile2" in pdf
-    assert b"/Type3" not in pdf
-    assert b"CreationDate" not in pdf
+        if format == "svg":
+            assert b"<text" in data
+            assert b"<dc:date>" not in data
+        elif format == "pdf":
+            assert b"/FontFile2" in data
+            assert b"/Type3" not in data
+            assert b"CreationDate" not in data
 
 
 def test_registry():

@@ -314,13 +314,21 @@ POINTS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def repaired_before(tmp_path_factory):
+    """By member, a folder that holds a repaired one."""
+    homes = {member: tmp_path_factory.mktemp(member) for member in ("full-high", "lora-r1")}
+    for member, home in homes.items():
+        spectra.repair(FIXTURES / member, BASE, to=home / "old", scale=0.5, which="top", include=["layers.0."])
+    return homes
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error):
+def test_a_crash_at_any_point_leaves_nothing(repaired_before, monkeypatch, point, error):
     """And with force, what was there."""
-    member = FIXTURES / ("full-high" if ".merged." in point else "lora-r1")
-    home = tmp_path / "home"
-    spectra.repair(member, BASE, to=home / "old", scale=0.5, which="top")
+    member = "full-high" if ".merged." in point else "lora-r1"
+    home = repaired_before[member]
     before = checksums(home)
     reached = []
 
@@ -334,7 +342,7 @@ def test_a_crash_at_any_point_leaves_nothing(tmp_path, monkeypatch, point, error
             if point == "spectra.files.folders.copy_file":
                 patch.setattr("spectra.adapters.peft.repaired.copy_file", crash)
             with pytest.raises((SpectraError, KeyboardInterrupt)):
-                spectra.repair(member, BASE, to=home / name, scale=0.3, force=force)
+                spectra.repair(FIXTURES / member, BASE, to=home / name, scale=0.3, force=force, include=["layers.0."])
         assert len(reached) == (1 if name == "new" else 2)
         assert checksums(home) == before
         assert [path.name for path in home.iterdir()] == ["old"]
