@@ -41,6 +41,7 @@ from benchmarks.options import Options, Row
 from spectra.adapters import plan_updates
 from spectra.errors import SpectraError
 from spectra.files.checkpoint import open_checkpoint
+from spectra.files.derived import Derived
 from spectra.files.headers import BITS, TensorInfo
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ SECONDS = 2.0
 PACKAGE = str(Path(spectra.__file__).parent)
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SHARE = {
-    "header": 0.45, "index": 0.08, "config": 0.12, "mlx": 0.05, "model": 0.1, "state": 0.05, "gguf": 0.05,
+    "header": 0.4, "index": 0.07, "config": 0.12, "mlx": 0.05, "model": 0.12, "state": 0.05, "gguf": 0.09,
     "pickle": 0.06, "archive": 0.02, "pipeline": 0.02,
 }  # fmt: skip
 TRACED = 0.1  # of the inputs; tracing costs ten times the reading, and what is new shows up soon enough
@@ -80,6 +81,8 @@ SEEDS: dict[str, list[Any]] = {
         {"peft_type": "LORA", "r": 1, "use_rslora": True, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q.*": 4}},
         {"peft_type": "VERA", "r": 4},
         {"peft_type": "IA3"},
+        {"peft_type": "MISS", "r": 2, "init_weights": "bat", "bias": "none"},
+        {"peft_type": "HIRA", "r": 1, "rank_pattern": {"q_proj": 1}, "target_modules": ["q_proj"]},
         {"peft_type": "LORA", "r": 1, "layer_replication": [[0, 2], [1, 3]], "trainable_token_indices": [1, 2]},
         {"peft_type": "LORA", "r": 1, "target_parameters": ["mlp.experts.down_proj"], "init_lora_weights": "pissa"},
     ],
@@ -93,6 +96,9 @@ SEEDS: dict[str, list[Any]] = {
         {"model_type": "mixtral", "quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}},
         {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": True}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "model_type": "gpt2"},
+        {"model_type": "llama", "quantization": {"group_size": 32, "bits": 4, "mode": "affine"}},
+        {"quantization": {"group_size": 64, "bits": 2, "model.layers.0.mlp.down_proj": {"group_size": 32, "bits": 4},
+                          "model.layers.0.mlp.gate_proj": {"mode": "mxfp4", "group_size": 32, "bits": 4}}},
         {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
             "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}}}}},
     ],
@@ -102,7 +108,8 @@ SEEDS: dict[str, list[Any]] = {
          "nested_dtype": "float32", "nested_offset": 0.1},
     ],
 }  # fmt: skip
-# A weight in fp8 with its scales, one in four bits of GPTQ, one fused, one of experts; and one of bitsandbytes.
+# A weight in fp8 with its scales, one in four bits of GPTQ, one fused, one of experts, two of MLX; and one of
+# bitsandbytes.
 QUANTISED: tuple[dict[str, Any], int] = (
     {
         "model.layers.0.self_attn.q_proj.weight": entry([4, 4], 0, 16, "F8_E4M3"),
@@ -112,8 +119,13 @@ QUANTISED: tuple[dict[str, Any], int] = (
         "model.layers.0.mlp.up_proj.scales": entry([1, 8], 68, 84, "F16"),
         "model.layers.0.self_attn.qkv_proj.weight": entry([8, 4], 84, 212),
         "model.layers.0.mlp.experts.gate_up_proj": entry([2, 4, 2], 212, 276),
+        "model.layers.0.mlp.down_proj.weight": entry([2, 4], 276, 308, "U32"),
+        "model.layers.0.mlp.down_proj.scales": entry([2, 1], 308, 312, "F16"),
+        "model.layers.0.mlp.down_proj.biases": entry([2, 1], 312, 316, "F16"),
+        "model.layers.0.mlp.gate_proj.weight": entry([2, 4], 316, 348, "U32"),
+        "model.layers.0.mlp.gate_proj.scales": entry([2, 1], 348, 350, "U8"),
     },
-    276,
+    350,
 )
 STATE = {
     "a.weight": entry([8, 1], 0, 8, "U8"),
@@ -129,9 +141,9 @@ TOKENS = [
     b'"F4"', b'"F64"', b'"BOOL"', b"__metadata__", b"[0,16]", b"[2,2]", b"\xff", b"\xf0\x9f\x98\x80", b"\n",
     b" " * 40, b"../", b"..\\", b"C:", b".safetensors", b"a.safetensors", b'"rank_pattern"', b'"(a|b)*"', b'"r"',
     b'"pissa"', b'"layer_replication"', b"[[0,1000000000]]", b'"target_parameters"', b'"trainable_token_indices"',
-    b'"lora_parameters"', b'"F6_E3M2"', b'"quantization_config"', b'"gptq"', b'"shape"', b'"blocksize"', b"1e308", b"[",
-    b'"use_dora"', b'"LORA"', b'"ADALORA"', b'"LOHA"', b'"OFT"', b"(.*)+", b"^", b"$", b"{1,9}",
-    b"(.|..)+(.|..)+(.|..)+(.|..)+(.)\\\\7", b"[" * 1500, b'{"a":' * 1200,
+    b'"lora_parameters"', b'"F6_E3M2"', b'"quantization_config"', b'"gptq"', b'"shape"', b'"quantization"', b'"mxfp4"',
+    b'"blocksize"', b"1e308", b"[", b'"use_dora"', b'"LORA"', b'"ADALORA"', b'"LOHA"', b'"OFT"', b"(.*)+", b"^", b"$",
+    b"{1,9}", b"(.|..)+(.|..)+(.|..)+(.|..)+(.)\\\\7", b"[" * 1500, b'{"a":' * 1200,
 ]  # fmt: skip
 
 
@@ -275,6 +287,7 @@ class Target:
             self._weights("a.safetensors", {"w": entry([2, 2], 0, 16)}, 16)
         elif kind == "config":
             self.file = self.folder / "adapter_config.json"
+            prepare(kind)
             self._weights("adapter_model.safetensors", {A: entry([1, 2], 0, 8), B: entry([2, 1], 8, 16)}, 16)
         elif kind == "mlx":
             self.file = self.folder / "adapter_config.json"
@@ -313,6 +326,9 @@ class Target:
             plan_updates(checkpoint)
         elif self.kind in ("model", "state"):
             assert checkpoint.weights, "no weight is left, nor a reason"
+            for weight in checkpoint.weights.values():
+                if isinstance(weight, Derived) and str(weight.quantised).startswith("mlx"):
+                    assert checkpoint.load(weight).shape == weight.shape
         elif self.kind == "header":
             self._compare(checkpoint.tensors)
         elif self.kind in NAMES_OF_FILES:

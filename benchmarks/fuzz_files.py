@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spectra.files.checkpoint import Checkpoint
-from spectra.files.gguf.headers import BLOCKS, read_gguf
+from spectra.files.derived import Derived
+from spectra.files.gguf.headers import BLOCKS, TYPES, read_gguf
 from spectra.files.pickles import NESTED
+from spectra.files.stored.quantised.ggml import READ
 
 BINARY = ("gguf", "pickle", "archive")
 NAMES = {
@@ -38,8 +42,8 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
 
-def a_gguf(architecture: str = "llama", kind: int = 0, version: int = 3) -> bytes:
-    """A model of two matrices and a vector; ``kind`` is the first's type."""
+def a_gguf(architecture: str = "llama", kind: int = 0, version: int = 3, blocks: int | None = None) -> bytes:
+    """A model of two matrices and a vector; ``kind`` is the first's type, ``blocks`` the second's."""
     heads = [(f"{architecture}.attention.{key}", 4, struct.pack("<I", 2)) for key in ("head_count", "head_count_kv")]
     fields = [
         ("general.architecture", 8, _text(architecture)),
@@ -50,6 +54,9 @@ def a_gguf(architecture: str = "llama", kind: int = 0, version: int = 3) -> byte
         ("blk.0.attn_q.weight", kind, (32, 4), 512 if kind == 0 else 72), ("blk.0.ffn_up.weight", 30, (4, 4), 32),
         ("output_norm.weight", 0, (4,), 16),
     ]  # fmt: skip
+    if blocks is not None:
+        _, values, width = TYPES[blocks]
+        shapes[1] = ("blk.0.ffn_up.weight", blocks, (values, 4), 4 * width)
     head = b"GGUF" + struct.pack("<IQQ", version, len(shapes), len(fields))
     head += b"".join(_text(key) + struct.pack("<I", of) + value for key, of, value in fields)
     data = b""
@@ -72,7 +79,7 @@ def an_archive(pickled: bytes) -> bytes:
 
 def prepare(kind: str) -> None:
     """Imports what :func:`compare` needs, so that no input is blamed for the time."""
-    for name in ("gguf", "torch") if kind in NAMES else ():
+    for name in ("gguf", "torch") if kind in NAMES else ("peft",) if kind == "config" else ():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
@@ -80,7 +87,8 @@ def prepare(kind: str) -> None:
 def seeds_of(kind: str) -> list[bytes]:
     """Sound inputs of a kind: files, or the pickle of one."""
     if kind == "gguf":
-        return [a_gguf(), a_gguf(kind=2), a_gguf("qwen2", version=2)]
+        quantised = [a_gguf(blocks=number) for number, (name, _, _) in TYPES.items() if name in READ]
+        return [a_gguf(), a_gguf(kind=2), a_gguf("qwen2", version=2), *quantised]
     if kind == "pipeline":
         whole = {
             "_class_name": "P",
@@ -147,6 +155,11 @@ def _compare_gguf(file: Path, checkpoint: Checkpoint) -> None:
         said = tuple(int(size) for size in reversed(one.shape)), (int(one.data_offset), int(one.n_bytes))
         assert (info.shape, info.span) == said, "another tensor"
         assert info.dtype == one.tensor_type.name, "another tensor"
+    weight, mine = theirs.get("blk.0.ffn_up.weight"), checkpoint.weights.get("model.layers.0.mlp.up_proj.weight")
+    if weight is not None and isinstance(mine, Derived) and mine.quantised and mine.shape[-1] > 0:
+        with np.errstate(all="ignore"):
+            expected = gguf.quants.dequantize(weight.data, weight.tensor_type)
+        assert np.array_equal(checkpoint.load(mine).numpy(), expected, equal_nan=True), "another value"
 
 
 def _compare_pickle(file: Path, checkpoint: Checkpoint) -> None:

@@ -24,6 +24,7 @@ CONTRACTS = {
     "test_fixtures.py": "fixtures/",
     "test_language.py": "the prose that users and contributors read",
     "test_notebooks.py": "notebooks/",
+    "test_quantised_language_model.py": "a published model as it is shipped, quantised, as the base of a fine-tune",
     "test_structure.py": "the whole package",
     "test_tests.py": "tests/",
 }

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from spectra.errors import AmbiguousFilesError, MissingFileError, SpectraError, UnsafeFileError, UsageError, in_short
 from spectra.files.checkpoint import PICKLED_FILES, SINGLE_FILES
 from spectra.files.configs import read_json
+from spectra.files.gguf.parts import first_parts, is_same_model
 from spectra.files.headers import PICKLE_ADVICE
 from spectra.files.pipelines import INDEX, weights_among
 
@@ -36,11 +37,18 @@ def is_offline() -> bool:
 
 
 def find_on_hub(
-    name: str, revision: str | None, *, as_base: bool, allow_pickle: bool, local_files_only: bool
+    name: str,
+    revision: str | None,
+    *,
+    as_base: bool,
+    allow_pickle: bool,
+    local_files_only: bool,
+    file: str | None = None,
 ) -> Path | None:
     """The folder of the hub's cache that holds a model, fetched if need be; None where there is no such model.
 
-    Without a connection, what the cache holds is taken.
+    ``file`` is the one that is wanted of several models in one repository.  Without a connection, what the cache holds
+    is taken.
 
     Raises
     ------
@@ -66,7 +74,7 @@ def find_on_hub(
                 snapshot_download(name, revision=commit, allow_patterns=exactly)
         return Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=[]))
 
-    what = name if revision is None else f"{name}@{revision}"
+    what = (name if file is None else f"{name}/{file}") + ("" if revision is None else f"@{revision}")
     try:
         info = HfApi().model_info(name, revision=revision)
     except HFValidationError:
@@ -80,7 +88,7 @@ def find_on_hub(
         raise MissingFileError(what, _why(error)) from None
     commit, names = str(info.sha), [item.rfilename for item in info.siblings or ()]
     try:
-        return fetched(what, names, get, as_base=as_base, allow_pickle=allow_pickle)
+        return fetched(what, names, get, as_base=as_base, allow_pickle=allow_pickle, file=file)
     except SpectraError:
         raise
     except Exception as error:
@@ -147,8 +155,10 @@ def without_secrets(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
 
 
-def fetched(what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_pickle: bool) -> Path:
-    """Fetches what would be read of a folder with these files; returns where it lies.
+def fetched(
+    what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_pickle: bool, file: str | None = None
+) -> Path:
+    """Fetches what would be read of a folder with these files, or of one ``file`` in it; returns where it lies.
 
     Raises
     ------
@@ -156,14 +166,22 @@ def fetched(what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_p
     UnsafeFileError : its weights are pickled, and ``allow_pickle`` is not given.
     """
     listed = [name for name in names if _is_plain(name)]
-    wanted = set(chosen(listed, as_base=as_base, allow_pickle=allow_pickle))
+    if file is None:
+        wanted = set(chosen(listed, as_base=as_base, allow_pickle=allow_pickle))
+    else:
+        wanted = {name for name in listed if name == file or is_same_model(Path(name), Path(file))}
+        if not wanted:
+            raise MissingFileError(what, f"no such file there; of weights it holds {_some(_weights(listed))}")
     if not wanted:
         if chosen(listed, as_base=as_base, allow_pickle=True):
             raise UnsafeFileError(what, PICKLE_ADVICE)
-        weights = sorted(name for name in listed if name.endswith((".safetensors", ".gguf")))
+        weights = _weights(listed)
         if not weights:
             raise MissingFileError(what, "it holds no weights that are read, as far as its listing shows")
-        raise AmbiguousFilesError(what, f"several could be meant ({', '.join(weights[:8])}); download one and name it")
+        raise AmbiguousFilesError(
+            what,
+            f"several could be meant ({_some(weights)}); name one with the file: {what.partition('@')[0]}/{weights[0]}",
+        )
     folders = {PurePosixPath(), *(PurePosixPath(name).parent for name in wanted)}
     if INDEX in listed:  # a scheduler, too, is told apart from a model by its config
         folders |= {PurePosixPath(name).parent for name in listed if name.count("/") == 1}
@@ -177,6 +195,14 @@ def fetched(what: str, names: Iterable[str], get: Get, *, as_base: bool, allow_p
             named = {item for item in shards.values() if isinstance(item, str) and item.endswith(ending)}
             wanted |= {str(within / item) for item in named} & {*listed}
     return get(sorted(wanted))
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
 
 
 def _is_plain(name: str) -> bool:
@@ -213,8 +239,8 @@ def chosen(names: Sequence[str], *, as_base: bool, allow_pickle: bool) -> list[s
     if inner:
         return []
     ggufs = [name for name in top if name.endswith(".gguf")]
-    if ggufs:
-        return ggufs if len(ggufs) == 1 else []
+    if ggufs:  # one model, perhaps in parts
+        return ggufs if len(first_parts([Path(name) for name in ggufs])) == 1 else []
     return pickled[:1]
 
 

@@ -57,7 +57,8 @@ def find(
 
     A path comes first (from ``beside``, where given, before the working directory), then a model on the Hugging Face
     hub, fetched into its cache if need be (see :mod:`spectra.sources.hub`); ``org/name@revision`` names a branch, a tag
-    or a commit of it.  Of a repository that holds an adapter and a model, ``as_base`` means the model.
+    or a commit of it, ``org/name/file.gguf`` one file of it.  Of a repository that holds an adapter and a model,
+    ``as_base`` means the model.
 
     Raises
     ------
@@ -74,19 +75,25 @@ def find(
                 plain = Path(os.path.normpath(candidate))  # no "adapter/../base", unless a link is in the way
                 return plain if plain.exists() and plain.samefile(candidate) else candidate
     text, _, wanted = text.partition("@")
-    if text.count("/") > 1 or text.startswith((".", "/", "~")) or not text:
+    owner, model, file = [*text.split("/", 2), "", ""][:3]
+    is_file = WEIGHTS.search(file) is not None
+    if (file and not is_file) or text.startswith((".", "/", "~")) or not text:
         return None
     if wanted and not is_revision(wanted):
         raise UsageError(f"{name}: {wanted!r} is no name of a revision")
-    if WEIGHTS.search(text) or "\\" in text:
+    if "\\" in text or ".." in text or (not file and WEIGHTS.search(text)):
         return None  # a path that is not there
-    return find_on_hub(
-        text,
+    found = find_on_hub(
+        f"{owner}/{model}" if model else text,
         wanted or revision,
         as_base=as_base,
         allow_pickle=access.allow_pickle,
         local_files_only=access.local_files_only,
+        file=file or None,
     )
+    if found is None or not file:
+        return found
+    return found / file if (found / file).exists() else None
 
 
 def is_revision(text: str) -> bool:

@@ -189,7 +189,6 @@ def test_other_kinds_of_files_are_refused_by_name(tmp_path):
     for index, (fields, words) in enumerate([
         ([("string", "general.type", "mmproj")], "mmproj"),
         ([("string", "general.type", "adapter"), ("string", "adapter.type", "control_vector")], "control_vector"),
-        ([("uint32", "llama.expert_count", 8)], "experts"),
         ([("array", "llama.attention.head_count", [4, 2])], "number of heads"),
         ([], "number of heads"),
     ]):  # fmt: skip

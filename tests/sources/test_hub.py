@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 import spectra
 from spectra.errors import AmbiguousFilesError, MissingFileError, UnsafeFileError, UsageError
 from spectra.sources.hub import chosen, fetch_url
 from spectra.sources.resolve import LOCAL, located
+from tests.support.gguf_files import write_gguf
 from tests.support.minihub import TOKEN, Answer, commit_of, hub_at
 from tests.support.paths import FIXTURES, ROOT
 
@@ -186,6 +188,54 @@ def test_shards(hub, run):
     assert report["base"]["format"] == "sharded safetensors"
     assert files_asked_for(hub) >= set(halves.values())
     assert "consolidated.safetensors" not in files_asked_for(hub)
+
+
+def gguf_models(home):
+    """Two models as GGUF files, one of them in parts, and a text that nobody asks for."""
+    home.mkdir(parents=True)
+    weights = load_file(FIXTURES / "base" / "model.safetensors")
+    names = [name for name in weights if name.endswith("v_proj.weight")]
+    tensors = {f"blk.{at}.attn_v.weight": weights[name].float() for at, name in enumerate(names)}
+    write_gguf(home / "tiny-F32.gguf", "llama", tensors)
+    for number, (name, tensor) in enumerate(tensors.items()):
+        count = len(tensors)
+        fields = [
+            ("uint16", "split.no", number), ("uint16", "split.count", count), ("int32", "split.tensors.count", count),
+        ]  # fmt: skip
+        write_gguf(home / "parts" / f"tiny-{number + 1:05}-of-{count:05}.gguf", "llama", {name: tensor}, fields)
+    (home / "README.md").write_text("not wanted")
+    return len(tensors)
+
+
+def test_one_file_of_several(hub, run):
+    home = hub.folder / "acme" / "ggufs" / "main"
+    count = gguf_models(home)
+    shutil.copy(home / "tiny-F32.gguf", home / "other.gguf")
+    code, _, error = run("inspect", "acme/ggufs")
+    assert code == 2
+    assert "several could be meant (other.gguf, parts/" in error
+    assert "name one with the file: acme/ggufs/other.gguf" in error
+    code, out, error = run("inspect", "acme/ggufs/tiny-F32.gguf")
+    assert code == 0, error
+    assert "tiny-F32.gguf" in out
+    assert not any("other.gguf" in path or "README" in path for _, path, _ in hub.requests)
+    hub.requests.clear()
+    code, out, error = run("inspect", f"acme/ggufs/parts/tiny-00002-of-{count:05}.gguf")
+    assert code == 0, error
+    assert len({path for _, path, _ in hub.requests if "-of-" in path}) >= count
+    assert run("inspect", f"acme/ggufs/parts/tiny-00002-of-{count:05}.gguf", online=False)[0] == 0
+    code, _, error = run("inspect", "acme/ggufs/tiny-Q8_0.gguf")
+    assert code == 2
+    assert "no such file there; of weights it holds other.gguf, parts/" in error
+    assert run("inspect", "acme/ggufs/../tiny/model.safetensors")[0] == 2
+
+
+def test_a_model_in_parts_alone(hub, run):
+    count = gguf_models(hub.folder / "acme" / "ggufs" / "main")
+    shutil.copytree(hub.folder / "acme" / "ggufs" / "main" / "parts", hub.folder / "acme" / "parts" / "main")
+    code, _, error = run("inspect", "acme/parts")
+    assert code == 0, error
+    assert len({path for _, path, _ in hub.requests if "-of-" in path}) >= count
 
 
 def test_pickles_are_fetched_where_they_are_allowed_alone(hub, run):

@@ -8,11 +8,12 @@ import gguf
 import numpy as np
 import torch
 
-from spectra.files.gguf.names import MODULES, REORDERED
+from spectra.files.gguf.names import MIXTURES, MODULES, REORDERED
 from tests.support.dialects import draw, write
 
 LORA = "lora.gguf"
 ARCHITECTURES = tuple(sorted(MODULES))
+DENSE = tuple(name for name in ARCHITECTURES if name == "llama" or name not in MIXTURES)
 STORED = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16,
           torch.float64: gguf.GGMLQuantizationType.F64, torch.bfloat16: gguf.GGMLQuantizationType.BF16}  # fmt: skip
 
@@ -53,6 +54,38 @@ def lora_fields(alpha):
     return fields + ([] if alpha is None else [("float32", "adapter.lora.alpha", alpha)])
 
 
+def a_mixture(rng, architecture, heads, key_heads, experts, hidden, inner):
+    """{name in transformers: weight} of a mixture, its stacks as transformers has them, and what GGUF has."""
+    width = hidden // heads
+    home = "model.layers.0"
+    weights = {
+        "model.embed_tokens.weight": draw(rng, 40, hidden),
+        f"{home}.self_attn.q_proj.weight": draw(rng, heads * width, hidden),
+        f"{home}.self_attn.k_proj.weight": draw(rng, key_heads * width, hidden),
+        f"{home}.self_attn.v_proj.weight": draw(rng, key_heads * width, hidden),
+        f"{home}.self_attn.o_proj.weight": draw(rng, hidden, heads * width),
+        f"{home}.mlp.gate.weight": draw(rng, experts, hidden),
+        f"{home}.mlp.experts.gate_up_proj": draw(rng, experts, 2 * inner, hidden),
+        f"{home}.mlp.experts.down_proj": draw(rng, experts, hidden, inner),
+    }
+    both = weights[f"{home}.mlp.experts.gate_up_proj"]
+    stored = {
+        "token_embd": weights["model.embed_tokens.weight"], "blk.0.ffn_gate_inp": weights[f"{home}.mlp.gate.weight"],
+        "blk.0.ffn_gate_exps": both[:, :inner], "blk.0.ffn_up_exps": both[:, inner:],
+        "blk.0.ffn_down_exps": weights[f"{home}.mlp.experts.down_proj"],
+    }  # fmt: skip
+    for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        weight = weights[f"{home}.{MODULES[architecture][part]}.weight"]
+        count = heads_of(architecture, f"blk.0.{part}", heads, key_heads)
+        stored[f"blk.0.{part}"] = weight if count is None else reordered(weight, count)
+    for part, module in MODULES[architecture].items():
+        if part.endswith("_shexp"):
+            shape = {"ffn_down_shexp": (hidden, inner), "ffn_gate_inp_shexp": (1, hidden)}.get(part, (inner, hidden))
+            weights[f"{home}.{module}.weight"] = weight = draw(rng, *shape)
+            stored[f"blk.0.{part}"] = weight.squeeze(0)  # as the converter squeezes it
+    return weights, {f"{name}.weight": weight for name, weight in stored.items()}
+
+
 def a_model(rng, architecture, dtype, heads, key_heads):
     """{name in transformers: weight} of two layers, and how GGUF calls each module."""
     width, hidden, inner, words = 4, 2 * heads * 2, int(rng.integers(5, 20)), int(rng.integers(20, 40))
@@ -66,6 +99,8 @@ def a_model(rng, architecture, dtype, heads, key_heads):
     weights["lm_head.weight"] = draw(rng, words, hidden, dtype=dtype)
     for layer in range(2):
         for part, module in MODULES[architecture].items():
+            if part not in shapes:
+                continue  # of Mixtral, which has the architecture of Llama
             name = f"model.layers.{layer}.{module}.weight"
             weights[name] = draw(rng, *shapes[part], dtype=dtype)
             names[name] = f"blk.{layer}.{part}"

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from spectra.files.gguf.headers import MAX_ITEMS
+from spectra.files.gguf.headers import MAX_ITEMS, TYPES
 from tests.support import hostile
 from tests.support.gguf_files import LORA
 from tests.support.hostile import Case
@@ -158,6 +158,78 @@ def _whole_file(box):
 
 _name = "a base that does not tell its heads"
 CASES[_name] = Case(_name, _whole_file, ("q_proj", "num_attention_heads"))
+
+
+# Models in blocks, each against a sound one.
+
+MODEL = "model.gguf"
+Q8_0, Q4_K, IQ2_XXS, NVFP4 = 8, 12, 16, 40
+HALF_NAN, HALF_INF = b"\x00\x7e", b"\x00\x7c"
+
+
+def a_block_of(kind, scale=b"\x00\x3c"):
+    """One block whose first scale is that half, 1 where none is said."""
+    _, values, width = TYPES[kind]
+    body = bytes(index % 50 for index in range(width))
+    if kind == Q4_K:
+        return values, scale + scale + body[4:]
+    return values, scale + body[2:]
+
+
+def a_model(kind=Q8_0, *, rows=4, shape=None, name="blk.0.attn_v.weight", blocks=None, more=b"", count=1, offset=0,
+            scale=b"\x00\x3c", cut=0, architecture="qwen2", fields=b"", fields_count=1):  # fmt: skip
+    values, block = a_block_of(kind, scale)
+    data = block * rows if blocks is None else blocks
+    described = tensor(name, (values, rows) if shape is None else shape, kind, offset) + more
+    head = b"GGUF" + struct.pack("<IQQ", 3, count, fields_count) + field("general.architecture", value=architecture)
+    head += fields + described
+    whole = head + b"\0" * (-len(head) % 32) + data + b"\0" * (-len(data) % 32)
+    return whole[: len(whole) - cut] if cut else whole
+
+
+def case_of_a_model(name, words, content):
+    def build(box):
+        (box / MODEL).write_bytes(content)
+        (box / "sound.gguf").write_bytes(a_model(rows=4))
+        return ["audit", str(box / MODEL), "--base", str(box / "sound.gguf")]
+
+    assert name not in CASES
+    CASES[name] = Case(name, build, words)
+
+
+for _model_name, _model_words, _model_content in (
+    ("blocks that end too soon", (MODEL, "truncated", "attn_v"), a_model(cut=40)),
+    ("blocks that are not there", (MODEL, "truncated", "attn_v"), a_model(blocks=b"")),
+    ("rows of a block and a bit", (MODEL, "attn_v", "blocks of 32"), a_model(shape=(33, 4))),
+    ("rows of a part of a block", (MODEL, "attn_v", "blocks of 256"), a_model(Q4_K, shape=(32, 4))),
+    ("rows of no blocks", (MODEL, "nothing to analyse (empty)"), a_model(shape=(0, 4))),
+    ("no rows of blocks", (MODEL, "nothing to analyse (empty)"), a_model(shape=(32, 0), blocks=b"")),
+    ("blocks in five dimensions", (MODEL, "5 dimensions"), a_model(shape=(32, 1, 1, 1, 4))),
+    ("blocks without dimensions", (MODEL, "attn_v"), a_model(shape=())),
+    ("blocks, 2 to the 60th", (MODEL, "takes"), a_model(shape=(2**40, 2**20))),
+    ("blocks that overlap", (MODEL, "attn_k", "begins at 128"),
+     a_model(more=tensor("blk.0.attn_k.weight", (32, 4), Q8_0, 128), count=2, blocks=b"\0" * 400)),
+    ("blocks with a gap between", (MODEL, "attn_k", "begins at 192"),
+     a_model(more=tensor("blk.0.attn_k.weight", (32, 4), Q8_0, 192), count=2, blocks=b"\0" * 400)),
+    ("one name for two blocks", (MODEL, "attn_v", "twice"),
+     a_model(more=tensor("blk.0.attn_v.weight", (32, 4), Q8_0, 160), count=2, blocks=b"\0" * 400)),
+    ("more blocks said than there are", (MODEL,), a_model(count=2)),
+    ("a scale that is NaN", ("v_proj", "non_finite"), a_model(scale=HALF_NAN)),
+    ("a scale that is infinite", ("v_proj", "non_finite"), a_model(scale=HALF_INF)),
+    ("a scale of the K kind that is NaN", ("v_proj",), a_model(Q4_K, scale=HALF_NAN)),
+    ("a scale of the IQ kind that is NaN", ("v_proj",), a_model(IQ2_XXS, scale=HALF_NAN)),
+    ("blocks of a kind that is named only", ("NVFP4",), a_model(NVFP4)),
+    ("blocks of other rows than the base's", ("v_proj", "shape"), a_model(rows=8)),
+    ("a vector in blocks", (MODEL, "not a matrix"), a_model(shape=(128,))),
+    ("blocks of experts in a model without", (MODEL,),
+     a_model(name="blk.0.ffn_gate_exps.weight", shape=(32, 2, 2))),
+    ("blocks of an architecture nobody checked", (MODEL, "'rwkv'"), a_model(architecture="rwkv")),
+    ("more experts than any model has", ("experts",),
+     a_model(name="blk.0.ffn_gate_exps.weight", shape=(32, 1, 70_000), blocks=b"\0" * 34 * 70_000,
+             architecture="qwen3moe", fields=field("qwen3moe.expert_count", 4, struct.pack("<I", 70_000)),
+             fields_count=2)),
+):  # fmt: skip
+    case_of_a_model(_model_name, _model_words, _model_content)
 
 
 if __name__ == "__main__":

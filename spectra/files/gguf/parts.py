@@ -26,6 +26,17 @@ def first_parts(files: list[Path]) -> list[Path]:
     return list(models.values())
 
 
+def is_same_model(one: Path, other: Path) -> bool:
+    """Whether two files are parts of one model, by their names."""
+    first, second = _PART.fullmatch(one.name), _PART.fullmatch(other.name)
+    return (
+        first is not None
+        and second is not None
+        and one.parent == other.parent
+        and (first[1], first[3]) == (second[1], second[3])
+    )
+
+
 def read_parts(path: Path) -> GgufFile:
     """What the file, or the parts of the model that it is one of, say they hold, as one.
 

@@ -24,7 +24,9 @@ from spectra.files.derived import Alternative, Derived, Unreadable, Weight, Weig
 from spectra.files.stored.rows import Joined, Member, Part, Rows, Same, Turned
 
 # Families whose stacks are (E, out, in) or (E, in, out), and those in which gate and up take turns, row by row.
-STRAIGHT = frozenset({"nemotron_h", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"})
+STRAIGHT = frozenset(
+    {"nemotron_h", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"}
+)
 TURNED = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"})
 INTERLEAVED = frozenset({"gpt_oss"})
 # Families in which gate lies above up, as their models in transformers 5.23 split what comes of both.

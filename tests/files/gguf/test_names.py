@@ -12,11 +12,23 @@ import torch
 import spectra
 from spectra.adapters import plan_updates
 from spectra.cli import main
+from spectra.errors import UnsupportedMethodError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.gguf.headers import KEPT_ITEMS, TYPES, read_gguf
-from spectra.files.gguf.names import MODULES
+from spectra.files.gguf.names import MIXTURES, MODULES
 from tests.support.dialects import check, draw, write
-from tests.support.gguf_files import ARCHITECTURES, LORA, STORED, a_model, heads_of, lora_fields, reordered, write_gguf
+from tests.support.gguf_files import (
+    ARCHITECTURES,
+    DENSE,
+    LORA,
+    STORED,
+    a_mixture,
+    a_model,
+    heads_of,
+    lora_fields,
+    reordered,
+    write_gguf,
+)
 from tests.support.seeds import each_seed
 
 # A model
@@ -25,7 +37,7 @@ from tests.support.seeds import each_seed
 @each_seed(range(24))
 def test_a_model_is_what_was_converted(tmp_path, seed):
     rng = np.random.default_rng(seed)
-    architecture = "llama" if seed % 2 else ARCHITECTURES[seed // 2 % len(ARCHITECTURES)]
+    architecture = "llama" if seed % 2 else DENSE[seed // 2 % len(DENSE)]
     key_heads, dtype = int(rng.integers(1, 4)), tuple(STORED)[seed % 4]
     heads = key_heads * int(rng.integers(1, 4))
     weights, names = a_model(rng, architecture, dtype, heads, key_heads)
@@ -56,6 +68,47 @@ def test_a_model_is_what_was_converted(tmp_path, seed):
     )
     report = spectra.audit(base, path)
     assert all(layer.status == "unchanged" for layer in report.layers)
+
+
+@each_seed(range(20))
+def test_a_mixture_is_what_was_converted(tmp_path, seed):
+    """Its stacks in three parts, plain or in blocks, against transformers' in two."""
+    rng = np.random.default_rng(seed)
+    architecture = sorted(MIXTURES)[seed % len(MIXTURES)]
+    heads, key_heads, experts = 4, int(rng.choice([1, 2, 4])), int(rng.integers(2, 6))
+    hidden, inner = (64, 32) if seed % 3 else (16, 16)  # square matrices do not tell how they lie
+    weights, stored = a_mixture(rng, architecture, heads, key_heads, experts, hidden, inner)
+    if hidden == 64 and seed % 2:
+        stored = {name: quantised(value) if value.ndim > 1 else value for name, value in stored.items()}
+    fields = [
+        ("uint32", f"{architecture}.{key}", value)
+        for key, value in (
+            ("attention.head_count", heads), ("attention.head_count_kv", key_heads), ("expert_count", experts),
+            ("embedding_length", hidden),
+        )
+    ]  # fmt: skip
+    path = write_gguf(tmp_path / "model.gguf", architecture, stored, fields)
+    base = write(tmp_path / "base", weights)
+    (base / "config.json").write_text(json.dumps({"model_type": MIXTURES[architecture], "hidden_size": hidden}))
+    of_gguf, of_base = spectra.audit(path, base, top_k=2), spectra.audit(base, path, top_k=2)
+    for report in (of_gguf, of_base):
+        assert not report.coverage.is_partial
+        assert not report.failed
+        assert len(report.layers) >= 6 + 2 * experts
+        norms = [(layer.measures or {}).get("update_norm_relative") or 0.0 for layer in report.layers]
+        assert max(norms) < (0.02 if hidden == 64 and seed % 2 else 1e-9)
+
+
+def quantised(value):
+    """(bytes, type) as gguf's own arithmetic makes blocks of eight bits."""
+    return gguf.quants.quantize(value.numpy(), gguf.GGMLQuantizationType.Q8_0), "Q8_0"
+
+
+def test_a_mixture_that_was_not_checked_is_refused(tmp_path):
+    tensors = {"blk.0.ffn_gate_exps.weight": np.ones((2, 8, 8), np.float32)}
+    path = write_gguf(tmp_path / "a.gguf", "mistral3", tensors, [("uint32", "mistral3.expert_count", 2)])
+    with pytest.raises(UnsupportedMethodError, match=r"'mistral3'.*known are llama, olmoe, qwen2moe, qwen3moe"):
+        open_checkpoint(path)
 
 
 def test_a_lora_upon_a_model_of_its_own_kind(tmp_path):

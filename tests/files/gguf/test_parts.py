@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spectra.cli import main
-from spectra.errors import CorruptFileError, MissingFileError
+from spectra.errors import CorruptFileError, MissingFileError, UnsafeFileError
 from spectra.files.checkpoint import open_checkpoint
 from tests.support.dialects import draw
 from tests.support.gguf_files import write_gguf
@@ -79,6 +79,19 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def swap(one, other):
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+def outside(folder):
+    """A part that is a link to a file beside the folder."""
+    elsewhere = folder.parent / "elsewhere.gguf"
+    part(folder, 2).rename(elsewhere)
+    part(folder, 2).symlink_to(elsewhere)
+
+
 ONE = {"blk.0.ffn_up.weight": np.ones((8, 8), np.float32)}
 
 
@@ -97,6 +110,15 @@ ONE = {"blk.0.ffn_up.weight": np.ones((8, 8), np.float32)}
         (lambda folder: broken(folder, 3, tensors=ONE), CorruptFileError, ("ffn_up", "as well")),
         (lambda folder: part(folder, 3).write_bytes(b"GGUF"), CorruptFileError, ("00003-of-00003", "truncated")),
         (lambda folder: cut(part(folder, 3)), CorruptFileError, ("truncated",)),
+        (lambda folder: broken(folder, 1, fields={"split.count": 2**31}), CorruptFileError, ("split.count",)),
+        (lambda folder: broken(folder, 1, fields={"split.no": 1}), CorruptFileError, ("part 1", "expected 0 of 3")),
+        (lambda folder: broken(folder, 2, fields={"split.no": "1"}), CorruptFileError, ("part 1",)),
+        (lambda folder: broken(folder, 2, fields={"split.count": None}), CorruptFileError, ("of None",)),
+        (lambda folder: broken(folder, 1, fields={"split.tensors.count": 2**31}), CorruptFileError, ("6 tensors",)),
+        (lambda folder: swap(part(folder, 2), part(folder, 3)), CorruptFileError, ("expected 1 of 3",)),
+        (lambda folder: part(folder, 2).write_bytes(b"\0" * 200), CorruptFileError, ("no GGUF file",)),
+        (lambda folder: part(folder, 1).write_bytes(part(folder, 2).read_bytes()), CorruptFileError, ("part 1",)),
+        (lambda folder: outside(folder), UnsafeFileError, ("00002-of-00003",)),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_together_are_refused_in_one_line(parts, capsys, harm, error, words):
