@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -108,6 +109,14 @@ def test_ids_are_used_once_and_pictures_described(pages):
     for path, page in pages.items():
         assert len(page.ids) == len(set(page.ids)), (path.name, [one for one in page.ids if page.ids.count(one) > 1])
         assert not page.unnamed, (path.name, page.unnamed)
+
+
+def test_the_tables_of_what_is_read_are_made_of_the_registries():
+    """``python docs/reads.py`` writes them."""
+    made = runpy.run_path(str(ROOT / "docs" / "reads.py"))
+    assert made["page"]() == made["PAGE"].read_text(encoding="utf-8")
+    for rows in made["tables"]().values():
+        assert rows.count("\n") > 5
 
 
 def test_every_command_option_and_public_name_is_there(pages):

@@ -15,24 +15,26 @@ from spectra.adapters.full import FullCheckpoint, WholeTensor
 from spectra.adapters.gguf import GgufLora, with_heads
 from spectra.adapters.kohya import KohyaLora
 from spectra.adapters.mlx import MlxAdapter
+from spectra.adapters.peft.fields import common
 from spectra.adapters.peft.ignored import inert_options, without_options
 from spectra.adapters.peft.initialised import InitialisedUpdate, uses_initial, with_initial
-from spectra.adapters.peft.lora import PeftAdapter
+from spectra.adapters.peft.itself import PeftItself
+from spectra.adapters.peft.lora import LoraUpdate, PeftAdapter
 from spectra.adapters.peft.method import MethodUpdate
 from spectra.adapters.peft.methods import PeftMethods
 from spectra.adapters.peft.parameters import against_parameters
 from spectra.adapters.plan import Dialect, Plan, PlannedUpdate, Skipped, formula_of, rescales_base
 from spectra.adapters.unsupported import Unsupported
 from spectra.adapters.xlabs import XlabsLora
-from spectra.errors import CorruptFileError
+from spectra.errors import CorruptFileError, UnsupportedMethodError
 from spectra.files.beside import beside
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Weight
 
 # The first that recognises a checkpoint reads it; FullCheckpoint takes what nobody else does.
 DIALECTS: tuple[Dialect, ...] = (
-    GgufLora(), MlxAdapter(), PeftMethods(), PeftAdapter(), XlabsLora(), KohyaLora(), DiffusersLora(),
-    Unsupported(), FullCheckpoint(),
+    GgufLora(), MlxAdapter(), PeftMethods(), PeftItself(), PeftAdapter(), XlabsLora(), KohyaLora(),
+    DiffusersLora(), Unsupported(), FullCheckpoint(),
 )  # fmt: skip
 
 __all__ = [
@@ -71,8 +73,24 @@ def plan_updates(tuned: Checkpoint, initial: Checkpoint | None = None) -> Plan:
             _refuse_empty(tuned, plan)
             aside = (Skipped(*item, "no_update") for item in tuned.aside.items())
             plan = replace(plan, skipped=(*plan.skipped, *aside, *inert_options(tuned)))
-            return with_initial(plan, tuned, initial) if isinstance(dialect, PeftAdapter) else plan
+            plan = with_initial(plan, tuned, initial) if isinstance(dialect, PeftAdapter) else plan
+            return _as_running(plan, tuned)
     raise AssertionError("FullCheckpoint recognises everything without an adapter config")
+
+
+def _as_running(plan: Plan, tuned: Checkpoint) -> Plan:
+    """The plan with the scalings that a running model has, where they are not those of its config."""
+    if not tuned.rescaled:
+        return plan
+    updates = {update.module: update for update in plan.updates}
+    for module, factor in tuned.rescaled.items():
+        update = updates.get(module)
+        said = f"{module} is scaled by {factor:g} in the running model, beyond what its config says"
+        if not isinstance(update, LoraUpdate | MethodUpdate) or isinstance(update, InitialisedUpdate):
+            raise UnsupportedMethodError(tuned.path, f"{said}, which is not read for such an update")
+        updates[module] = update.rescaled(factor, said)
+    facts = {**plan.facts, "scaling": common(update.scaling for update in updates.values() if update.kind != "dense")}
+    return replace(plan, updates=tuple(updates[update.module] for update in plan.updates), facts=facts)
 
 
 def lying_beside(tuned: Checkpoint, plan: Plan) -> Iterator[Skipped]:

@@ -64,6 +64,12 @@ class DiffusersLora:
     """What ``save_lora_weights`` of diffusers' pipelines, and ``save_lora_adapter`` of its models, write."""
 
     name = "diffusers"
+    reads = (
+        (
+            "diffusers: LoRAs with their config in the header, early keys, single models; DiffSynth",
+            "W0 + s·BA, s from header or alphas, else 1",
+        ),
+    )
 
     def recognises(self, tuned: Checkpoint) -> bool:
         if tuned.adapter_config is not None:

@@ -88,6 +88,7 @@ class FullCheckpoint:
     """Anything with whole tensors and no adapter's keys."""
 
     name = "full"
+    reads = (("whole models, fine-tuned in full or in part", "W1"),)
 
     def recognises(self, tuned: Checkpoint) -> bool:
         return tuned.adapter_config is None

@@ -64,6 +64,7 @@ class GgufLora:
     """What ``convert_lora_to_gguf.py`` writes."""
 
     name = "gguf"
+    reads = (("llama.cpp: GGUF LoRA", "W0 + s·BA, rows of q and k put back in transformers' order"),)
 
     def recognises(self, tuned: Checkpoint) -> bool:
         return tuned.layout == "gguf adapter"

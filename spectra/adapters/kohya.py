@@ -13,6 +13,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from spectra.adapters.factors import StoredFactors, alpha_of, check_factors, common_facts
+from spectra.adapters.lycoris import METHODS as LYCORIS
 from spectra.adapters.lycoris import is_lycoris, read_module
 from spectra.adapters.lycoris_multiplied import KOHYA_OFT
 from spectra.adapters.lycoris_products import LycorisUpdate
@@ -61,6 +62,16 @@ class KohyaLora:
     """What ``networks/lora.py``, ``loha.py``, ``lokr.py`` and ``oft.py`` of sd-scripts write, and LyCORIS."""
 
     name = "kohya"
+    reads = (
+        (
+            "kohya's sd-scripts: LoRA, LoCon, split parts, OFT°",
+            "W0 + s·BA, s = alpha / rank; OFT rotates the output side",
+        ),
+        (
+            f"LyCORIS: {', '.join(LYCORIS)}; DoRA by rows or columns, as the shape of `dora_scale` says",
+            "as its forward pass computes it (its own merge of LoHa and LoKr applies alpha / rank twice)",
+        ),
+    )
 
     def recognises(self, tuned: Checkpoint) -> bool:
         if tuned.adapter_config is not None:

@@ -41,6 +41,9 @@ _METHODS: tuple[tuple[str, str, _Read, bool], ...] = (
 )
 
 
+METHODS = tuple(label for label, *_ in _METHODS)
+
+
 def is_lycoris(factors: Iterable[str]) -> bool:
     """Whether the factors of a module are those of a method of LyCORIS other than plain LoRA."""
     return any(re.fullmatch(pattern, factor) for factor in factors for _, pattern, *_ in _METHODS[:-1])

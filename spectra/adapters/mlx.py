@@ -36,6 +36,7 @@ class MlxAdapter:
     """What ``mlx_lm.lora`` writes for the fine-tune types lora, dora and full."""
 
     name = "mlx"
+    reads = (("MLX: LoRA, DoRA, experts, full", "W0 + scale·(ab)ᵀ"),)
 
     def recognises(self, tuned: Checkpoint) -> bool:
         config = tuned.adapter_config

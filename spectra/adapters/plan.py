@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from spectra.updates.algebra import Update
 
 # low_rank: B·A; row_scaled and column_scaled: DoRA by either side; hadamard: LoHa; kronecker: LoKr; scaled: IA3's rows
-# or columns; rotated: OFT, BOFT; mixed: GLoRA; replaced_rows: trainable tokens; added: dW stored whole; dense: a tensor
-# stored whole
+# or columns; rotated: OFT, BOFT; mixed: GLoRA; replaced_rows: trainable tokens; added: dW stored whole; by_peft: what
+# peft itself merges; dense: a tensor stored whole
 UpdateKind = Literal[
     "low_rank",
     "row_scaled",
@@ -28,6 +28,7 @@ UpdateKind = Literal[
     "mixed",
     "replaced_rows",
     "added",
+    "by_peft",
     "dense",
 ]
 
@@ -43,6 +44,7 @@ FORMULAS: dict[UpdateKind, str] = {
     "replaced_rows": "W1 = W0 with the rows of some tokens replaced",
     "mixed": "dW = s·(W0·A₁·A₂ + B₁·B₂)",
     "added": "dW, stored whole",
+    "by_peft": "W1 as peft merges it into W0",
     "dense": "dW = W1 - W0, both stored whole",
 }
 
@@ -152,9 +154,14 @@ class Plan:
 
 
 class Dialect(Protocol):
-    """How one kind of writer names and stores its updates; one file each, one registry line."""
+    """How one kind of writer names and stores its updates; one file each, one registry line.
+
+    ``reads`` is what it reads, for the documentation: what is written, and how the tuned weight follows.
+    """
 
     name: str
 
+    @property
+    def reads(self) -> tuple[tuple[str, str], ...]: ...
     def recognises(self, tuned: Checkpoint) -> bool: ...
     def plan(self, tuned: Checkpoint) -> Plan: ...

@@ -43,6 +43,7 @@ class Unsupported:
     """Recognises adapters by their tensors' names and says what they are."""
 
     name = "unsupported"
+    reads = ()
 
     def recognises(self, tuned: Checkpoint) -> bool:
         return tuned.adapter_config is None and self._method(tuned) is not None

@@ -28,6 +28,7 @@ class XlabsLora:
     """What XLabs' trainer writes of Flux's double blocks."""
 
     name = "xlabs"
+    reads = (("XLabs: the double blocks of Flux°", "W0 + BA"),)
 
     def recognises(self, tuned: Checkpoint) -> bool:
         return tuned.adapter_config is None and any(map(_KEY.fullmatch, tuned.tensors))

@@ -78,6 +78,7 @@ class Checkpoint:
     aside : what the files hold beside tensors, each with a reason why it is not read.
     split_fused : whether projections that share a matrix are weights of their own.
     components : a pipeline's models, as each is by itself.
+    rescaled : module → by what a running model multiplies its update, beyond what the adapter's config says.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Checkpoint:
     aside: Mapping[str, str] = field(default_factory=dict)
     split_fused: bool = False
     components: Mapping[str, Checkpoint] = field(default_factory=dict, repr=False, compare=False)
+    rescaled: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
     _digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property

@@ -266,6 +266,8 @@ def _make_pair(tuned: Checkpoint, update: PlannedUpdate, info: Weight, orientati
             "config.json beside its weights",
             update.tensors[0],
         )
+    if isinstance(update, MethodUpdate):
+        update = update.on(info)
     if isinstance(update, InitialisedUpdate):
         initialised = update.on(info)
         if isinstance(initialised, Skipped):

@@ -73,6 +73,11 @@ class AdapterForm:
         why = why_no_adapter(run.plan)
         if why is not None:
             raise UsageError(f"{run.tuned.path}: {why}{_or_merged(run)}")
+        if run.tuned.rescaled:
+            raise UsageError(
+                f"{run.tuned.path}: it is scaled in the running model ({next(iter(run.tuned.rescaled))} and others), "
+                "which an adapter's config cannot say; reset that (unscale_layer), or repair the saved adapter"
+            )
         self.run, self.home, self.dtype, self.keep_rank = run, home, dtype, keep_rank
         self.changed: dict[str, LowRank | RowScaled] = {}
         self.whole: dict[str, Tensor] = {}

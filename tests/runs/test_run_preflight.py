@@ -54,7 +54,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[s
     "no partner": ({B: None}, {}, {}, [A, f"{LAST}.v.lora_B is missing"]),
     "no base weight": ({}, {}, {f"{LAST}.v.weight": None}, [A, "not in"]),
     "a base of another shape": ({}, {}, {f"{LAST}.v.weight": torch.ones(WIDTH, WIDTH + 2)}, [A, f"{LAST}.v.weight"]),
-    "an unknown option": ({}, {"kasa_config": {"x": 1}}, {}, ["kasa_config"]),
+    "an unknown option": ({}, {"florp_config": {"x": 1}}, {}, ["florp_config"]),
     "magnitudes that are too few": (
         {f"base_model.model.{LAST}.v.lora_magnitude_vector": torch.ones(WIDTH - 1)},
         {"use_dora": True, "target_modules": ["v"]}, {}, ["lora_magnitude_vector"],

@@ -101,6 +101,10 @@ class LoraUpdate:
     def parameters(self) -> int:
         return self.A.size + self.B.size + (self.magnitude.size if self.magnitude else 0)
 
+    def rescaled(self, factor: float, note: str) -> LoraUpdate:
+        """The update as a running model multiplies it."""
+        return replace(self, scaling=self.scaling * factor, notes=(*self.notes, note))
+
     def read(
         self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
     ) -> LowRank | RowScaled:
@@ -137,6 +141,19 @@ class PeftAdapter:
     """Adapters that ``peft`` writes; today LoRA and its variants."""
 
     name = "peft"
+    reads = (
+        ("PEFT: LoRA, rsLoRA, on every layer type, with patterns, biases and saved modules", "W0 + s·BA"),
+        ("PEFT: DoRA", "m ⊙ (W0 + s·BA) / ‖W0 + s·BA‖"),
+        (
+            "PEFT: LoRA on stacks of experts (`target_parameters`), on replicated layers, aLoRA (*conditional*: on "
+            "some tokens only)",
+            "the same, by expert or layer",
+        ),
+        (
+            "PEFT: PiSSA, OLoRA; with `--initial-adapter` also `pissa_niter_*`, CorDA, LoRA-GA",
+            "W0 − s·B₀A₀ + s·BA, against the original base",
+        ),
+    )
 
     def recognises(self, tuned: Checkpoint) -> bool:
         return tuned.adapter_config is not None

@@ -6,12 +6,13 @@ Their factors do not always tell both sides of the weight, so that an update is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectra.adapters.plan import UpdateKind
 from spectra.errors import AdapterError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
+from spectra.files.derived import Weight
 from spectra.files.orientation import Layout, Orientation, matrix_shape
 
 if TYPE_CHECKING:
@@ -96,6 +97,15 @@ class MethodUpdate:
     def fits(self, shape: tuple[int, int], stored: tuple[int, ...]) -> bool:
         """Whether a weight stored as ``stored``, a matrix of ``shape`` (out, in), can be the base."""
         return shape == self.shape
+
+    def rescaled(self, factor: float, note: str) -> MethodUpdate:
+        """The update as a running model multiplies it."""
+        assert self.scaling is not None
+        return replace(self, scaling=self.scaling * factor, notes=(*self.notes, note))
+
+    def on(self, base: Weight) -> MethodUpdate:
+        """The update, once its base weight is known."""
+        return self
 
     def notes_in(self, stored: tuple[int, ...]) -> tuple[str, ...]:
         """What a reader of the report should know, once the base is."""

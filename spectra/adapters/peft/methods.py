@@ -22,9 +22,13 @@ from spectra.files.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class _Method:
-    """How one method is read: its config fields, its planned updates; its factors' names are in ``FACTORS``."""
+    """How one method is read: its config fields, its planned updates; its factors' names are in ``FACTORS``.
+
+    ``formula`` is of the tuned weight, for the documentation.
+    """
 
     label: str
+    formula: str
     fields: frozenset[str]
     build: Callable[[ConfigFields, str, Slot], MethodUpdate]
     check: Callable[[ConfigFields], None] = lambda config: None
@@ -46,6 +50,7 @@ LYCORIS_FIELDS = frozenset(
 METHODS: dict[str, _Method] = {
     "ADALORA": _Method(
         "AdaLoRA",
+        "W0 + s·B·diag(E)·A",
         LORA_FIELDS | ADALORA_FIELDS | {"qalora_group_size", "megatron_core", "use_dora", "lora_bias"},
         adalora,
         check_adalora,
@@ -53,23 +58,27 @@ METHODS: dict[str, _Method] = {
     ),
     "VERA": _Method(
         "VeRA",
+        "W0 + (b ⊙ B)·(d ⊙ A), with A and B stored or made anew",
         frozenset(["r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"]),
         vera,
         shared=("vera_A", "vera_B"),
     ),
-    "IA3": _Method("IA3", frozenset(["feedforward_modules", "init_ia3_weights"]), ia3),
+    "IA3": _Method("IA3", "W0 scaled by row or column", frozenset(["feedforward_modules", "init_ia3_weights"]), ia3),
     "LOHA": _Method(
         "LoHa",
+        "W0 + s·(B₁A₁) ⊙ (B₂A₂)",
         LYCORIS_FIELDS,
         loha,
     ),
     "LOKR": _Method(
         "LoKr",
+        "W0 + s·(C ⊗ D)",
         LYCORIS_FIELDS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
         lokr,
     ),
     "OFT": _Method(
         "OFT",
+        "W0·Rᵀ, of embeddings Rᵀ·W0",
         frozenset(["r", "oft_block_size", "module_dropout", "coft", "eps", "block_share"])
         | {"use_cayley_neumann", "num_cayley_neumann_terms"},
         oft,
@@ -77,10 +86,13 @@ METHODS: dict[str, _Method] = {
     ),
     "BOFT": _Method(
         "BOFT",
+        "diag(s)·W0·Rᵀ",
         frozenset(["boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"]),
         boft,
     ),
-    "TRAINABLE_TOKENS": _Method("trainable-tokens", frozenset(["token_indices"]), replaced_tokens),
+    "TRAINABLE_TOKENS": _Method(
+        "trainable-tokens", "W0 with some rows replaced", frozenset(["token_indices"]), replaced_tokens
+    ),
 }
 
 
@@ -88,6 +100,10 @@ class PeftMethods:
     """Adapters that ``peft`` writes with another method than LoRA, of those in ``METHODS``."""
 
     name = "peft-methods"
+
+    @property
+    def reads(self) -> tuple[tuple[str, str], ...]:
+        return tuple((f"PEFT: {method.label}", method.formula) for method in METHODS.values())
 
     def recognises(self, tuned: Checkpoint) -> bool:
         method = (tuned.adapter_config or {}).get("peft_type")

@@ -11,8 +11,9 @@ from spectra.errors import UnsupportedMethodError
 
 NO_WEIGHT = "changes no weight of the model, so there is no spectrum to compare"
 NO_ONE_WEIGHT = "adds what depends on the input, so that no one weight has its effect"
+OVER_ALL = "has parts that are sized, drawn or shared over all modules, so that none can be read by itself"
 NOT_YET = "cannot be read by this version (LoRA, rsLoRA, DoRA, AdaLoRA, VeRA, IA3, LoHa, LoKr, OFT, BOFT and trainable "
-NOT_YET += "tokens can)"
+NOT_YET += "tokens can by themselves, others through peft)"
 
 # Methods that train prompts or networks beside the model, only vectors, or that have no weight to merge into.
 METHODS: dict[str, str] = {
@@ -31,14 +32,16 @@ METHODS: dict[str, str] = {
     "LN_TUNING": "trains norms alone: a vector has no spectrum",
     "BEFT": "trains biases alone: a vector has no spectrum",
     **dict.fromkeys(["POLY", "XLORA", "LILY", "SHADOW"], NO_ONE_WEIGHT),
+    **dict.fromkeys(["RANDLORA", "VBLORA", "PVERA", "UNILORA", "TINYLORA", "FROD"], OVER_ALL),
+    "ADAMSS": "has parts by clusters of the base weight's singular vectors, which peft computes anew as it loads",
 }
 
 # Options of LoRA that change what the stored factors mean.
 OPTIONS: dict[str, str] = {
     "use_qalora": "QA-LoRA adds to a quantised weight by groups of its input",
     "use_bdlora": "the factors are block-diagonal, and stored as blocks",
-    "arrow_config": "Arrow mixes several adapters, token by token",
     "kasa_config": "KaSA took the smallest singular values out of the base and has some of its own",
+    "arrow_config": "Arrow mixes several adapters, token by token",
     "monteclora_config": "MonteCLoRA draws its factors anew at each step",
     "megatron_config": "Megatron's layers are parts of the weights, one for each device",
 }

@@ -6,6 +6,7 @@ Imported only where peft is loaded already.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,7 +47,10 @@ def adapter_of(model: torch.nn.Module, name: str | None) -> LiveCheckpoint:
         state = _adapter_state(model, name, path)
     tensors, aside = tensors_of(path, state, once=False)  # as peft saves them
     around = None if changes_base(config) else lambda: base_of(model)
-    return LiveCheckpoint(path, ADAPTER_IN_MEMORY, tensors, {}, config, aside, source=inner_model(model), around=around)
+    return LiveCheckpoint(
+        path, ADAPTER_IN_MEMORY, tensors, {}, config, aside, source=inner_model(model), around=around,
+        rescaled=dict(_rescaled(model, name, configs[name])),
+    )  # fmt: skip
 
 
 def base_of(model: torch.nn.Module) -> LiveCheckpoint:
@@ -61,7 +65,7 @@ def base_of(model: torch.nn.Module) -> LiveCheckpoint:
     for name, config in _configs(model).items():
         if changes_base(config.to_dict()):
             raise UsageError(
-                f"{title}: the initialisation of adapter {name} ({config.init_lora_weights}) took a part out of the "
+                f"{title}: the initialisation of adapter {name} ({_initialisation(config)}) took a part out of the "
                 "base weights, which are no longer there; name the base (base=…)"
             )
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -93,7 +97,13 @@ def base_of(model: torch.nn.Module) -> LiveCheckpoint:
 def changes_base(config: Mapping[str, Any]) -> bool:
     """Whether an adapter's initialisation took a part out of the base weights, which are then not in memory."""
     how = config.get("init_lora_weights")
+    if config.get("kasa_config"):  # which truncates the base
+        return True
     return isinstance(how, str) and how.lower().startswith(INITIALISED)
+
+
+def _initialisation(config: Any) -> str:
+    return "KaSA" if getattr(config, "kasa_config", None) else str(config.init_lora_weights)
 
 
 def inner_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -174,6 +184,35 @@ def _as_saved(model: torch.nn.Module, config: Any) -> dict[str, Any]:
     if values.get("base_model_name_or_path") is None:
         values["base_model_name_or_path"] = getattr(inner_model(model), "name_or_path", None) or None
     return {**values, "inference_mode": True}
+
+
+def _rescaled(model: torch.nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, float]]:
+    """(module, factor) where ``set_scale`` or ``scale_layer`` changed what an adapter's config says."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in inner_model(model).named_modules():
+        scaling = getattr(layer, "scaling", None)
+        if not isinstance(layer, BaseTunerLayer) or not isinstance(scaling, Mapping) or adapter not in scaling:
+            continue
+        nominal = _nominal_scaling(layer, adapter, config)
+        if nominal and abs(scaling[adapter] / nominal - 1) > 1e-9:
+            yield own_name(name).replace(".base_layer", ""), float(scaling[adapter] / nominal)
+
+
+def _nominal_scaling(layer: Any, adapter: str, config: Any) -> float | None:
+    """The scaling that a layer was made with; None where it has none, or one that cannot be changed."""
+    if config.peft_type == "SHIRA":
+        return 1.0
+    if config.peft_type not in ("LORA", "ADALORA", "LOHA", "LOKR"):
+        return None
+    alphas = getattr(layer, "lora_alpha", None) or getattr(layer, "alpha", None)
+    ranks = getattr(layer, "r", None)
+    if not isinstance(alphas, Mapping) or not isinstance(ranks, Mapping) or adapter not in alphas:
+        return None
+    alpha, rank = float(alphas[adapter]), float(ranks[adapter])
+    if config.peft_type == "ADALORA":
+        return alpha if alpha > 0 else rank
+    return alpha / (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
 
 
 def _adapter_state(model: torch.nn.Module, name: str, path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
+from spectra.adapters.peft import itself
 from spectra.adapters.peft.lora import KNOWN_FIELDS, OWN_FIELDS
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.files.checkpoint import open_checkpoint
@@ -23,9 +24,9 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
-@pytest.mark.parametrize("method", ["BOFT", "FOURIERFT", "HRA"])
-def test_methods_that_are_not_read_yet_are_named(rng, make_base, make_adapter, method):
-    with pytest.raises(UnsupportedMethodError, match=method):
+@pytest.mark.parametrize("method", ["BOFT", "FOURIERFT", "HRA", "RANDLORA", "FROD"])
+def test_methods_and_their_factors_are_named(rng, make_base, make_adapter, method):
+    with pytest.raises((AdapterError, UnsupportedMethodError), match=f"(?i){method}"):
         spectra.audit(make_adapter({"q": (f32(rng, 4, 1), f32(rng, 1, 4))}, peft_type=method), FIXTURES / "base")
 
 
@@ -35,7 +36,7 @@ def test_methods_that_change_no_weight_say_so(rng, make_base, make_adapter, meth
         spectra.audit(make_adapter({"q": (f32(rng, 4, 1), f32(rng, 1, 4))}, peft_type=method), FIXTURES / "base")
 
 
-READ = {"LORA", "ADALORA", "VERA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "TRAINABLE_TOKENS"}
+READ = {"LORA", "ADALORA", "VERA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "TRAINABLE_TOKENS", *itself.METHODS}
 PROMPTS = {
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
 }  # fmt: skip
@@ -61,7 +62,7 @@ def test_every_method_is_read_or_named(tmp_path, method):
 
 # What LoRA's options come to; all others are neutral, or have tests of their own.
 REFUSED = {
-    "use_qalora": True, "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2}, "kasa_config": {"beta": 1},
+    "use_qalora": True, "arrow_config": {"top_k": 2},
     "monteclora_config": {"num_samples": 2}, "megatron_config": {"tensor_model_parallel_size": 2},
 }  # fmt: skip
 
@@ -76,6 +77,6 @@ def test_options_that_change_what_factors_mean_are_refused(make_adapter, option)
 def test_no_field_of_loras_config_is_unknown():
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)} - {"runtime_config"}  # which is not saved
     fields -= {"parameters_to_tie", "modules_to_tie", "target_modules_to_tie"}
-    known = KNOWN_FIELDS | OWN_FIELDS | REFUSED.keys() | {"target_parameters"}
+    known = KNOWN_FIELDS | OWN_FIELDS | REFUSED.keys() | itself.VARIANTS.keys() | {"target_parameters"}
     assert fields == known & fields, fields - known
     assert known - fields <= {"auto_mapping", "peft_version"}

@@ -13,6 +13,7 @@ import spectra
 from spectra.errors import MissingFileError, SpectraError, UnsupportedMethodError, UsageError, WrongBaseError
 from spectra.render.inspection import render_inspection
 from spectra.tasks.inspect import inspect
+from tests.support import peft_itself
 from tests.support.in_memory import Unchanged, assert_same, but_for_where, nearly
 from tests.support.paths import FIXTURES
 from tests.support.peft_methods import METHODS, write
@@ -101,6 +102,69 @@ def test_every_option_of_lora(tmp_path, name, seed):
     found = spectra.audit(model, top_k=4)
     before.check()
     assert_same(found, spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=4))
+
+
+@each_seed(range(4))
+@pytest.mark.parametrize("method", peft_itself.METHODS)
+def test_every_method_through_peft(tmp_path, method, seed):
+    model = peft_itself.write(tmp_path, method, seed)
+    before = Unchanged(model)
+    if method == "KaSA":  # whose initialisation truncates the weights of the model
+        with pytest.raises(UsageError, match="its initialisation took a part out"):
+            spectra.audit(model, top_k=4)
+    found = spectra.audit(model, tmp_path / "base" if method == "KaSA" else None, top_k=4)
+    before.check()
+    assert_same(found, spectra.audit(tmp_path / "adapter", tmp_path / "base", top_k=4))
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "adalora", "loha", "lokr", "SHIRA"])
+def test_a_scaling_at_run_time_is_used_and_said(tmp_path, method):
+    """``scale_layer`` and ``set_scale`` change what peft merges, and no config says so."""
+    if method in METHODS:
+        model = write(tmp_path, method, 0)
+    elif method == "SHIRA":
+        model = peft_itself.write(tmp_path, method, 0)
+    else:
+        torch.manual_seed(0)
+        net = Net(np.random.default_rng(3))
+        (tmp_path / "base").mkdir()
+        save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
+        config = peft.LoraConfig(
+            r=4, lora_alpha=3, target_modules=["query", "square"], use_rslora=method == "rslora",
+            use_dora=method == "dora",
+        )  # fmt: skip
+        model = peft.get_peft_model(net, config)
+        randomise(model, 0)
+    plain = spectra.audit(model, top_k=4)
+    changed = []
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "scaling") and "layers.1" in name and "default" in layer.scaling:
+            if method == "SHIRA":
+                layer.set_scale("default", 2.5)
+            else:
+                layer.scale_layer(2.5)
+            changed.append(name)
+    assert changed
+    scaled = spectra.audit(model, top_k=4)
+    merged = model.double().merge_and_unload().state_dict()
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for before, after in zip(plain.layers, scaled.layers, strict=True):
+        said = [note for note in after.notes if "is scaled by 2.5 in the running model" in note]
+        assert bool(said) == (after.name in changed)
+        if after.name not in changed:
+            assert after.measures == before.measures
+            continue
+        W0, W1 = base[f"{after.name}.weight"].double(), merged[f"{after.name}.weight"]
+        relative = float((W1 - W0).norm() / W0.norm())
+        assert after.measures["update_norm_relative"] == pytest.approx(relative, rel=1e-5)
+
+
+def test_a_scaling_at_run_time_is_not_lost_in_a_repair(lora, tmp_path):
+    for layer in lora.modules():
+        if hasattr(layer, "scale_layer"):
+            layer.scale_layer(0.5)
+    with pytest.raises(UsageError, match="scaled in the running model"):
+        spectra.repair(lora, FIXTURES / "base", to=tmp_path / "new", scale=0.5)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ computes in: what is analysed is the matrix that the stored numbers mean.  Forms
 settings leave their meaning open, are refused with the reason.
 
 To add a form: a function in a file here that finds its weights among those of a :class:`~.weights.Quantised`
-checkpoint, and its place in ``FORMS``.
+checkpoint, and its place in ``READS``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,30 @@ from spectra.errors import CorruptFileError
 from spectra.files.derived import Derived, Unreadable, Weights
 from spectra.files.stored.quantised.bitsandbytes import eight_bit, four_bit
 from spectra.files.stored.quantised.float8 import float8, int8, mxfp4
-from spectra.files.stored.quantised.ggml import ggml
-from spectra.files.stored.quantised.mlx import mlx
+from spectra.files.stored.quantised.ggml import READ, ggml
+from spectra.files.stored.quantised.mlx import BITS, mlx
 from spectra.files.stored.quantised.named import left_over, named
 from spectra.files.stored.quantised.packed import packed, qweights
 from spectra.files.stored.quantised.weights import Quantised
 
-# In this order: what is known by its names, then what its dtype alone gives away.
-FORMS: tuple[Callable[[Quantised], Iterator[Derived | Unreadable]], ...] = (
-    ggml, mlx, four_bit, eight_bit, mxfp4, qweights, packed, named, int8, float8, left_over,
-)  # fmt: skip
+Form = Callable[[Quantised], Iterator[Derived | Unreadable]]
+
+# In this order: what is known by its names, then what its dtype alone gives away.  With what each reads, for the
+# documentation; the two that say "" refuse.
+READS: dict[Form, str] = {
+    ggml: f"GGUF: {', '.join(sorted(READ))} (`pip install '.[gguf]'`)",
+    mlx: f"MLX: {', '.join(map(str, BITS))} bits, bits of single modules, mxfp4",
+    four_bit: "bitsandbytes: nf4, fp4",
+    eight_bit: "bitsandbytes: int8",
+    mxfp4: "MXFP4 of gpt-oss",
+    qweights: "GPTQ°, AWQ° (gemm)",
+    packed: "compressed-tensors: packed integers",
+    named: "",
+    int8: "compressed-tensors: int8",
+    float8: "fp8 with block, row or tensor scales (DeepSeek, fbgemm, compressed-tensors)",
+    left_over: "",
+}
+FORMS = tuple(READS)
 
 
 def quantised(weights: Weights, config: Mapping[str, Any]) -> Iterator[Derived | Unreadable]:
