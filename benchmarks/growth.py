@@ -102,4 +102,3 @@ def draw(rows: list[Row], axes: Axes) -> None:
     axes.minorticks_off()
     axes.set_xlabel("size n of an n × n weight")
     axes.set_ylabel("seconds")
-    axes.legend()

@@ -226,4 +226,3 @@ def draw(rows: list[Row], axes: Axes) -> None:
     axes.set_ylim(-0.5, 3 * max(row["intruders"] for row in rows) + 1)
     axes.set_xlabel("KL(base‖tuned), nats per token")
     axes.set_ylabel("intruder dimensions")
-    axes.legend()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 WIDTH = 3.5  # inches
 LINE = 0.17  # inches that a row of names takes
+SHORT, LETTER = 24, 0.06  # letters of a name that a column has room for; inches that one more takes
+MOST_WITHIN = 4  # lines that a legend within the plot may name
 # Okabe & Ito 2008; a marker of its own says the same without colour.
 LOOKS = {
     "plain": ("#000000", "o"),
@@ -60,10 +62,17 @@ def write_plot(draw: Callable[[list[Row], Axes], None], rows: list[Row], title: 
                 axis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.set_minor_formatter(NullFormatter())
         lines = len(axes.get_yticks()) if isinstance(axes.yaxis.get_major_locator(), FixedLocator) else 0
-        figure.set_size_inches(WIDTH, max(2.4, 1.3 + LINE * lines))
+        longest = max((len(tick.get_text()) for tick in axes.get_yticklabels()), default=0) if lines else 0
         handles, labels = axes.get_legend_handles_labels()
-        if lines and handles:  # names take the room beside the plot
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 5), columnspacing=1)
+        below = bool(handles) and (lines > 0 or len(handles) > MOST_WITHIN)  # names take the room beside the plot
+        wide = max(map(len, labels), default=0) > SHORT
+        columns = min(len(handles), 5 if lines else 1 if wide else 2)
+        room = LINE * -(-len(handles) // columns) if below and not lines else 0.0
+        figure.set_size_inches(WIDTH + LETTER * max(0, longest - SHORT), max(2.4, 1.3 + LINE * lines) + room)
+        if below:
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1)
+        elif handles:
+            axes.legend()
         figure.savefig(path.with_suffix(".png"))
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 

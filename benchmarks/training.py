@@ -190,4 +190,3 @@ def draw(rows: list[Row], axes: Axes) -> None:
         axes.plot([row["step"] for row in mine], [row["intruders"] for row in mine], label=name, **look(method))
     axes.set_xlabel("training step")
     axes.set_ylabel("intruder dimensions")
-    axes.legend()
