@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import spectra
 from spectra.errors import CorruptFileError
 from tests.support.quantised import check, refused
 from tests.support.seeds import each_seed
@@ -104,6 +107,11 @@ def test_settings_that_leave_the_meaning_open_are_refused(opened, rng, said, rea
         ({"scales": torch.zeros(8, 3), "biases": torch.zeros(8, 3)}, "m.weight"),
         ({"scales": torch.zeros(8, 1).int()}, "m.scales"),
         ({"weight": torch.zeros(8, 7, dtype=torch.uint32)}, "m.weight"),
+        ({"weight": torch.zeros(9, 8, dtype=torch.uint32)}, "m.weight"),
+        ({"scales": torch.zeros(8, 0), "biases": torch.zeros(8, 0)}, "m.weight"),
+        ({"scales": torch.zeros(8, 1).double(), "biases": torch.zeros(8, 1)}, "m.scales"),
+        ({"scales": torch.zeros(())}, "m.weight"),
+        ({"biases": torch.zeros(1, 8, 1)}, "m.biases"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(opened, rng, changes, words):
@@ -111,3 +119,33 @@ def test_what_does_not_fit_is_refused_by_name(opened, rng, changes, words):
     tensors = {key: value for key, value in (stored | changes).items() if value is not None}
     with pytest.raises(CorruptFileError, match=re.escape(words)):
         _ = opened(named(tensors), quantization={"group_size": 64, "bits": 4}).weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scales": torch.ones(8, 2)}, "m.scales"),
+        ({"scales": torch.ones(8, 3, dtype=torch.uint8)}, "m.weight"),
+        ({"scales": torch.ones(7, 2, dtype=torch.uint8)}, "m.weight"),
+        ({"weight": torch.zeros(8, 9, dtype=torch.uint32)}, "m.weight"),
+    ],
+)
+def test_what_does_not_fit_in_mxfp4_is_refused_by_name(opened, rng, changes, words):
+    stored, _ = quantised(rng, 8, 64, size=32, mode="mxfp4")
+    with pytest.raises(CorruptFileError, match=re.escape(words)):
+        _ = opened(named(stored | changes), quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"}).weights
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 255], ids=str)
+def test_a_scale_that_is_no_number_fails_its_layer(tmp_path, rng, value):
+    mode = "mxfp4" if value == 255 else "affine"
+    stored, _ = quantised(rng, 8, 64, size=32, mode=mode)
+    stored["scales"][3, 1] = value  # of mxfp4, 255 is 2 to the 128th
+    said = {"group_size": 32, "bits": 4, "mode": mode}
+    for folder, tensors in (("tuned", stored), ("base", quantised(rng, 8, 64, size=32, mode=mode)[0])):
+        (tmp_path / folder).mkdir()
+        save_file(named(tensors, "a.q_proj"), tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"quantization": said}))
+    report = spectra.audit(tmp_path / "tuned", tmp_path / "base", top_k=2)
+    (layer,) = report.layers
+    assert layer.status == "non_finite"
