@@ -11,10 +11,10 @@ import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from spectra.adapters.peft.keys import PREFIX
 from spectra.errors import in_short
 from spectra.files.orientation import Layout
 
-PREFIX = "base_model.model."
 # What the config says of the whole model, and what only training needs.
 OF_THE_MODEL = (
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "exclude_modules", "modules_to_save",

@@ -40,8 +40,8 @@ METHODS: dict[str, str] = {
 OPTIONS: dict[str, str] = {
     "use_qalora": "QA-LoRA adds to a quantised weight by groups of its input",
     "use_bdlora": "the factors are block-diagonal, and stored as blocks",
-    "kasa_config": "KaSA took the smallest singular values out of the base and has some of its own",
     "arrow_config": "Arrow mixes several adapters, token by token",
+    "kasa_config": "KaSA took the smallest singular values out of the base and has some of its own",
     "monteclora_config": "MonteCLoRA draws its factors anew at each step",
     "megatron_config": "Megatron's layers are parts of the weights, one for each device",
 }

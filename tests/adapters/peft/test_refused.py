@@ -24,9 +24,12 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's remarks on what is asked of it
 
 
-@pytest.mark.parametrize("method", ["BOFT", "FOURIERFT", "HRA", "RANDLORA", "FROD"])
-def test_methods_and_their_factors_are_named(rng, make_base, make_adapter, method):
-    with pytest.raises((AdapterError, UnsupportedMethodError), match=f"(?i){method}"):
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [("BOFT", "BOFT"), ("FOURIERFT", "FourierFT"), ("HRA", "HRA"), ("RANDLORA", "RANDLORA"), ("FROD", "FROD")],
+)
+def test_methods_and_their_factors_are_named(rng, make_base, make_adapter, method, named):
+    with pytest.raises(UnsupportedMethodError, match=named):
         spectra.audit(make_adapter({"q": (f32(rng, 4, 1), f32(rng, 1, 4))}, peft_type=method), FIXTURES / "base")
 
 
