@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from spectra.errors import CorruptFileError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # safetensors' names and torch's.
@@ -24,7 +25,16 @@ DTYPES = {
     "C64": "complex64", "F64": "float64", "I64": "int64", "U64": "uint64",
 }  # fmt: skip
 
+HALVES = ("F16", "BF16")
+
 Stamp = tuple[int, int]  # size and time of the last change
+
+
+def half_precision(dtype: str | None) -> torch.dtype | None:
+    """torch's dtype of that name if it is of half precision, else None."""
+    import torch
+
+    return getattr(torch, DTYPES[dtype]) if dtype in HALVES else None
 
 
 def stamp_of(status: os.stat_result) -> Stamp:

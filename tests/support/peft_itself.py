@@ -1,19 +1,13 @@
-"""Small models, and adapters of them by the methods of peft that are read through peft itself."""
+"""Modules, and configs of adapters of them by the methods of peft that are read through peft itself."""
 
 from __future__ import annotations
 
-import warnings
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 from torch import nn
-
-from tests.support.peft_models import DTYPES, randomise
 
 peft = pytest.importorskip("peft")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -34,13 +28,6 @@ class Block(nn.Module):
         self.conv3 = nn.Conv2d(b, c, (3, 2))
         self.square_kernel = nn.Conv2d(c, a, 3, bias=False)
         self.classifier = nn.Linear(a, 3)
-
-
-class Net(nn.Module):
-    def __init__(self, rng: np.random.Generator):
-        super().__init__()
-        self.layers = nn.ModuleList([Block(rng), Block(rng)])
-        self.head = nn.Linear(5, 4)
 
 
 LINEAR = ["query", "square", "down"]
@@ -172,19 +159,3 @@ METHODS: dict[str, Callable[[np.random.Generator, int], Any]] = {
     "GRALORA": gralora, "DELORA": delora, "WAVEFT": waveft, "OSF": osf, "GLORA": glora, "PEANUT": peanut,
     "SUPERTUNING": supertuning, "DEFT": deft, "PSOFT": psoft, "BD-LoRA": bdlora, "KaSA": kasa,
 }  # fmt: skip
-
-
-def write(tmp_path, method: str, seed: int) -> Any:
-    """A base and an adapter of it, random in every parameter; the model that peft has of them."""
-    rng = np.random.default_rng([zlib.crc32(method.encode()), seed])
-    torch.manual_seed(seed)
-    dtype = DTYPES[seed % len(DTYPES)]
-    net = Net(rng).to(torch.float32 if method == "PSOFT" and dtype == torch.float64 else dtype)  # it takes no other
-    (tmp_path / "base").mkdir()
-    save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's remarks on what is asked of it
-        model = peft.get_peft_model(net, METHODS[method](rng, seed))
-        randomise(model, seed)
-        model.save_pretrained(tmp_path / "adapter")
-    return model

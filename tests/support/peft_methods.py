@@ -1,4 +1,4 @@
-"""Small models, and adapters of them by each of peft's methods besides LoRA."""
+"""Small models, and adapters of them by each of peft's methods besides LoRA that are read."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from spectra.adapters import plan_updates
 from spectra.files.checkpoint import open_checkpoint
+from tests.support import peft_itself as itself
 from tests.support.peft_models import DTYPES, randomise
 
 peft = pytest.importorskip("peft")
@@ -43,9 +44,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Two blocks of every kind of module that the methods can wrap."""
 
-    def __init__(self, rng: np.random.Generator):
+    def __init__(self, block: Callable[[np.random.Generator], nn.Module], rng: np.random.Generator):
         super().__init__()
-        self.layers = nn.ModuleList([Block(rng), Block(rng)])
+        self.layers = nn.ModuleList([block(rng), block(rng)])
         self.head = nn.Linear(5, 4)
 
 
@@ -166,18 +167,23 @@ METHODS: dict[str, Callable[[np.random.Generator, int], Any]] = {
     "adalora": adalora, "vera": vera, "ia3": ia3, "loha": loha, "lokr": lokr, "oft": oft,
     "boft": boft,
 }  # fmt: skip
+EVERY = (*METHODS, *itself.METHODS)
 
 
-def write(tmp_path, method: str, seed: int, change: Callable[[Any], None] | None = None) -> Any:
+def write(tmp_path, method: str, seed: int) -> Any:
     """A base and an adapter of it, random in every parameter; the model that peft has of them."""
     rng = np.random.default_rng([zlib.crc32(method.encode()), seed])
     torch.manual_seed(seed)
-    net = Net(rng).to(DTYPES[seed % len(DTYPES)])
+    block, config = (Block, METHODS[method]) if method in METHODS else (itself.Block, itself.METHODS[method])
+    dtype = DTYPES[seed % len(DTYPES)]
+    if method == "PSOFT" and dtype == torch.float64:  # which it does not take
+        dtype = torch.float32
+    net = Net(block, rng).to(dtype)
     (tmp_path / "base").mkdir()
     save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's remarks on what is asked of it
-        model = peft.get_peft_model(net, METHODS[method](rng, seed))
+        model = peft.get_peft_model(net, config(rng, seed))
         randomise(model, seed)
         for name, parameter in model.named_parameters():
             if (

@@ -5,11 +5,13 @@ them held against what is read, in float64.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from spectra.adapters import plan_updates
@@ -17,6 +19,7 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
@@ -91,6 +94,21 @@ OPTIONS = (
 )  # fmt: skip
 
 
+def write_lora(folder: Path, name: str, seed: int) -> Any:
+    """A base and an adapter of it with one of ``OPTIONS``, random in every parameter; the model that peft has."""
+    rng = np.random.default_rng([OPTIONS.index(name), seed])
+    torch.manual_seed(seed)
+    net = Net(rng).to(DTYPES[seed % len(DTYPES)])
+    (folder / "base").mkdir()
+    save_file(net.state_dict(), folder / "base" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's remarks on what is asked of it
+        model = peft.get_peft_model(net, peft.LoraConfig(**option(name, rng)))
+        randomise(model, seed)
+        model.save_pretrained(folder / "adapter")
+    return model
+
+
 def randomise(model: nn.Module, seed: int) -> None:
     """Gives every trainable parameter a value far from its initial one."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,10 +119,10 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.add_(0.3 * noise.to(parameter.dtype))
 
 
-def read_all(base_folder, adapter_folder):
+def read_all(base_folder, adapter_folder, plan=None):
     """{base tensor's name: (W1 as read, layout)} of every pair, in float64."""
     base, tuned = open_checkpoint(base_folder), open_checkpoint(adapter_folder)
-    pairing = pair_layers(base, tuned, plan_updates(tuned))
+    pairing = pair_layers(base, tuned, plan or plan_updates(tuned))
     found = {}
     for pair in pairing.pairs:
         W0 = pair.read_base(base, torch.float64, "cpu")

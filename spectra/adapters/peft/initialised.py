@@ -18,6 +18,7 @@ from spectra.errors import AdapterError, UnsupportedMethodError, UsageError
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Derived, Weight
 from spectra.files.orientation import TIED, Layout
+from spectra.files.values import HALVES, half_precision
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class InitialisedUpdate(LoraUpdate):
             raise UnsupportedMethodError(self.A.file, f"peft has no {self.how} for this kind of module", self.A.name)
         # The copy that may lie beside the factors is of what was left of the weight.
         notes = self.notes
-        if base.dtype in ("F16", "BF16"):
+        if base.dtype in HALVES:
             notes += (f"what was left of the base weight is rounded to {base.dtype}, as it is stored",)
             if self.initial is not None and self.how in FROM_BASE:
                 notes += ("what was taken out is computed where the adapter before training holds it less exactly",)
@@ -82,8 +83,6 @@ class InitialisedUpdate(LoraUpdate):
     def read(  # type: ignore[override]
         self, checkpoint: Checkpoint, layout: Layout, rows: int | None, dtype: torch.dtype, device: str
     ) -> LowRank | RowScaled | Reinitialised:
-        import torch
-
         from spectra.updates.initialisation import Reinitialised
 
         update = super().read(checkpoint, layout, rows, dtype, device)
@@ -91,7 +90,7 @@ class InitialisedUpdate(LoraUpdate):
             update,
             self._taken(layout, rows, dtype, device),
             lambda reason: AdapterError(self.A.file, reason, self.A.name),
-            {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.stored or ""),
+            half_precision(self.stored),
             # peft takes the weight as it is stored, which is the other way round for Conv1D.
             turned=self.how == "olora" and layout == "conv1d",
             from_base=self.initial is None,

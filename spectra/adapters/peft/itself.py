@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.adapters.peft.fields import COMMON_FIELDS, INERT, ConfigFields
-from spectra.adapters.peft.keys import BASE_COPY, StoredKeys, unwrapped
+from spectra.adapters.peft.keys import StoredKeys, unwrapped
 from spectra.adapters.peft.lora import NEUTRAL_INIT
 from spectra.adapters.peft.method import MethodUpdate
 from spectra.adapters.peft.refused import how_to_ignore
-from spectra.adapters.peft.unknown import stored_whole
-from spectra.adapters.plan import Plan, PlannedUpdate, Skipped, UpdateKind
+from spectra.adapters.peft.unknown import plan_of
+from spectra.adapters.plan import Plan, UpdateKind
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.files.checkpoint import Checkpoint, TensorInfo
 from spectra.files.derived import Weight
 from spectra.files.orientation import Layout
+from spectra.files.values import half_precision
 
 if TYPE_CHECKING:
     import torch
 
     from spectra.updates.algebra import Update
 
-LARGEST = 1 << 20  # of a whole number in the config: sizes of what PEFT makes before it loads anything
 SPREAD = "spreads the update over all modules at once, so that none can be read by itself"
 
 
@@ -132,13 +132,14 @@ class ThroughPeft(MethodUpdate):
         return Merging(partial(self._merge, values, layout))
 
     def _merge(self, values: dict[str, torch.Tensor], layout: Layout, W0: torch.Tensor) -> torch.Tensor:
-        from spectra.adapters.peft.one_module import NotLoadedError, as_stored, merged
+        import torch
+
+        from spectra.adapters.peft.one_module import Module, NotLoadedError
 
         try:
             # As the model has it, since what methods take out of W0 or decompose is rounded so; merged in float64.
-            return merged(
-                self.config, self.module, values, layout, self.kernel, as_stored(W0, self.stored), self.factor
-            )
+            stored = W0.to(half_precision(self.stored) or (torch.float64 if self.stored == "F64" else torch.float32))
+            return Module(self.config, self.module, values, layout, self.kernel).merged(stored, self.factor)
         except NotLoadedError as error:
             first = self.factors[0][1]
             raise AdapterError(
@@ -166,38 +167,20 @@ class PeftItself:
         name, method = fields.values["peft_type"], _method_of(tuned)
         assert method is not None
         config = _checked(fields, name, method)
+
+        from spectra.adapters.peft.one_module import prefix_of
+
         stored = StoredKeys(tuned, ())
-        slots = _by_module(stored, _prefix(name))
-        copies = stored.copies()
-        updates: list[PlannedUpdate] = []
-        skipped: list[Skipped] = []
+        slots = _by_module(stored, prefix_of(name))
         rank = fields.whole("r", 0) or None if fields.values.get("r") is not None else None
-        for module, slot in slots.items():
-            copy = copies.get(f"{unwrapped(module)}.weight")
-            updates.append(
-                ThroughPeft(
-                    unwrapped(module), tuple(slot.items()), rank, notes=method.notes, config=config,
-                    label=method.label, changes_bias=method.changes_bias,
-                    base_copy=copy[1].name if copy else None,
-                )
-            )  # fmt: skip
-            if copy is not None and stored.plain.pop(copy[0], None) is not None:
-                skipped.append(Skipped(copy[1].name, BASE_COPY, "no_update"))
-        for planned in stored_whole(stored, method.label):
-            if isinstance(planned, Skipped):
-                skipped.append(planned)
-            else:
-                updates.append(planned)
-        facts = {
-            "rank": rank,
-            "alpha": None,
-            "scaling": None,
-            "use_rslora": False,
-            "use_dora": False,
-            "conditional": False,
-            "base_model_name_or_path": fields.values.get("base_model_name_or_path"),
-        }
-        return Plan(f"peft-{method.label.lower()}", tuple(updates), tuple(skipped), facts)
+        own = [
+            ThroughPeft(
+                unwrapped(module), tuple(slot.items()), rank, notes=method.notes, config=config, label=method.label,
+                changes_bias=method.changes_bias,
+            )
+            for module, slot in slots.items()
+        ]  # fmt: skip
+        return plan_of(stored, method.label, own, fields.values.get("base_model_name_or_path"))
 
 
 def _method_of(tuned: Checkpoint) -> _Method | None:
@@ -214,7 +197,7 @@ def _checked(fields: ConfigFields, name: str, method: _Method) -> dict[str, Any]
     Raises
     ------
     UnsupportedMethodError : peft is not installed or does not know them, or an option cannot be read.
-    AdapterError : a number is out of all bounds, or peft does not take the config.
+    AdapterError : peft does not take the config.
     """
     known = _known_fields(fields.file, name, method.label)
     config = {}
@@ -234,11 +217,6 @@ def _checked(fields: ConfigFields, name: str, method: _Method) -> dict[str, Any]
         raise UnsupportedMethodError(
             fields.file, f"{method.label}: init_lora_weights = {str(config['init_lora_weights'])[:80]!r} {ALONE}"
         )
-    for key, value in config.items():
-        if "seed" not in key and "key" not in key:
-            for number in value.values() if isinstance(value, Mapping) else (value,):
-                if isinstance(number, int | float) and not -LARGEST <= number <= LARGEST:
-                    raise AdapterError(fields.file, f"{key} = {number}; expected at most {LARGEST:,}")
     from spectra.adapters.peft.one_module import NotLoadedError, config_of
 
     try:
@@ -262,15 +240,6 @@ def _known_fields(file: Path, name: str, label: str) -> frozenset[str]:
     if name not in PeftType.__members__:
         raise UnsupportedMethodError(file, f"{label} is read through peft, and the installed one does not have it")
     return frozenset(item.name for item in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]))
-
-
-def _prefix(name: str) -> str:
-    """What the names of a method's parameters begin with."""
-    from peft import PeftType
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
-    prefix: str = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(name)]
-    return prefix
 
 
 def _by_module(stored: StoredKeys, prefix: str) -> dict[str, dict[str, TensorInfo]]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from spectra.adapters.peft.butterfly import boft
-from spectra.adapters.peft.fields import COMMON_FIELDS, INERT, ConfigFields, common
-from spectra.adapters.peft.keys import BASE_COPY, FACTORS, StoredKeys, unwrapped
+from spectra.adapters.peft.fields import COMMON_FIELDS, INERT, ConfigFields
+from spectra.adapters.peft.keys import FACTORS, StoredKeys, unwrapped
 from spectra.adapters.peft.method import MethodUpdate, Slot
 from spectra.adapters.peft.multiplied import check_oft, ia3, oft
 from spectra.adapters.peft.products import adalora, check_adalora, loha, lokr
 from spectra.adapters.peft.refused import how_to_ignore
 from spectra.adapters.peft.tokens import replaced_tokens
-from spectra.adapters.peft.unknown import stored_whole
+from spectra.adapters.peft.unknown import plan_of
 from spectra.adapters.peft.vera import vera
-from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
+from spectra.adapters.plan import Plan, Skipped
 from spectra.errors import AdapterError, UnsupportedMethodError
 from spectra.files.checkpoint import Checkpoint
 
@@ -122,42 +122,20 @@ class PeftMethods:
                 )
         method.check(config)
         stored = StoredKeys(tuned, FACTORS[config.values["peft_type"]], method.shared)
-        copies = stored.copies()
-        updates: list[PlannedUpdate] = []
+        own: list[MethodUpdate] = []
         skipped: list[Skipped] = []
-        used: set[str] = set()
         for module, slot in stored.modules.items():
             for name in method.idle.keys() & slot.keys():
                 skipped.append(Skipped(slot.pop(name).name, method.idle[name], "no_update"))
-            update = method.build(config, unwrapped(module), _floats(stored.shared | slot))
-            copy = copies.get(f"{unwrapped(module)}.weight")
-            if copy is not None and stored.plain.pop(copy[0], None) is not None:
-                update = replace(update, base_copy=copy[1].name)
-                skipped.append(Skipped(copy[1].name, BASE_COPY, "no_update"))
-            updates.append(update)
-            used.update(update.tensors)
+            own.append(method.build(config, unwrapped(module), _floats(stored.shared | slot)))
+        used = {name for update in own for name in update.tensors}
         skipped += [
             Skipped(info.name, "every module has its own copy of it", "no_update")
             for info in stored.shared.values() if info.name not in used
         ]  # fmt: skip
         for info in stored.biases.values():
             raise UnsupportedMethodError(info.file, f"{method.label} does not hold this: it belongs to LoRA", info.name)
-        for planned in stored_whole(stored, method.label):
-            if isinstance(planned, Skipped):
-                skipped.append(planned)
-            else:
-                updates.append(planned)
-        own = [update for update in updates if isinstance(update, MethodUpdate)]
-        facts = {
-            "rank": common(update.rank for update in own),
-            "alpha": common(update.alpha for update in own),
-            "scaling": common(update.scaling for update in own),
-            "use_rslora": False,
-            "use_dora": False,
-            "conditional": False,
-            "base_model_name_or_path": config.values.get("base_model_name_or_path"),
-        }
-        return Plan(f"peft-{method.label.lower()}", tuple(updates), tuple(skipped), facts)
+        return plan_of(stored, method.label, own, config.values.get("base_model_name_or_path"), skipped)
 
 
 def _floats(slot: Slot) -> Slot:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -28,102 +30,89 @@ class NotLoadedError(Exception):
     """Why peft does not take a module's tensors."""
 
 
-def as_stored(W0: Tensor, dtype: str) -> Tensor:
-    """W0 in the half or double precision that the base has it in, else in float32."""
-    return W0.to({"F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}.get(dtype, torch.float32))
+def prefix_of(method: str) -> str:
+    """What the names of a method's parameters begin with."""
+    prefix: str = PEFT_TYPE_TO_PREFIX_MAPPING[peft.PeftType(method)]
+    return prefix
 
 
-def merged(
-    config: Mapping[str, Any],
-    module: str,
-    values: Mapping[str, Tensor],
-    layout: Layout,
-    kernel: tuple[int, ...],
-    W0: Tensor,
-    factor: float = 1.0,
-) -> Tensor:
-    """W1 (m, n), float64: what peft makes of W0 (m, n) by an adapter's tensors of one module.
+@dataclass(frozen=True)
+class Module:
+    """What an adapter holds of one module.
 
-    ``values`` are these by their names within the module, ``kernel`` the sides of a convolution's, else ();
-    ``factor`` multiplies the scaling that peft gives it.
-
-    Raises
-    ------
-    NotLoadedError : peft refuses the config or the tensors for such a module.
+    ``config`` are the values of its config that peft is given, ``values`` the module's tensors by their names within
+    it, ``kernel`` the sides of a convolution's, else ().
     """
-    _check_sizes(config, module, values, layout, kernel, W0)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+    config: Mapping[str, Any]
+    name: str
+    values: Mapping[str, Tensor]
+    layout: Layout
+    kernel: tuple[int, ...]
+
+    def merged(self, W0: Tensor, factor: float = 1.0) -> Tensor:
+        """W1 (m, n), float64: what peft makes of W0 (m, n); ``factor`` multiplies the scaling that peft gives it.
+
+        Raises
+        ------
+        NotLoadedError : peft refuses the config or the tensors for such a module.
+        """
+        self._check_sizes(W0)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                wrapped: Any = self._wrapped(W0)
+                state = {f"{PREFIX}{self.name}.{name}": value for name, value in self.values.items()}
+                found: Any = set_peft_model_state_dict(wrapped, state)
+                if found.unexpected_keys:  # some methods have parts for a bias: their values are no matter here
+                    wrapped = self._wrapped(W0, bias=True)
+                    found = set_peft_model_state_dict(wrapped, state)
+                _check(found, prefix_of(self.config["peft_type"]))
+                if factor != 1:
+                    wrapped.base_model.model.get_submodule(self.name).scaling["default"] *= factor
+                merged_model = wrapped.double().merge_and_unload()
+            except NotLoadedError:
+                raise
+            except Exception as error:  # whatever peft raises for what it does not take
+                raise NotLoadedError(in_short(error)) from None
+        weight: Tensor = merged_model.get_submodule(self.name).weight.detach()
+        if self.layout in ("conv1d", "embedding"):
+            return weight.T
+        return weight.flatten(1)
+
+    def _wrapped(self, W0: Tensor, *, bias: bool = False) -> peft.PeftModel:
+        torch.manual_seed(0)  # what a method draws, it draws by a seed in its config; the rest is overwritten
+        layer = _layer(self.layout, self.kernel, W0)
+        if bias and self.layout != "embedding":
+            layer.bias = _zeros(W0.shape[0], W0)
+        model: peft.PeftModel = peft.get_peft_model(_within(self.name, layer), config_of(self.config, self.name))
+        return model
+
+    def _check_sizes(self, W0: Tensor) -> None:
+        """Holds what peft would make of the config's sizes against what is stored, before any of it takes memory.
+
+        Where a method looks at values to make its parameters, it makes no more of them than the weight has.
+        """
+        largest = max(W0.numel(), SMALL)
+        for key, value in self.config.items():
+            for number in value.values() if isinstance(value, Mapping) else (value,):
+                if "seed" not in key and isinstance(number, int | float) and not -largest <= number <= largest:
+                    raise NotLoadedError(f"{key} = {number} in the config is more than the weight has entries")
         try:
-            wrapped: Any = _wrapped(config, module, layout, kernel, W0)
-            state = {f"{PREFIX}{module}.{name}": value for name, value in values.items()}
-            found: Any = set_peft_model_state_dict(wrapped, state)
-            if found.unexpected_keys:  # some methods have parts for a bias, whose values are no matter of the weight
-                wrapped = _wrapped(config, module, layout, kernel, W0, bias=True)
-                found = set_peft_model_state_dict(wrapped, state)
-            _check(found, config)
-            if factor != 1:
-                wrapped.base_model.model.get_submodule(module).scaling["default"] *= factor
-            merged_model = wrapped.double().merge_and_unload()
+            with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = get_peft_model_state_dict(self._wrapped(W0.to("meta")))
         except NotLoadedError:
             raise
-        except Exception as error:  # whatever peft raises for what it does not take
-            raise NotLoadedError(in_short(error)) from None
-    weight: Tensor = merged_model.get_submodule(module).weight.detach()
-    if layout in ("conv1d", "embedding"):
-        return weight.T
-    return weight.flatten(1)
-
-
-def _wrapped(
-    config: Mapping[str, Any],
-    module: str,
-    layout: Layout,
-    kernel: tuple[int, ...],
-    W0: Tensor,
-    *,
-    bias: bool = False,
-) -> peft.PeftModel:
-    torch.manual_seed(0)  # what a method draws, it draws by a seed in its config; the rest is overwritten
-    layer = _layer(layout, kernel, W0)
-    if bias and layout != "embedding":
-        layer.bias = nn.Parameter(torch.zeros(W0.shape[0], dtype=W0.dtype, device=W0.device), requires_grad=False)
-    model: peft.PeftModel = peft.get_peft_model(_within(module, layer), config_of(config, module))
-    return model
-
-
-def _check_sizes(
-    config: Mapping[str, Any],
-    module: str,
-    values: Mapping[str, Tensor],
-    layout: Layout,
-    kernel: tuple[int, ...],
-    W0: Tensor,
-) -> None:
-    """Holds what peft would make of the config's sizes against what is stored, before any of it takes memory.
-
-    Where a method looks at values to make its parameters, it makes no more of them than the weight has.
-    """
-    sized = [value for key, value in config.items() if "seed" not in key]
-    numbers = [n for value in sized for n in (value.values() if isinstance(value, Mapping) else (value,))]
-    if any(isinstance(n, int) and n > max(W0.numel(), SMALL) for n in numbers):
-        raise NotLoadedError("a number in the config is larger than the weight")
-    empty = W0.to("meta")
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = get_peft_model_state_dict(_wrapped(config, module, layout, kernel, empty))
-    except NotLoadedError:
-        raise
-    except Exception:  # it looks at values, or refuses the config, which it says again with them
-        return
-    for name, made in state.items():
-        stored = values.get(name.removeprefix(f"{PREFIX}{module}."))
-        if stored is not None and stored.shape != made.shape:
-            raise NotLoadedError(
-                f"size mismatch for {name.removeprefix(PREFIX)}: stored as {list(stored.shape)}, by the config and the "
-                f"base weight {list(made.shape)}; is this the wrong base?"
-            )
+        except Exception:  # it looks at values, or refuses the config, which it says again with them
+            return
+        for name, made in state.items():
+            stored = self.values.get(name.removeprefix(f"{PREFIX}{self.name}."))
+            if stored is not None and stored.shape != made.shape:
+                raise NotLoadedError(
+                    f"size mismatch for {name.removeprefix(PREFIX)}: stored as {list(stored.shape)}, by the config and "
+                    f"the base weight {list(made.shape)}; is this the wrong base?"
+                )
 
 
 def _layer(layout: Layout, kernel: tuple[int, ...], W0: Tensor) -> nn.Module:
@@ -135,6 +124,7 @@ def _layer(layout: Layout, kernel: tuple[int, ...], W0: Tensor) -> nn.Module:
 
         with torch.device("meta"):
             layer = Conv1D(m, n)  # type: ignore[no-untyped-call]
+        layer.bias = _zeros(m, W0)  # which it always has
         return _holding(layer, W0.T)
     if layout == "embedding":
         return _holding(nn.Embedding(n, m, device="meta"), W0.T)
@@ -144,6 +134,10 @@ def _layer(layout: Layout, kernel: tuple[int, ...], W0: Tensor) -> nn.Module:
         layer = kind(channels, m, kernel, bias=False, device="meta")
         return _holding(layer, W0.reshape(m, channels, *kernel))
     return _holding(nn.Linear(n, m, bias=False, device="meta"), W0)
+
+
+def _zeros(size: int, W0: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size, dtype=W0.dtype, device=W0.device), requires_grad=False)
 
 
 def _holding(layer: nn.Module, weight: Tensor) -> nn.Module:
@@ -177,11 +171,10 @@ def config_of(values: Mapping[str, Any], module: str) -> peft.PeftConfig:
     return config
 
 
-def _check(found: Any, config: Mapping[str, Any]) -> None:
+def _check(found: Any, prefix: str) -> None:
     """Everything that was stored has its place, and nothing of the adapter was left as it was made."""
     if found.unexpected_keys:
         raise NotLoadedError(f"it has no place for {found.unexpected_keys[0].removeprefix(PREFIX)}")
-    prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft.PeftType(config["peft_type"])]
     missing = [name for name in found.missing_keys if f".{prefix}" in name]
     if missing:
         raise NotLoadedError(f"its partner {missing[0].removeprefix(PREFIX)} is missing")

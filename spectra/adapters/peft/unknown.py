@@ -1,4 +1,6 @@
-"""What lies in an adapter and is no factor that its method is known to have: refused by name, never left out.
+"""What lies in an adapter beside the factors, and makes its plan whole.
+
+What lies in an adapter and is no factor that its method is known to have: refused by name, never left out.
 
 A tensor within a module that has factors changes what that module computes, and one with the prefix of a method is
 that method's.  A module of its own, such as a new head, may be new.
@@ -7,10 +9,14 @@ that method's.  A module of its own, such as a new head, may be new.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
-from spectra.adapters.peft.keys import StoredKeys, unwrapped
-from spectra.adapters.plan import PlannedUpdate, Skipped
+from spectra.adapters.peft.fields import common
+from spectra.adapters.peft.keys import BASE_COPY, StoredKeys, unwrapped
+from spectra.adapters.peft.method import MethodUpdate
+from spectra.adapters.plan import Plan, PlannedUpdate, Skipped
 from spectra.adapters.unsupported import foreign_method
 from spectra.errors import AdapterError, UnsupportedMethodError
 
@@ -23,6 +29,44 @@ _METHODS_OWN = re.compile(rf"(?:^|\.)(?:{'|'.join(PREFIXES)})_|_lora_")
 _MODULES_OWN = ("weight", "bias")
 _HALF_NAMED = re.compile(r"_(A|B)(?=\.weight$|$)")
 _WRAPPED = (".base_layer.", ".token_adapter.")  # within them lie the base's own weights
+
+
+def plan_of(
+    stored: StoredKeys, label: str, own: Iterable[MethodUpdate], base_model: Any, skipped: Iterable[Skipped] = ()
+) -> Plan:
+    """The plan of an adapter of another method than LoRA: its modules' updates, and all that is stored beside them.
+
+    ``label`` is what the method is called, ``base_model`` the config's name of the base, ``skipped`` what is left
+    out already.
+
+    Raises
+    ------
+    UnsupportedMethodError : a tensor is another method's, or not understood.
+    """
+    copies = stored.copies()
+    left_out = list(skipped)
+    updates: list[PlannedUpdate] = []
+    for update in own:
+        copy = copies.get(f"{update.module}.weight")
+        if copy is not None and stored.plain.pop(copy[0], None) is not None:
+            update = replace(update, base_copy=copy[1].name)
+            left_out.append(Skipped(copy[1].name, BASE_COPY, "no_update"))
+        updates.append(update)
+    facts = {
+        "rank": common(update.rank for update in updates),
+        "alpha": common(update.alpha for update in updates),
+        "scaling": common(update.scaling for update in updates),
+        "use_rslora": False,
+        "use_dora": False,
+        "conditional": False,
+        "base_model_name_or_path": base_model,
+    }
+    for planned in stored_whole(stored, label):
+        if isinstance(planned, Skipped):
+            left_out.append(planned)
+        else:
+            updates.append(planned)
+    return Plan(f"peft-{label.lower()}", tuple(updates), tuple(left_out), facts)
 
 
 def stored_whole(stored: StoredKeys, label: str) -> Iterator[PlannedUpdate | Skipped]:

@@ -13,6 +13,7 @@ from spectra.adapters.plan import Plan, PlannedUpdate, UpdateKind
 from spectra.errors import AdapterError
 from spectra.files.derived import Weight
 from spectra.files.orientation import Layout, Orientation
+from spectra.files.values import half_precision
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class Projections:
             bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
             values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             for dtype in self.dtypes:
-                values = values.to({"BF16": torch.bfloat16, "F16": torch.float16}.get(dtype, values.dtype)).float()
+                values = values.to(half_precision(dtype) or values.dtype).float()
             made.append(values.double().to(device))
         return made[0], made[1]
 

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import spectra
 from spectra.adapters import plan_updates
@@ -15,15 +14,13 @@ from spectra.files.checkpoint import open_checkpoint
 from spectra.files.orientation import as_matrix
 from spectra.pairing.pairs import pair_layers
 from tests.support.peft_models import (
-    DTYPES,
     OPTIONS,
-    Net,
     check_against_merge,
-    option,
     randomise,
     read_all,
     tiny_gpt2,
     tiny_llama,
+    write_lora,
 )
 from tests.support.seeds import each_seed
 
@@ -36,17 +33,9 @@ SEEDS = range(20)
 @each_seed(SEEDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_equals_the_merge(tmp_path, name, seed):
-    rng = np.random.default_rng([OPTIONS.index(name), seed])
-    torch.manual_seed(seed)
-    dtype = DTYPES[seed % len(DTYPES)]
-    net = Net(rng).to(dtype)
-    (tmp_path / "base").mkdir()
-    save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
+    model = write_lora(tmp_path, name, seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's remarks on what we ask of it
-        model = peft.get_peft_model(net, peft.LoraConfig(**option(name, rng)))
-        randomise(model, seed)
-        model.save_pretrained(tmp_path / "adapter")
+        warnings.simplefilter("ignore")
         check_against_merge(model, tmp_path / "base", tmp_path / "adapter")
 
 

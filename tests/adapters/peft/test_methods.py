@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
+from spectra.adapters.peft import itself
 from spectra.errors import AdapterError, UnsupportedMethodError, UsageError, WrongBaseError
 from spectra.records.report import json_schema
-from tests.support.peft_methods import METHODS, all_accounted_for, write
+from spectra.render.inspection import render_inspection
+from tests.support.peft_methods import EVERY, METHODS, all_accounted_for, write
 from tests.support.peft_models import DTYPES, check_against_merge, randomise, read_all, tiny_gpt2
 from tests.support.seeds import each_seed
 
@@ -27,8 +29,8 @@ SEEDS = range(20)
 
 
 @each_seed(SEEDS)
-@pytest.mark.parametrize("method", METHODS)
-def test_equals_the_merge(tmp_path, method, seed):
+@pytest.mark.parametrize("method", EVERY)
+def test_equals_the_merge_of_the_whole_model(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
     all_accounted_for(tmp_path / "adapter")
     with warnings.catch_warnings():
@@ -62,7 +64,11 @@ def test_gpt2_with_its_square_transposed_weights(tmp_path, method):
         assert torch.linalg.norm(W1 - expected) <= 1e-6 * torch.linalg.norm(expected), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+KINDS = {"adalora": "low_rank", "vera": "low_rank", "ia3": "scaled", "loha": "hadamard", "lokr": "kronecker"}
+KINDS |= {"oft": "rotated", "boft": "rotated"}
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_every_engine_and_every_form_of_output(tmp_path, method):
     write(tmp_path, method, 4)  # where AdaLoRA has modules of rank 0
     reports = [
@@ -72,20 +78,27 @@ def test_every_engine_and_every_form_of_output(tmp_path, method):
     counts = [[(layer.status, layer.intruders) for layer in report.layers] for report in reports]
     assert counts[0] == counts[1] == counts[2]
     assert {status for status, _ in counts[0]} <= {"analysed", "unchanged"}
-    assert reports[0].tuned["format"] == f"peft-{method}"
+    if method in METHODS:
+        assert reports[0].tuned["format"] == f"peft-{method}"
+    else:
+        inspected = spectra.inspect(tmp_path / "adapter", tmp_path / "base")
+        assert "as peft merges" in render_inspection([inspected])
     jsonschema.validate(json.loads(reports[0].to_json()), json_schema())
     kinds = {layer.update["kind"] for layer in reports[0].layers}
-    expected = {"ia3": "scaled", "loha": "hadamard", "lokr": "kronecker", "oft": "rotated", "boft": "rotated"}
-    assert kinds - {"dense"} == {expected.get(method, "low_rank")}
+    assert kinds - {"dense"} == {KINDS.get(method, "by_peft")}
 
 
-@each_seed([seed for seed in SEEDS if DTYPES[seed % 4] in (torch.float32, torch.float64)])
-@pytest.mark.parametrize("method", METHODS)
+@each_seed([seed for seed in range(12) if DTYPES[seed % 4] in (torch.float32, torch.float64)])
+@pytest.mark.parametrize("method", EVERY)
 def test_a_merged_copy_is_the_merge_and_no_adapter_is_written(tmp_path, method, seed):
     model = write(tmp_path, method, seed)
     with pytest.raises(UsageError, match=r"repair writes LoRA and DoRA.*--merged"):
         spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0)
     assert not (tmp_path / "new").exists()
+    if method in itself.METHODS and itself.METHODS[method].changes_bias:
+        with pytest.raises(UsageError, match="changes biases as well"):
+            spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0, merged=True)
+        return
     spectra.repair(tmp_path / "adapter", tmp_path / "base", to=tmp_path / "new", scale=1.0, merged=True)
     written = load_file(tmp_path / "new" / "model.safetensors")
     with warnings.catch_warnings():

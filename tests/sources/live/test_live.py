@@ -16,8 +16,8 @@ from spectra.tasks.inspect import inspect
 from tests.support import peft_itself
 from tests.support.in_memory import Unchanged, assert_same, but_for_where, nearly
 from tests.support.paths import FIXTURES
-from tests.support.peft_methods import METHODS, write
-from tests.support.peft_models import DTYPES, OPTIONS, Net, option, randomise, tiny_llama
+from tests.support.peft_methods import EVERY, METHODS, write
+from tests.support.peft_models import OPTIONS, Net, randomise, tiny_llama, write_lora
 from tests.support.seeds import each_seed
 
 peft = pytest.importorskip("peft")
@@ -90,14 +90,7 @@ def test_every_method(tmp_path, method, seed):
 @each_seed(range(4))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_lora(tmp_path, name, seed):
-    rng = np.random.default_rng([OPTIONS.index(name), seed])
-    torch.manual_seed(seed)
-    net = Net(rng).to(DTYPES[seed])
-    (tmp_path / "base").mkdir()
-    save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
-    model = peft.get_peft_model(net, peft.LoraConfig(**option(name, rng)))
-    randomise(model, seed)
-    model.save_pretrained(tmp_path / "adapter")
+    model = write_lora(tmp_path, name, seed)
     before = Unchanged(model)
     found = spectra.audit(model, top_k=4)
     before.check()
@@ -107,7 +100,7 @@ def test_every_option_of_lora(tmp_path, name, seed):
 @each_seed(range(4))
 @pytest.mark.parametrize("method", peft_itself.METHODS)
 def test_every_method_through_peft(tmp_path, method, seed):
-    model = peft_itself.write(tmp_path, method, seed)
+    model = write(tmp_path, method, seed)
     before = Unchanged(model)
     if method == "KaSA":  # whose initialisation truncates the weights of the model
         with pytest.raises(UsageError, match="its initialisation took a part out"):
@@ -120,10 +113,8 @@ def test_every_method_through_peft(tmp_path, method, seed):
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "adalora", "loha", "lokr", "SHIRA"])
 def test_a_scaling_at_run_time_is_used_and_said(tmp_path, method):
     """``scale_layer`` and ``set_scale`` change what peft merges, and no config says so."""
-    if method in METHODS:
+    if method in EVERY:
         model = write(tmp_path, method, 0)
-    elif method == "SHIRA":
-        model = peft_itself.write(tmp_path, method, 0)
     else:
         torch.manual_seed(0)
         net = Net(np.random.default_rng(3))
