@@ -22,6 +22,7 @@ FILES = (
         "GGUF in F32, F16, BF16 or quantised, also in parts, of the architectures " + ", ".join(sorted(MODULES)),
         "under transformers' names, rows in its order",
     ),
+    ("GGUF of any other architecture", "under GGUF's own names, against GGUF of that architecture alone"),
 )
 FORMS = (
     (

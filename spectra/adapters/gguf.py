@@ -2,7 +2,8 @@
 
 ``blk.N.attn_q.weight.lora_a`` (r, in) and ``.lora_b`` (out, r), one alpha for all, r that of the tensor: dW = alpha/r ·
 b·a, and b·a itself where alpha is 0.  The rows of query and key updates of the architecture "llama" are reordered as
-those of its weights are, which the base's numbers of heads undo.  Of the embedding, a is stored as (V, r).
+those of its weights are, which the base's numbers of heads undo.  Of the embedding, a is stored as (V, r).  Modules of
+an architecture that is not known keep GGUF's names, as those of its models do.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _update(architecture: str, name: str, slot: Mapping[str, TensorInfo], alpha:
     for factor in ("lora_a", "lora_b"):
         if factor not in slot:
             raise AdapterError(present.file, f"its partner {name}.weight.{factor} is missing", present.name)
-    module, part = module_of(present.file, architecture, name)
+    module, part = module_of(architecture, name)
     if module is None or part is None:
         raise UnsupportedMethodError(
             present.file, f"{name!r} is no module of {architecture!r} that this version knows", present.name

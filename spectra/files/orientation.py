@@ -33,7 +33,7 @@ CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 _EMBEDDING = re.compile(
     r"embed(_in|_tokens|_positions|_scale)?|\w*embeddings?|wte|wpe|shared|(tokens|positions)_embed"
-    r"|relative_attention_bias"
+    r"|relative_attention_bias|(per_layer_token|token|position)_embd|token_types"  # the last are GGUF's
 )
 _HEAD = re.compile(
     r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|seq_relationship|vocab_projector|logits)$"
@@ -51,7 +51,7 @@ def role_of(module: str, ndim: int) -> Role:
     parts = module.split(".")
     if ndim > 2:
         return "conv"
-    if _HEAD.match(parts[-1]) or _HEAD_PARENTS.intersection(parts[:-1]):
+    if module == "output" or _HEAD.match(parts[-1]) or _HEAD_PARENTS.intersection(parts[:-1]):
         return "head"
     return "embedding" if _EMBEDDING.fullmatch(parts[-1]) else "linear"
 

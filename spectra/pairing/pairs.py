@@ -20,6 +20,7 @@ from spectra.adapters.peft.vera import with_projections
 from spectra.errors import AdapterError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint
 from spectra.files.derived import Alternative, Derived, Unreadable, Weight
+from spectra.files.gguf.names import keeps_ggufs_names
 from spectra.files.orientation import Layout, Orientation, Role, as_matrix, matrix_shape, role_of
 from spectra.files.stored.rows import Rows, footprint, overlap, own_name
 from spectra.pairing.fused import against_split
@@ -135,6 +136,7 @@ def pair_layers(
     WrongBaseError : an adapter's factor has no base weight, or shapes do not fit.
     AdapterError : the orientation of a weight cannot be decided.
     """
+    _check_same_names(base, tuned)
     plan = against_split(plan, base)
     matcher = NameMatcher(base, plan.updates, tuned.config)
     orientation = Orientation(base.weights, base.config)
@@ -183,6 +185,17 @@ def pair_layers(
         _check_overlap(base, tuned, plan, pairs, skipped)
         skipped += _only_in_base(base, used, skipped)
     return Pairing(tuple(pairs), tuple(_sized(item, tuned) for item in skipped), matcher.counterpart, plan)
+
+
+def _check_same_names(base: Checkpoint, tuned: Checkpoint) -> None:
+    mine, theirs = (keeps_ggufs_names(one.layout, one.config) for one in (tuned, base))
+    if mine != theirs:
+        named, other, architecture = (tuned, base, mine) if mine else (base, tuned, theirs)
+        raise WrongBaseError(
+            next(iter(named.files), named.path),
+            f"what the tensors of the GGUF architecture {str(architecture)[:40]!r} are called elsewhere is not known "
+            f"to this version: compare it with a GGUF file of that architecture, which {other.path} is not",
+        )
 
 
 def _without_base(update: PlannedUpdate, tuned: Checkpoint, relatives: Relatives) -> Skipped:

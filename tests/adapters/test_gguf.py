@@ -144,10 +144,23 @@ def test_stacked_experts_are_skipped(tmp_path):
     assert {item.name for item in plan.skipped} == set(extra)
 
 
-@pytest.mark.parametrize(("architecture", "words"), [("gptneox", "'gptneox'"), ("baichuan", "llama, mistral3")])
-def test_an_architecture_that_was_not_checked_is_refused(tmp_path, architecture, words):
-    with pytest.raises(UnsupportedMethodError, match=words):
-        plan_updates(open_checkpoint(small_lora(tmp_path, architecture)))
+def test_an_architecture_that_was_not_checked_goes_with_its_own_kind_alone(tmp_path):
+    """GGUF's names and its order of rows are those of a model of that architecture, and of no other."""
+    rng = np.random.default_rng(0)
+    lora = small_lora(tmp_path, "gptneox")
+    factors = {info.name.rpartition(".")[2]: info.name for info in open_checkpoint(lora).tensors.values()}
+    assert factors.keys() == {"lora_a", "lora_b"}
+    weights = {"blk.0.attn_q.weight": draw(rng, 8, 8), "token_embd.weight": draw(rng, 20, 8)}
+    base = write_gguf(tmp_path / "base" / "model.gguf", "gptneox", weights)
+    opened = open_checkpoint(lora)
+    A, B = (opened.read(factors[name]).double() for name in ("lora_a", "lora_b"))
+    check(base, lora, {"blk.0.attn_q.weight": weights["blk.0.attn_q.weight"].double() + 2 * B @ A})
+    other = write_gguf(tmp_path / "other" / "model.gguf", "baichuan", weights)
+    for wrong in (other, small_base(tmp_path / "plain", num_attention_heads=2)):
+        with pytest.raises(WrongBaseError, match=r"the GGUF architecture '(gptneox|baichuan)' are called elsewhere"):
+            spectra.audit(lora, wrong)
+    with pytest.raises(WrongBaseError, match="'gptneox' are called elsewhere"):
+        spectra.audit(small_lora(tmp_path / "llama"), base)
 
 
 @pytest.mark.parametrize(

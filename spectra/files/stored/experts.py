@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spectra.files.derived import Alternative, Derived, Unreadable, Weight, Weights, sources_of
+from spectra.files.gguf.names import OWN
 from spectra.files.stored.rows import Joined, Member, Part, Rows, Same, Turned
 
 # Families whose stacks are (E, out, in) or (E, in, out), and those in which gate and up take turns, row by row.
@@ -127,8 +128,10 @@ def _turned(part: str, stack: Mapping[str, Weight], config: Mapping[str, Any]) -
     """Whether a stack is (E, in, out) rather than (E, out, in); None where it cannot be told.
 
     By the stack that goes with it, since gate and up together are twice as wide as what down takes; else by
-    ``hidden_size``, else, where that is both dimensions, by the family.
+    ``hidden_size``, else, where that is both dimensions, by the family.  ggml has all of them (E, out, in).
     """
+    if _family(config) == OWN:
+        return False
     if FUSED in stack and "down_proj" in stack:
         (_, a, b), (_, c, d) = stack[FUSED].shape, stack["down_proj"].shape
         straight, across = (b == c and a == 2 * d), (a == d and b == 2 * c)

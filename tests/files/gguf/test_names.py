@@ -12,7 +12,7 @@ import torch
 import spectra
 from spectra.adapters import plan_updates
 from spectra.cli import main
-from spectra.errors import UnsupportedMethodError
+from spectra.errors import CorruptFileError, WrongBaseError
 from spectra.files.checkpoint import open_checkpoint
 from spectra.files.gguf.headers import KEPT_ITEMS, TYPES, read_gguf
 from spectra.files.gguf.names import MIXTURES, MODULES
@@ -104,11 +104,71 @@ def quantised(value):
     return gguf.quants.quantize(value.numpy(), gguf.GGMLQuantizationType.Q8_0), "Q8_0"
 
 
-def test_a_mixture_that_was_not_checked_is_refused(tmp_path):
-    tensors = {"blk.0.ffn_gate_exps.weight": np.ones((2, 8, 8), np.float32)}
+EMBEDDINGS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd", "blk.0.nextn.embed_tokens")
+
+
+def tensors_of(rng, architecture):
+    """One block's tensors and those outside, of gguf's table, as an architecture that was not checked may have them."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    tensors = {}
+    for kind in gguf.MODEL_TENSORS[kinds[architecture]]:
+        name = gguf.TENSOR_NAMES[kind].format(bid=0, xid=0)
+        if "norm" in name or "rope" in name or "bias" in name or "sinks" in name:
+            tensors[f"{name}.weight"] = draw(rng, 6)
+        elif name.endswith("_exps"):
+            tensors[f"{name}.weight"] = draw(rng, 3, *((6, 8), (8, 6), (8, 8))[int(rng.integers(3))])
+            tensors[f"{name}.bias"] = draw(rng, 3, 8)
+        else:
+            tensors[f"{name}.weight"] = draw(rng, 10, 8)
+    return tensors
+
+
+@pytest.mark.parametrize("architecture", sorted(set(gguf.MODEL_ARCH_NAMES.values()) - set(MODULES) - {"clip"}))
+def test_an_architecture_that_was_not_checked_is_compared_with_its_own_kind(tmp_path, architecture):
+    rng = np.random.default_rng(len(architecture))
+    before = tensors_of(rng, architecture)
+    after = {name: value + 0.1 * draw(rng, *value.shape) for name, value in before.items()}
+    fields = [("uint32", f"{architecture}.expert_count", 3)] if any("_exps" in name for name in before) else []
+    base = write_gguf(tmp_path / "base.gguf", architecture, before, fields)
+    tuned = write_gguf(tmp_path / "tuned.gguf", architecture, after, fields)
+    report = spectra.audit(tuned, base, top_k=2)
+    assert not report.coverage.is_partial, report.to_text()
+    found = {layer.name: layer for layer in report.layers}
+    for name, value in before.items():
+        change = after[name] - value
+        if value.ndim == 3:
+            for expert in range(3):
+                layer = found.pop(f"blk.0.experts.{expert}.{name[10:].partition('_exps')[0]}_proj")
+                assert layer.shape == tuple(value.shape[1:])
+                expected = change[expert].norm() / value[expert].norm()
+                assert layer.measures["update_norm_relative"] == pytest.approx(float(expected), rel=1e-4)
+        elif value.ndim == 2 and not name.endswith(".bias"):
+            layer = found.pop(name.removesuffix(".weight"))
+            embedding = name.removesuffix(".weight") in EMBEDDINGS
+            assert layer.shape == ((8, 10) if embedding else (10, 8)), name
+            assert (layer.role == "embedding") == embedding
+            assert (layer.role == "head") == (name in ("output.weight", "cls.output.weight")), name
+    assert not found
+
+
+def test_a_mixture_that_was_not_checked_keeps_its_names(tmp_path):
+    """Also where models of that architecture without experts are known."""
+    tensors = {"blk.0.ffn_gate_exps.weight": np.ones((2, 8, 8), np.float32), "output.weight": np.eye(8)}
     path = write_gguf(tmp_path / "a.gguf", "mistral3", tensors, [("uint32", "mistral3.expert_count", 2)])
-    with pytest.raises(UnsupportedMethodError, match=r"'mistral3'.*known are llama, olmoe, qwen2moe, qwen3moe"):
-        open_checkpoint(path)
+    assert {*open_checkpoint(path).weights} == {
+        "blk.0.experts.0.gate_proj.weight", "blk.0.experts.1.gate_proj.weight", "output.weight",
+    }  # fmt: skip
+    plain = write(tmp_path / "plain", {"lm_head.weight": torch.eye(8)})
+    for tuned, base in ((path, plain), (plain, path)):
+        with pytest.raises(WrongBaseError, match=r"the GGUF architecture 'mistral3' are called elsewhere"):
+            spectra.audit(tuned, base)
+
+
+def test_names_that_meet_are_malformed(tmp_path):
+    tensors = {"blk.0.ffn_gate_exps.weight": np.ones((2, 8, 8), np.float32),
+               "blk.0.experts.gate_proj": np.ones((2, 8, 8), np.float32)}  # fmt: skip
+    with pytest.raises(CorruptFileError, match="under two names"):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", "deepseek2", tensors))
 
 
 def test_a_lora_upon_a_model_of_its_own_kind(tmp_path):
