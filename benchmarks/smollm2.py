@@ -60,16 +60,16 @@ def _rows(member: Member, tuned: Any, adapter: Path, base: Path) -> Iterator[Row
     yield row("peft", incumbent, sum(found), sum(found) == sum(counts.values()))
     yield row("audit, exact", plain, sum(counts.values()), not expected.failed)
     report, seconds = _timed(lambda: spectra.audit(adapter, base, cache=False))
-    yield row("audit, auto", seconds, report.total("all"), _counts(report) == counts)
+    yield row("audit, auto", seconds, report.total(), _counts(report) == counts)
     spectra.cache(base, cache=kept)
     report, seconds = _timed(lambda: spectra.audit(adapter, base, cache=kept))
-    yield row("audit, kept spectra", seconds, report.total("all"), _counts(report) == counts)
+    yield row("audit, kept spectra", seconds, report.total(), _counts(report) == counts)
     if any(counts.values()):
         place = adapter.parent / f"repaired-{adapter.name}"
         _, seconds = _timed(lambda: spectra.repair(adapter, base, scale=0.5, to=place, cache=False))
         yield row("repair", seconds, sum(counts.values()), place.exists())
     comparison, seconds = _timed(lambda: spectra.compare([adapter], base, cache=False))
-    yield row("compare", seconds, comparison.reports[0].total("all"), _counts(comparison.reports[0]) == counts)
+    yield row("compare", seconds, comparison.reports[0].total(), _counts(comparison.reports[0]) == counts)
 
 
 def _counts(report: spectra.Report) -> dict[str, int]:

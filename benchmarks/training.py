@@ -163,7 +163,7 @@ def _row(name: str, record: Record) -> Row:
         "training": name,
         "step": record.step,
         "intruders": record.intruders,
-        "outside noise": int(metrics["intruders_outside_noise_like_base"]),
+        "in all layers": int(metrics["intruders_all"]),
         "energy share": metrics.get("energy_share"),
         "cosine margin": metrics.get("cosine_margin"),
         "threshold margin": metrics.get("threshold_margin"),

@@ -63,7 +63,7 @@ def run(options: Options) -> Iterator[Row | str]:
                 "width": width,
                 "seconds": seconds,
                 "speed-up": alone / seconds,
-                "intruders": report.total("all"),
+                "intruders": report.total(),
                 "agrees": _verdicts(report) == _verdicts(first),
             }
 

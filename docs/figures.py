@@ -32,7 +32,7 @@ from spectra.plots.style import (
     new_figure,
 )
 from spectra.records.layer import LayerSpectra
-from spectra.records.report import SEVERITIES, Report
+from spectra.records.report import LEVELS, Report
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MEMBERS = ("lora-r1", "lora-r4", "lora-r16", "lora-r64", "rslora-r16", "dora-r16", "full")
@@ -228,7 +228,7 @@ def null() -> Figure:
     compared = spectra.compare([FIXTURES / "lora-r4"], BASE, draws=60, include=["model.layers.0.*"], threads=1)
     report = compared.reports[0]
     counts = np.sum([layer.null["counts"] for layer in report.layers if layer.null], axis=0)
-    total = report.total("all")
+    total = report.total()
     figure = new_figure(SINGLE * 1.4, 2.2)
     axes = figure.subplots()
     axes.hist(counts, bins=[count - 0.5 for count in range(min(*counts, total), max(*counts, total) + 2)], color=GREY)
@@ -242,12 +242,12 @@ def null() -> Figure:
 
 
 @figure_function
-def verdict() -> Figure:
-    """The scale of the severity, with the family of fixtures on it."""
+def levels() -> Figure:
+    """The levels by share of intruders, with the family of fixtures on it."""
     figure = new_figure(DOUBLE, 1.9)
     axes = figure.subplots()
-    edges = [0.001, *(limit for limit, _ in SEVERITIES[1:])]
-    for (low, high), (_, word), shade in zip(pairwise(edges), SEVERITIES[1:], (0.12, 0.3, 0.5), strict=True):
+    edges = [0.001, *(limit for limit, _ in LEVELS[1:])]
+    for (low, high), (_, word), shade in zip(pairwise(edges), LEVELS[1:], (0.12, 0.3, 0.5), strict=True):
         axes.axvspan(low, high, color=BLUE, alpha=shade, linewidth=0)
         axes.text(np.sqrt(low * high), 1.02, word, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     placed = sorted((report.share, str(report.tuned["path"]).rpartition("/")[2]) for report in reports())

@@ -72,7 +72,7 @@ def test_the_family_is_what_it_says():
 
 def test_lora_plants_intruders_and_full_fine_tuning_hardly_any():
     totals = {r.tuned["path"]: r for r in spectra.audit_many([FIXTURES / m for m in MEMBERS], FIXTURES / "base")}
-    counts = {Path(path).name: report.total("non-noise") for path, report in totals.items()}
+    counts = {Path(path).name: report.total() for path, report in totals.items()}
     assert counts["full"] * 3 < min(count for name, count in counts.items() if name != "full")
 
 

@@ -174,7 +174,7 @@ SIGNATURES = {
     "ranks": f"tuned [base] | energy max_rank by use_rslora alpha | {READING} dtype {DEVICE} workers hash_contents",
     "extract": "tuned [base] | to energy max_rank by use_rslora alpha whole force | "
     f"include exclude allow_pickle local_files_only dtype {DEVICE} workers",
-    "repair": f"tuned [base] | scale to method which keep_rank merged store_dtype force | {AUDIT}",
+    "repair": f"tuned [base] | scale to method which noise_like keep_rank merged store_dtype force | {AUDIT}",
     "verify": f"tuned [base] | source | allow_pickle local_files_only dtype {DEVICE}",
     "sweep": f"tuned [base] | evaluate model scales which controls seeds include_base | {AUDIT}",
     "cache": f"base | cache dry_run | include exclude allow_pickle local_files_only dtype {DEVICE}",

@@ -83,9 +83,9 @@ def add(commands: Commands) -> None:
     )
     gate.add_argument(
         "--fail-on",
-        choices=("all", "paper", "non-noise", "new"),
-        help="which intruders these two count: all, paper (no embeddings, no heads), non-noise (outside "
-        "noise-like bases), new (since --baseline); default: all, or new with --baseline",
+        choices=("judged", "all", "paper", "new"),
+        help="which intruders these two count: judged (outside noise-like bases), all, paper (no embeddings, no "
+        "heads), new (judged, since --baseline); default: judged, or new with --baseline",
     )
     gate.add_argument(
         "--baseline",
@@ -260,7 +260,7 @@ def _crossed(reports: Sequence[Report], options: argparse.Namespace) -> dict[str
     limit, share = options.fail_above, options.fail_above_share
     if limit is None and share is None and options.baseline is not None:
         limit = 0
-    scope = options.fail_on or ("new" if options.baseline is not None else "all")
+    scope = options.fail_on or ("new" if options.baseline is not None else "judged")
     crossed = {}
     for report in reports:
         path, total, compared = str(report.tuned["path"]), report.total(scope), report.compared(scope)

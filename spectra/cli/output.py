@@ -19,10 +19,10 @@ REPORT_MARKS = (
     b"tuned,layer,",
     b"label,path,method,",
     b"layer,module_type,",
-    *(
-        b"Verdict: " + word
-        for word in (b"NONE ", b"SLIGHT ", b"MODERATE ", b"STRONG ", b"CANNOT TELL ", b"nothing changed.")
-    ),
+    b"No intruder dimensions ",
+    b"Intruder dimensions: ",
+    b"Cannot tell: ",
+    b"Nothing changed: ",
     b"Partial: ",
     b"fine-tune  ",
     b"base       ",

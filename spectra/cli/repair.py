@@ -33,9 +33,9 @@ FORMATS = ("table", "json", "jsonl", "csv")
 WRITTEN = ("float32", "bfloat16", "float16")
 # The options that repair() takes as they are.
 PASSED = (
-    "method", "keep_rank", "merged", "store_dtype", "force", "top_k", "epsilon", "side", "include", "exclude",
-    "split_fused", "ignore_options", "initial_adapter", "allow_pickle", "local_files_only", "engine", "dtype", "device",
-    "workers", "threads", "cache", "hash_contents",
+    "method", "noise_like", "keep_rank", "merged", "store_dtype", "force", "top_k", "epsilon", "side", "include",
+    "exclude", "split_fused", "ignore_options", "initial_adapter", "allow_pickle", "local_files_only", "engine",
+    "dtype", "device", "workers", "threads", "cache", "hash_contents",
 )  # fmt: skip
 LONGEST = 1 << 16  # of a range of indices
 
@@ -85,6 +85,11 @@ def _add_repair(parser: argparse.ArgumentParser) -> None:
         "--which",
         choices=("all", "top"),
         help="every intruder, or the first of each weight, as the paper does (default: all)",
+    )
+    repair.add_argument(
+        "--noise-like",
+        action="store_true",
+        help="--which also in layers whose base is plain noise, which else stay as they are",
     )
     repair.add_argument(
         "--vectors",

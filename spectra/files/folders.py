@@ -22,6 +22,12 @@ from spectra.files.wrapped import own_name
 
 RECORD = "spectra-repair.json"  # what a repaired folder says of how it was made
 CARD = "README.md"
+# What an audit says of a model, in its card; ``spectra.render.card`` writes it.
+_SECTION = re.compile(
+    rb"^(?:\xef\xbb\xbf)?[ \t]*<!--[ \t]*spectra:begin[ \t]*-->[ \t]*\r?$.*?"
+    rb"^[ \t]*<!--[ \t]*spectra:end[ \t]*-->[ \t]*\r?\n?",
+    re.MULTILINE | re.DOTALL,
+)
 
 # Why a folder that is there may not be replaced, or None.
 Ours = Callable[[Path], str | None]
@@ -262,6 +268,8 @@ def copy_file(source: Path, target: Path) -> None:
 def write_card(home: Path, before: Path | None, remarks: Sequence[str], front: Sequence[str]) -> None:
     """Writes the model card: the source's with ``remarks`` appended, else a new one with them alone.
 
+    What an audit said of the source is no part of it any more.
+
     Parameters
     ----------
     before : the source's card; without it, or where it is not there, ``front`` are the lines of the new one's front
@@ -270,7 +278,8 @@ def write_card(home: Path, before: Path | None, remarks: Sequence[str], front: S
     """
     if not remarks:
         return
-    text = before.read_bytes().rstrip() + b"\n\n" if before is not None and before.is_file() else b""
+    kept = _SECTION.sub(b"", before.read_bytes()) if before is not None and before.is_file() else b""
+    text = kept.rstrip() + b"\n\n" if kept.strip() else b""
     if not text.strip():
         text = "\n".join(["---", *front, "---", "", ""]).encode()
     (home / CARD).write_bytes(text + "\n\n".join(remarks).encode() + b"\n")

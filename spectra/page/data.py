@@ -12,7 +12,7 @@ import numpy as np
 from spectra.errors import in_one_line
 from spectra.records import sweeps
 from spectra.records.layer import LayerSpectra, Similarity, Vector
-from spectra.records.report import CANNOT_TELL, SEVERITIES, LayerReport, Report
+from spectra.records.report import CANNOT_TELL, LEVELS, LayerReport, Report
 
 DIGITS = 4  # of singular values, norms and ranks
 STEPS = 10_000  # cosines are whole numbers of these, so that any epsilon with four decimals counts as it would exactly
@@ -34,7 +34,7 @@ def page_data(
     """Everything that the script reads."""
     return {
         "steps": STEPS,
-        "severities": [list(item) for item in SEVERITIES],
+        "levels": [list(item) for item in LEVELS],
         "cannotTell": CANNOT_TELL,
         "reports": [
             _report(report, label, [one for one in matrices if one.tuned == label])

@@ -11,12 +11,13 @@ from typing import Any
 from spectra.errors import in_one_line
 from spectra.page.data import as_script
 from spectra.page.library import hash_of, plotly_library
-from spectra.page.words import ABOUT, GLOSSARY, MEANINGS, MORE_MATRICES
-from spectra.records.report import CANNOT_TELL, SEVERITIES, Report
+from spectra.page.words import ABOUT, GLOSSARY, MORE_MATRICES
+from spectra.records.report import CANNOT_TELL, LEVELS, Report
 from spectra.records.sweeps import mean_update_size, trainable_ratio
 from spectra.render.columns import decimals, failures, method_of, number, plural
 from spectra.render.coverage import partial, unseen
-from spectra.render.text import remarks, verdict
+from spectra.render.finding import finding
+from spectra.render.text import remarks
 
 MARK = "<!doctype html>\n<!-- spectra.page/1 -->"  # how a page begins; nothing else is ever replaced by one
 SCRIPTS = ("core.js", "counts.js", "figures.js", "map.js", "charts.js", "table.js", "layer.js", "compare.js", "page.js")
@@ -34,11 +35,11 @@ def document(
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     several = len(reports) > 1
-    title = f"{len(reports)} fine-tunes" if several else f"{labels[0]}: {reports[0].severity}"
+    title = f"{len(reports)} fine-tunes" if several else f"{labels[0]}: {finding(reports[0]).title.lower()}"
     body = asset("body.html").format(
         above=_unreadable(unreadable) + (_several(reports, labels) if several else ""),
         below="" if several else asset("epsilon.html"),
-        verdicts="\n".join(_of_report(_verdict, reports)),
+        findings="\n".join(_of_report(_finding, reports)),
         records="\n".join(_of_report(_record, reports)),
         more_matrices=_e(MORE_MATRICES),
         glossary="".join(f"<dt>{_e(word)}</dt><dd>{_e(meaning)}</dd>" for word, meaning in GLOSSARY),
@@ -96,26 +97,19 @@ def _several(reports: Sequence[Report], labels: Sequence[str]) -> str:
     )
 
 
-def _verdict(report: Report) -> str:
-    first, *others = verdict(report).removeprefix("Verdict: ").splitlines()
-    part = partial(report)
-    word, dash, said = first.partition(" — ")
-    word, said = (word.capitalize(), said[:1].upper() + said[1:]) if dash else (word.rstrip(".").capitalize(), "")
-    severity = report.severity
-    tuned = report.tuned
-    heading = f"<h2>{_e(word)}</h2>"
+def _finding(report: Report) -> str:
+    found, part, tuned, level = finding(report), partial(report), report.tuned, report.intruder_level
+    heading = f"<h2>{_e(found.title)}</h2>"
     if part is not None:
-        heading = f"<h2>Partial: {_e(part)}</h2>{_list(unseen(report))}<h3>Of the rest: {_e(word)}</h3>"
-    meaning = MEANINGS.get(severity if dash else "", "")
-    notes = "".join(f"<p>{_e(line)}</p>" for line in others)
-    return f"""<section class="verdict {severity.replace(" ", "-")}" aria-label="Verdict">
+        heading = f"<h2>Partial: {_e(part)}</h2>{_list(unseen(report))}<h3>Of the rest: {_e(found.title)}</h3>"
+    notes = "".join(f"<p>{_e(line)}</p>" for line in found.more)
+    return f"""<section class="finding {level.replace(" ", "-")}" aria-label="What was found">
 <div class="said">
 <p class="what"><bdi>{_e(tuned.get("path", "a fine-tune"))}</bdi> <span>{_e(method_of(tuned))}</span></p>
 {heading}
-<p class="lead">{_e(said)}</p>
+<p class="lead">{_e(found.said)}</p>
 {_scale(report)}
 {notes}
-<p>{_e(meaning)}</p>
 </div>
 {_figures(report)}
 </section>
@@ -123,25 +117,29 @@ def _verdict(report: Report) -> str:
 
 
 def _scale(report: Report) -> str:
-    """Where the verdict lies on the scale of severities."""
-    if report.severity == CANNOT_TELL:
+    """Where the share of intruders lies among the levels."""
+    if report.intruder_level == CANNOT_TELL:
         return ""
     steps = []
-    for limit, word in SEVERITIES:
-        here = word == report.severity
-        span = "0" if not limit else f"≤ {limit:.0%}" if limit < 1 else f"> {SEVERITIES[-2][0]:.0%}"
+    for limit, word in LEVELS:
+        here = word == report.intruder_level
+        span = "0" if not limit else f"≤ {limit:.0%}" if limit < 1 else f"> {LEVELS[-2][0]:.0%}"
         current = ' aria-current="true"' if here else ""
         steps.append(f'<li class="{word}"{current}><b>{word}</b> <span>{span}</span></li>')
-    return f'<ol class="scale" aria-label="Share of the compared vectors that are intruders">{"".join(steps)}</ol>'
+    label = "Level of intruders, by their share of the vectors compared"
+    return f'<ol class="scale" aria-label="{label}">{"".join(steps)}</ol>'
 
 
 def _figures(report: Report) -> str:
     summary = report.summary
     size = mean_update_size(report)
-    decided = summary["layers_analysed"] + summary["layers_proved_small"]
+    judged, noisy = summary["layers_judged"], summary["layers_noise_like_base"]
+    apart = f"; {noisy} noise-like apart" if noisy else ""
+    every = summary["intruders_all"]
+    beyond = f"; {every} in all layers" if every != summary["intruders"] else ""
     items = [
-        (str(summary["intruders"]), "intruder dimensions", f"of {summary['vectors_compared']:,} vectors compared"),
-        (str(summary["layers_with_intruders"]), "layers with intruders", f"of {decided} that changed"),
+        (str(summary["intruders"]), "intruder dimensions", f"of {summary['vectors_compared']:,} vectors{beyond}"),
+        (str(summary["layers_with_intruders"]), "layers with intruders", f"of {judged} compared{apart}"),
         (decimals(size), "mean ‖ΔW‖ / ‖W₀‖", "the size of the update"),
         (_parameters(summary["trainable_parameters"]), "values in the update", _ratio(report)),
     ]

@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-MEANINGS = {
-    "none": "Every leading direction of the tuned weights is close to one that the base already had: the update "
-    "turned and rescaled what was there. That is what a gentle fine-tune looks like. It proves nothing about quality.",
-    "slight": "Almost all of what dominates the tuned weights was there before. The few new directions are worth a "
-    "look at the layers below, no more: the fine-tune works mostly within the base's own structure.",
-    "moderate": "Some of the strongest directions of the tuned weights resemble nothing in the base. Such directions "
-    "go along with forgetting (Shuttleworth et al. 2024), so evaluate on what the model must not forget before it is "
-    "used.",
-    "strong": "Many of the strongest directions of the tuned weights resemble nothing in the base. That is a reason to "
-    "look closer, not a failure: evaluate on what the model must not forget, and compare with a lower learning rate, "
-    "another rank or a full fine-tune.",
-    "cannot tell": "No layer could be judged, so this page says nothing about the fine-tune as a whole.",
-}
 MORE_MATRICES = (
     "Rows are singular vectors of the base, columns those of the tuned weight, the largest singular value at the top "
     "left. A vector that was left alone is a mark on the diagonal; an intruder dimension is a column without one, "
@@ -34,7 +21,7 @@ GLOSSARY = (
     (
         "ε (epsilon)",
         "The cosine below which a vector counts as new: 0.5 in the paper. The slider counts anew with another one; "
-        "the verdict at the top is the one of the audit.",
+        "what stands at the top is what the audit found.",
     ),
     (
         "At least … at most …",
@@ -48,14 +35,14 @@ GLOSSARY = (
         "768, 0.06 in 4096. Intruder therefore means spread over many base vectors, not outside their span.",
     ),
     (
-        "Severity",
-        "The share of compared vectors that are intruders, outside layers whose base is plain noise. It puts a "
-        "number into words and is this project's convention. Weights show risk; only an evaluation shows forgetting.",
+        "Level",
+        "The share of the compared vectors that are intruders, put into a word: 0, up to 1 %, up to 10 %, more. It is "
+        "this project's convention for gates and tables, and grades no fine-tune: with none, much may be forgotten.",
     ),
     (
         "Noise-like base",
         "A layer that was never trained has the spectrum of plain noise, and anything moves its vectors. Its "
-        "intruders are shown, and do not count for the severity.",
+        "intruders are shown, and counted apart.",
     ),
     (
         "Proved small",

@@ -221,7 +221,7 @@ def counts_by_layer(source: FineTunes) -> Figure:
         _stack(axes, table, kinds, depths, bars)
         _depth_axis(axes, depths, loose)
         if several:
-            axes.set_title(f"{title}: {report.total('all')}")
+            axes.set_title(f"{title}: {report.total()}")
     from_zero(*panels)
     whole_numbers(panels[0], "y")
     frame(

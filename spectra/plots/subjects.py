@@ -52,8 +52,8 @@ def total_of(report: Report) -> str:
     """The count in words, with what must be known to judge it."""
     summary = report.summary
     text = f"{summary['intruders']} intruders in {summary['vectors_compared']} vectors"
-    if summary["intruders_outside_noise_like_base"] != summary["intruders"]:
-        text += f", {summary['intruders_outside_noise_like_base']} outside noise-like layers"
+    if summary["intruders_all"] != summary["intruders"]:
+        text += f", {summary['intruders_all']} with noise-like layers"
     if summary["layers_failed"]:
         text += f", {summary['layers_failed']} layer{'s' * (summary['layers_failed'] > 1)} failed"
     return text

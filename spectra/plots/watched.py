@@ -39,7 +39,7 @@ LIMIT: dict[str, Any] = {"color": BLACK, "linestyle": (0, (6, 2)), "linewidth": 
 def training_history(history: Sequence[Record] | str | Path, *, title: str = "") -> Figure:
     """Intruders over the steps of a training, how far it is from the first one, and the size of its update.
 
-    Above: the number of intruders, of all layers and of the three module types with most of them; and ‖dW‖/‖W0‖, the
+    Above: the number of intruders, of all module types and of the three with most of them; and ‖dW‖/‖W0‖, the
     largest of the layers and their mean.  Below, the margins that :func:`spectra.records.history.metrics_of`
     defines, each with a dashed line where the first intruder is: the lowest max |cos| less epsilon, and the factor by
     which the update may grow until one is predicted, both outside noise-like bases.
@@ -59,11 +59,11 @@ def training_history(history: Sequence[Record] | str | Path, *, title: str = "")
     figure = new_figure(DOUBLE, 3.6)
     counts, sizes, cosine, threshold = grid(figure, 4, 2, sharex=True)
     _line(counts, records, f"{PREFIX}intruders", ALL)
-    legend: list[tuple[str, dict[str, Any]]] = [("all layers", ALL.line)]
-    outside = f"{PREFIX}intruders_outside_noise_like_base"
-    if any(record.metrics[outside] != record.intruders for record in records):
-        counts.plot(*_series(records, outside), **NOISE)
-        legend.append(("outside noise-like bases", NOISE))
+    legend: list[tuple[str, dict[str, Any]]] = [("all types", ALL.line)]
+    every = f"{PREFIX}intruders_all"
+    if any(record.metrics[every] != record.intruders for record in records):
+        counts.plot(*_series(records, every), **NOISE)
+        legend.append(("with noise-like bases", NOISE))
     for place, name in enumerate(_most(records), start=1):
         own = look(place)
         steps = [record.step for record in records if name in record.by_module_type]

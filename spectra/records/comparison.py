@@ -25,9 +25,9 @@ STEP = re.compile(r"checkpoint-(\d+)$")  # as transformers names them
 COLUMNS = (
     "label", "path", "method", "rank", "alpha", "scaling", "step", "trainable_parameters", "trainable_ratio",
     "update_norm_relative", "update_norm_spectral_relative", "effective_rank", "stable_rank", "rank_90", "rank_99",
-    "intruders", "vectors_compared", "intruders_as_in_paper", "intruders_outside_noise_like_base",
+    "intruders", "vectors_compared", "intruders_all", "intruders_as_in_paper",
     "intruder_energy_share", "threshold", "threshold_layer", "margin", "null_mean", "null_p_value", "rho_k",
-    "principal_overlap", "spectrum_shift", "severity", "layers_analysed", "layers_failed",
+    "principal_overlap", "spectrum_shift", "intruder_level", "layers_analysed", "layers_failed",
 )  # fmt: skip
 MEANS = (
     "update_norm_relative", "update_norm_spectral_relative", "effective_rank", "stable_rank", "rank_90", "rank_99",

@@ -68,7 +68,7 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
     -------
     dict : under "spectra/…"
 
-        - intruders, intruders_outside_noise_like_base, layers_with_intruders: counts;
+        - intruders, layers_with_intruders: counts, outside noise-like bases; intruders_all: in every layer;
         - energy_share: Σσ² of intruders / Σσ² of the vectors compared, the mean over layers;
         - cosine_margin: the lowest max |cos| of any vector, less epsilon.  How much is left until the first intruder,
           or, below 0, how far the worst one is beyond; where a vector has bounds alone, its lower one;
@@ -87,7 +87,7 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
     """
     summary = report.summary
     values: dict[str, float | None] = {
-        key: float(summary[key]) for key in ("intruders", "intruders_outside_noise_like_base", "layers_with_intruders")
+        key: float(summary[key]) for key in ("intruders", "intruders_all", "layers_with_intruders")
     }
     values["energy_share"] = mean_measure(report, "intruder_energy_share")
     lowest = [

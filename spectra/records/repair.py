@@ -128,7 +128,7 @@ class Repair(OfLayers[LayerRepair]):
         ``keep_rank``, ``merged``, ``dtype`` (None: float32, and float64 where stored so), and the audit's.
     layers : those of which vectors were chosen.
     audit : a report on the result, or None where none was made.
-    intruders_before : in the source, over all layers.
+    intruders_before : in the source, outside noise-like bases; over all layers where one of these was changed.
     left_behind : file name → why it was not copied.
     remarks : what else whoever uses the result should know.
     spectra_version, seconds : what made it, and its wall time or None.
@@ -161,9 +161,9 @@ class Repair(OfLayers[LayerRepair]):
 
     @property
     def intruders_after(self) -> int:
-        """In the result, over all layers."""
+        """In the result; over the layers that ``intruders_before`` counts."""
         if self.audit is not None:
-            return self.audit.total("all")
+            return self.audit.total("all" if any(layer.noise_like_base for layer in self.layers) else "judged")
         return self.intruders_before + sum(layer.intruders_after - layer.intruders_before for layer in self.layers)
 
     @property

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 SCHEMA = "spectra.report/1"
 FAILED_STATUSES = frozenset({"non_finite", "not_converged", "failed"})
 DECIDED_STATUSES = frozenset({"analysed", "proved_small"})
-# Which layers a total counts; the paper looks at no embeddings and no heads.
-SCOPES = ("all", "paper", "non-noise", "new")
+# Which layers a total counts.  Judged are those whose base is no plain noise, in which anything moves the vectors; the
+# paper looks at no embeddings and no heads.
+SCOPES = ("judged", "all", "paper", "new")
 
-# The severity scale: the largest share of compared vectors, outside noise-like bases, that may be
-# intruders at each level.  A convention of this project, to put a number into words; it says how
-# much of the top of the spectrum is new, not how much was forgotten.
-SEVERITIES = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong"))
+# The intruder levels: the largest share of judged vectors that may be intruders at each.  A convention of this project,
+# to put a number into words for gates and tables; it says how much of the top of the spectrum is new, and nothing of
+# how much was forgotten.
+LEVELS = ((0.0, "none"), (0.01, "slight"), (0.10, "moderate"), (1.0, "strong"))
 CANNOT_TELL = "cannot tell"  # of a fine-tune of which no vector could be judged
 
 
@@ -95,14 +96,14 @@ class Report(OfLayers[LayerReport]):
     baseline: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
-        vectors = self.compared("all")
-        return f"<Report on {self.tuned.get('path')}: {self.severity}, {self.total('all')} of {vectors} vectors>"
+        found = f"{self.total()} intruders in {self.compared()} vectors"
+        return f"<Report on {self.tuned.get('path')}: {found if self.judged else self.intruder_level}>"
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Totals over layers; see ``report.schema.json`` for each field."""
+        """Totals over layers, of which counts are of the judged ones unless they say otherwise; see
+        ``report.schema.json`` for each field."""
         analysed = [layer for layer in self.layers if layer.status in DECIDED_STATUSES]
-        vectors = sum(len(layer.vectors) for layer in analysed)
         by_status: dict[str, int] = defaultdict(int)
         for layer in self.layers:
             by_status[layer.status] += 1
@@ -113,41 +114,42 @@ class Report(OfLayers[LayerReport]):
             "layers_failed": sum(by_status[status] for status in FAILED_STATUSES),
             "layers_skipped": len(self.skipped),
             "coverage": self.coverage.to_dict(),
-            "layers_with_intruders": sum(layer.intruders > 0 for layer in analysed),
+            "layers_judged": len(self.judged),
+            "layers_with_intruders": sum(layer.intruders > 0 for layer in self.judged),
             "layers_noise_like_base": sum(bool(layer.noise_like_base) for layer in analysed),
-            "vectors_compared": vectors,
-            "intruders": self.total("all"),
+            "vectors_compared": self.compared(),
+            "intruders": self.total(),
+            "intruders_all": self.total("all"),
             "intruders_as_in_paper": self.total("paper"),
-            "intruders_outside_noise_like_base": self.total("non-noise"),
             "intruders_new": self.total("new") if self.baseline is not None else None,
             "borderline": sum(layer.borderline for layer in analysed),
-            "severity": self.severity,
+            "intruder_level": self.intruder_level,
             "trainable_parameters": sum(
                 int(layer.update["parameters"]) for layer in self.layers if layer.status != "unchanged"
             ),
             "by_module_type": self._by_module_type(analysed),
-            "by_index": self._by_index(analysed),
+            "by_index": self._by_index(self.judged),
         }
 
-    def total(self, scope: str) -> int:
-        """Intruders over "all" layers, as the "paper" counts (no embeddings, no heads), outside
-        noise-like bases ("non-noise"), or "new" since the baseline."""
+    def total(self, scope: str = "judged") -> int:
+        """Intruders in the "judged" layers, whose base is no plain noise; in "all"; as the "paper" counts (no
+        embeddings, no heads); or "new" since the baseline, in the judged."""
         if scope == "new":
             if self.baseline is None:
                 raise UsageError("new intruders are counted against a baseline, and there is none")
             return int(self.baseline["intruders_new"])
         return sum(layer.intruders for layer in self._within(scope))
 
-    def compared(self, scope: str) -> int:
-        """The vectors that :meth:`total` of the same scope looks at; of "new", those of all layers."""
-        return sum(len(layer.vectors) for layer in self._within("all" if scope == "new" else scope))
+    def compared(self, scope: str = "judged") -> int:
+        """The vectors that :meth:`total` of the same scope looks at; of "new", those of the judged layers."""
+        return sum(len(layer.vectors) for layer in self._within("judged" if scope == "new" else scope))
 
     def _within(self, scope: str) -> tuple[LayerReport, ...]:
         if scope not in SCOPES:
             raise UsageError(f"scope = {scope!r}; expected one of {', '.join(SCOPES)}")
         if scope == "paper":
             return tuple(layer for layer in self.layers if layer.in_paper_scope)
-        if scope == "non-noise":
+        if scope == "judged":
             return tuple(layer for layer in self.layers if not layer.noise_like_base)
         return self.layers
 
@@ -164,22 +166,26 @@ class Report(OfLayers[LayerReport]):
         return self.base.get("quantised") is not None
 
     @property
-    def severity(self) -> str:
-        """ "none", "slight" (up to 1 % of the vectors compared), "moderate" (10 %) or "strong",
-        outside noise-like bases; "cannot tell" where layers changed and none of them could be judged."""
+    def intruder_level(self) -> str:
+        """How many of the judged vectors are intruders, as a word: "none", "slight" (up to 1 %), "moderate" (10 %) or
+        "strong"; "cannot tell" where layers changed and none of them could be judged.
+
+        A convention, for gates and tables.  It grades the count, not the fine-tune: "none" is no sign that nothing was
+        forgotten.
+        """
         if not self.judged and any(layer.status != "unchanged" for layer in self.layers):
             return CANNOT_TELL
-        return next(word for limit, word in SEVERITIES if self.share <= limit)
+        return next(word for limit, word in LEVELS if self.share <= limit)
 
     @property
     def share(self) -> float:
-        """Of the vectors that the severity is about, how many are intruders: 0 to 1."""
-        vectors = self.compared("non-noise")
-        return self.total("non-noise") / vectors if vectors else 0.0
+        """Of the judged vectors, how many are intruders: 0 to 1."""
+        vectors = self.compared()
+        return self.total() / vectors if vectors else 0.0
 
     @property
     def judged(self) -> tuple[LayerReport, ...]:
-        """The layers that the severity is about: those compared whose base is not noise-like."""
+        """The layers that counts are about: those compared whose base is no plain noise."""
         return Layers(layer for layer in self.layers if layer.vectors and not layer.noise_like_base)
 
     @property
@@ -191,7 +197,10 @@ class Report(OfLayers[LayerReport]):
     def _by_module_type(analysed: Sequence[LayerReport]) -> dict[str, dict[str, int]]:
         table: dict[str, dict[str, int]] = {}
         for layer in analysed:
-            row = table.setdefault(layer.module_type, {"layers": 0, "vectors": 0, "intruders": 0})
+            row = table.setdefault(layer.module_type, {"layers": 0, "vectors": 0, "intruders": 0, "noise_like": 0})
+            if layer.noise_like_base:
+                row["noise_like"] += 1
+                continue
             row["layers"] += 1
             row["vectors"] += len(layer.vectors)
             row["intruders"] += layer.intruders
@@ -215,7 +224,7 @@ class Report(OfLayers[LayerReport]):
         return [rows[index] for index in sorted(rows)]
 
     def against(self, baseline: Report) -> Report:
-        """This report with the intruders that are new since ``baseline`` counted.
+        """This report with the intruders that are new since ``baseline`` counted, in the judged layers.
 
         Singular vectors have no identity across runs, so what counts is each layer's number: new
         are those above the baseline's for the same layer.
@@ -236,14 +245,14 @@ class Report(OfLayers[LayerReport]):
             keys.append("fingerprint")
         if any(self.base[key] != baseline.base[key] for key in keys):
             raise UsageError("the baseline was made with another base model; they cannot be compared")
-        known = {layer.name: layer.intruders for layer in baseline.layers}
-        now = {layer.name: layer.intruders for layer in self.layers}
+        known = {layer.name: layer.intruders for layer in baseline.layers if not layer.noise_like_base}
+        now = {layer.name: layer.intruders for layer in self.layers if not layer.noise_like_base}
         new = {name: count - known.get(name, 0) for name, count in now.items() if count > known.get(name, 0)}
         return replace(
             self,
             baseline={
                 "tuned": dict(baseline.tuned),
-                "intruders": baseline.total("all"),
+                "intruders": baseline.total(),
                 "intruders_new": sum(new.values()),
                 "intruders_gone": sum(max(count - now.get(name, 0), 0) for name, count in known.items()),
                 "new_by_layer": new,

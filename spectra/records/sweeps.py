@@ -12,14 +12,14 @@ EPSILONS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # of a sweep, 
 
 
 def intruders_at(report: Report, epsilon: float | None = None, top_k: int | None = None) -> int:
-    """Intruders in all layers at another ``epsilon``, or among fewer vectors, than the report was made with.
+    """Intruders in the judged layers at another ``epsilon``, or among fewer vectors, than the report was made with.
 
     Raises
     ------
     UsageError : more vectors than were compared, or cosines that were only bounded and whose bounds
         do not say.
     """
-    return sum(layer_intruders_at(layer, report, epsilon, top_k) for layer in report.layers)
+    return sum(layer_intruders_at(layer, report, epsilon, top_k) for layer in report.judged)
 
 
 def layer_intruders_at(
@@ -97,8 +97,8 @@ def free_weight(report: Report) -> tuple[float | None, str | None]:
 
 
 def by_weight(report: Report) -> list[tuple[float, int]]:
-    """(weight, intruders) of W0 + weight·dW in all layers, at the weights that every layer was tried at."""
-    curves = [dict(map(tuple, layer.weights["counts"])) for layer in report.layers if layer.weights is not None]
+    """(weight, intruders) of W0 + weight·dW in the judged layers, at the weights that each was tried at."""
+    curves = [dict(map(tuple, layer.weights["counts"])) for layer in report.judged if layer.weights is not None]
     if not curves:
         return []
     shared = set(curves[0]).intersection(*curves[1:])
@@ -106,9 +106,9 @@ def by_weight(report: Report) -> list[tuple[float, int]]:
 
 
 def null_totals(report: Report) -> list[int] | None:
-    """The total of each draw of random updates over all layers that have vectors; None where they were not drawn."""
-    counts: list[Sequence[int]] = [layer.null["counts"] for layer in report.layers if layer.null is not None]
-    if not counts or len(counts) < len(decided(report)):
+    """The total of each draw of random updates over the judged layers; None where they were not drawn."""
+    counts: list[Sequence[int]] = [layer.null["counts"] for layer in report.judged if layer.null is not None]
+    if not counts or len(counts) < len(report.judged):
         return None
     return [sum(draw) for draw in zip(*counts, strict=True)]
 
@@ -118,4 +118,4 @@ def null_p_value(report: Report) -> float | None:
     totals = null_totals(report)
     if totals is None:
         return None
-    return (1 + sum(total >= report.total("all") for total in totals)) / (1 + len(totals))
+    return (1 + sum(total >= report.total() for total in totals)) / (1 + len(totals))

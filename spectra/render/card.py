@@ -16,11 +16,11 @@ from spectra.records.report import Report
 from spectra.records.sweeps import mean_update_size
 from spectra.render.columns import decimals, failures, grouped_notes, method_of, plural
 from spectra.render.coverage import partial, unseen
+from spectra.render.finding import finding
 from spectra.render.naming import invocation, named_model, public_names, without_paths
-from spectra.render.text import verdict
 
-TYPES = 12  # so many module types are listed
 BEGIN, END = "<!-- spectra:begin -->", "<!-- spectra:end -->"
+TYPES = 12  # so many module types are listed
 # A marker has a line of its own, so that a card can speak of markers without having one.
 _MARKERS = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t]*(<!--[ \t]*spectra:(begin|end)[ \t]*-->)[ \t]*\r?$", re.MULTILINE)
 _PLAIN = re.compile(r"[\w ./#=@:+,()×-]+", re.ASCII)
@@ -56,14 +56,14 @@ def to_model_card(
     addresses : a path of the report → the address of which that is a local copy.
     """
     names = public_names([report.tuned["path"], report.base["path"]], root, addresses)
-    word, dash, meaning = verdict(replace(report, baseline=None)).partition(" — ")
+    found = finding(replace(report, baseline=None))
     said = partial(report)
     made = " and ".join(f"{name} {version}" for name, version in (versions or {}).items())
     home = f"[Spectra]({url})" if url else "Spectra"
     sections = [
         "## Spectral audit",
         "" if said is None else f"**Partial: {_prose(said)}**",
-        f"**{_prose(word)}**" + (f" — {_prose(' '.join(meaning.splitlines()))}" if dash else ""),
+        " ".join([f"**{_prose(found.said)}**", *map(_prose, found.more)]),
         _table(("Finding", ""), _facts(report, names)),
         _module_types(report),
         "\n".join(f"- {_prose(note)}" for note in _notes(report, names, root)),
@@ -124,8 +124,9 @@ def _facts(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
     counts.append(f"{summary['layers_skipped']} skipped")
     if report.coverage.is_partial:
         counts.append(f"**{report.coverage.unseen} not looked at**")
-    vectors, total = summary["vectors_compared"], summary["intruders"]
+    vectors, total, every = (summary[key] for key in ("vectors_compared", "intruders", "intruders_all"))
     share = f" ({total / vectors:.1%})" if vectors else ""
+    beyond = f"; {every} in all layers, noise-like ones included" if every != total else ""
     rows = [
         ("Fine-tune", _prose(method_of(tuned)) + (" (active on some tokens only)" if tuned.get("conditional") else "")),
         ("Base model", base),
@@ -136,7 +137,7 @@ def _facts(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
         ),
         ("Layers", ", ".join(counts)),
         ("Intruder dimensions", f"{total} of {vectors} vectors{share}, in "
-         f"{plural(summary['layers_with_intruders'], 'layer')}"),
+         f"{plural(summary['layers_with_intruders'], 'layer')}{beyond}"),
     ]  # fmt: skip
     if summary["intruders_as_in_paper"] != total:
         rows.append(("Without embeddings and heads", str(summary["intruders_as_in_paper"])))

@@ -21,7 +21,8 @@ SHARED_WIDTH = 12  # of a column of the overlap matrix
 NOTES = {
     "size": "‖dW‖/‖W0‖ (Frobenius) and ‖dW‖₂/σ₁ (spectral) are means over layers, and so are the ranks: r₉₀ directions "
     "hold 90 % of ‖dW‖².\nCounts at different ranks compare only where the updates are of similar size.",
-    "counts": "Energy: the intruders' share of Σσ² over the vectors compared. In base: the share of dW's energy within "
+    "counts": "Counts are of layers whose base is no plain noise; all is of every layer. Level puts the share into a "
+    "word.\nEnergy: the intruders' share of Σσ² over the vectors compared. In base: the share of dW's energy within "
     "the base's own top directions.\nKept: how much of the base's top subspace is still the tuned one's. Shift: "
     "‖σ(W1)−σ(W0)‖/‖σ(W0)‖.",
     "null": "Random: the mean count of random updates with dW's singular values, layer by layer ({draws} draws). p: "
@@ -93,22 +94,22 @@ def _counts(comparison: Comparison) -> str:
     rows = comparison.rows()
     deep = any(row["null_mean"] is not None for row in rows)
     curves = any(layer.weights is not None for report in comparison.reports for layer in report.layers)
-    header = ["intruders", "total", "share", "non-noise", "energy", "in base", "kept", "shift"]
+    header = ["intruders", "total", "share", "all", "energy", "in base", "kept", "shift"]
     header += ["random", "p"] if deep else []
     header += ["free up to"] if curves else []
     lines = []
     for row, report in zip(rows, comparison.reports, strict=True):
         cells = [
             row["label"], str(row["intruders"]), f"{row['intruders'] / max(row['vectors_compared'], 1):.1%}",
-            str(row["intruders_outside_noise_like_base"]), _percent(row["intruder_energy_share"]),
+            str(row["intruders_all"]), _percent(row["intruder_energy_share"]),
             _percent(row["rho_k"]), _percent(row["principal_overlap"]), decimals(row["spectrum_shift"]),
         ]  # fmt: skip
         cells += [decimals(row["null_mean"], 1), decimals(row["null_p_value"], 2)] if deep else []
         tried = sweeps.by_weight(report)
         most = f"> {tried[-1][0]:g}" if tried else "-"
         cells += [most if row["threshold"] is None else f"{row['threshold']:.2f}"] if curves else []
-        lines.append([*cells, row["severity"] + (" (partial)" if report.coverage.is_partial else "")])
-    text = table([*header, "verdict"], lines, left=(0, len(header))) + "\n" + NOTES["counts"]
+        lines.append([*cells, row["intruder_level"] + (" (partial)" if report.coverage.is_partial else "")])
+    text = table([*header, "level"], lines, left=(0, len(header))) + "\n" + NOTES["counts"]
     if deep:
         nulls = [layer.null for report in comparison.reports for layer in report.layers if layer.null]
         text += "\n" + NOTES["null"].format(draws=nulls[0]["draws"])
@@ -127,7 +128,8 @@ def _module_types(comparison: Comparison) -> str:
     lines = []
     for label, report in zip(comparison.labels, comparison.reports, strict=True):
         by_type = report.summary["by_module_type"]
-        lines.append([label, *(str(by_type[kind]["intruders"]) if kind in by_type else "-" for kind in kinds)])
+        judged = {kind: str(row["intruders"]) for kind, row in by_type.items() if row["layers"]}
+        lines.append([label, *(judged.get(kind, "-") for kind in kinds)])
     last = [kind.rpartition(".")[2] for kind in kinds]
     header = last if len(set(last)) == len(last) else kinds
     return table(["by module type", *header], lines, left=(0,))
@@ -206,7 +208,8 @@ def _problems(comparison: Comparison) -> str:
     noisy = {layer.name for report in comparison.reports for layer in report.layers if layer.noise_like_base}
     if noisy:
         lines.append(
-            f"note: the base of {plural(len(noisy), 'layer')} is plain noise, where anything moves the vectors"
+            f"note: the base of {plural(len(noisy), 'layer')} is plain noise, where anything moves the vectors: only "
+            "counts named all have them"
         )
     return "\n".join(lines)
 

@@ -14,7 +14,8 @@ from spectra.records.report import Report
 from spectra.records.sweeps import mean_update_size
 from spectra.render import coverage
 from spectra.render.columns import decimals, number, plural
-from spectra.render.text import lowest_cosine, ranges, verdict
+from spectra.render.finding import finding
+from spectra.render.text import lowest_cosine, ranges
 
 ROWS = 8  # of a table; the text has more
 
@@ -69,7 +70,7 @@ def _report(report: Report) -> str:
     size = mean_update_size(report)
     headline = f"{report.tuned.get('path')} on {report.base.get('path')}\n"
     said = coverage.headline(report)
-    headline += verdict(report) if said is None else f"{said}\n{verdict(report)}"
+    headline += "\n".join(finding(report).lines if said is None else (said, *finding(report).lines))
     if size is not None:
         headline += f"\nThe update's size is {decimals(size)} of the base's (mean of ‖dW‖/‖W0‖)."
     return _shown(
@@ -81,13 +82,13 @@ def _comparison(comparison: Comparison) -> str:
     rows = [
         [
             str(row["label"]), str(row["method"]), number(row["rank"]), decimals(row["update_norm_relative"]),
-            str(row["intruders"]), str(row["intruders_outside_noise_like_base"]), str(row["vectors_compared"]),
+            str(row["intruders"]), str(row["vectors_compared"]), str(row["intruders_all"]),
             number(row["threshold"], 3),
         ]
         for row in comparison.rows()
     ]  # fmt: skip
     header = (
-        "fine-tune", "method", "rank", "‖dW‖/‖W0‖", "intruders", "outside noise-like bases", "vectors compared",
+        "fine-tune", "method", "rank", "‖dW‖/‖W0‖", "intruders", "vectors compared", "in all layers",
         "weight of the first intruder",
     )  # fmt: skip
     return _shown(f"{plural(len(rows), 'fine-tune')} of {comparison.base.get('path')}", header, rows)

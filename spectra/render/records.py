@@ -25,8 +25,8 @@ def to_text(record: Record | Sequence[Report], *, verbose: bool = False) -> str:
     Examples
     --------
     >>> import spectra
-    >>> print(spectra.to_text(spectra.audit("fixtures/lora-r4")).partition(":")[0])
-    Verdict
+    >>> print(spectra.to_text(spectra.audit("fixtures/lora-r4")).partition(" of")[0])
+    Intruder dimensions: 35
     """
     if isinstance(record, Comparison):
         return render_comparison(record, verbose=verbose)

@@ -37,8 +37,8 @@ _RULES = (
         INTRUDERS, "IntruderDimensions", "warning", "fine-tuning",
         "Leading singular vectors of a tuned weight are nearly orthogonal to every singular vector of the base weight.",
         "Intruder dimensions go with forgetting (Shuttleworth et al. 2024, arXiv 2410.21228). They show risk, not "
-        "harm: evaluate on what the model must not forget, and compare with a lower learning rate, another rank or a "
-        "full fine-tune. The command 'spectra repair' scales them down.",
+        "harm, and without them a model may have forgotten, too: evaluate it beside its base on what it must not "
+        "forget. The command 'spectra repair' scales them down.",
     ),
     (
         BORDERLINE, "BorderlineCosine", "note", "numerics",
@@ -171,7 +171,10 @@ class _Log:
 
     def _summary(self, report: Report) -> dict[str, Any]:
         summary = report.summary
-        kept = ("severity", "intruders", "vectors_compared", "layers_analysed", "layers_failed", "intruders_new")
+        kept = (
+            "intruder_level", "intruders", "vectors_compared", "intruders_all", "layers_analysed", "layers_failed",
+            "intruders_new",
+        )  # fmt: skip
         return {
             "fineTune": self._names[str(report.tuned["path"])],
             "base": self._names[str(report.base["path"])],
@@ -208,7 +211,7 @@ class _Log:
         counts = report.baseline is None or layer.name in report.baseline["new_by_layer"]
         if str(report.tuned["path"]) in self._scanned.crossed and counts:
             return "error"
-        if layer.noise_like_base or report.severity in ("none", "slight") or not counts:
+        if layer.noise_like_base or report.intruder_level in ("none", "slight") or not counts:
             return "note"
         return "warning"
 

@@ -10,29 +10,21 @@ from spectra.records.report import LayerReport, Report
 from spectra.records.sweeps import mean_update_size
 from spectra.render.columns import decimals, failures, grouped_notes, in_ascii, method_of, number, plural, table
 from spectra.render.coverage import headline, partial
+from spectra.render.finding import UNRELATED, finding
 
 PICTURE_ROWS = 40  # more layers than this, and only those with intruders are drawn
 PICTURE_COLUMNS = 60
 WORST_ROWS = 8
-FEW = 0.25  # of the changed layers; where fewer were judged, the verdict says how many
 RANGES = 6  # so many runs of indices are spelled out in the table of worst layers
-UNRELATED = 1.0  # ‖dW‖/‖W0‖ of a real fine-tune is far below; of two unrelated weights about √2
 MARKS = {"intruder": "█", "borderline intruder": "▓", "borderline": "░", "not": "·", "absent": " "}
 ASCII_MARKS = {"intruder": "#", "borderline intruder": "%", "borderline": "+", "not": ".", "absent": " "}
 
-MEANING = {
-    "none": "none of the leading singular vectors is new",
-    "slight": "hardly any of the leading singular vectors is new",
-    "moderate": "some of the leading singular vectors are new directions",
-    "strong": "many of the leading singular vectors are new directions",
-}
-
 
 def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = False) -> str:
-    """One report: verdict, totals, worst layers, module types, and the layer × index picture."""
+    """One report: what was found, totals, worst layers, module types, and the layer × index picture."""
     sections = [
         headline(report) or "",
-        verdict(report),
+        "\n".join(finding(report).lines),
         _facts(report),
         _problems(report),
         _worst(report),
@@ -46,79 +38,30 @@ def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = F
 
 def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = ()) -> str:
     """Several reports as one table, a row each, the worst first; then what could not be read."""
-    header = [
-        "fine-tune",
-        "method",
-        "rank",
-        "alpha",
-        "‖dW‖/‖W0‖",
-        "intruders",
-        "share",
-        "non-noise",
-        "layers",
-        "verdict",
-    ]
+    header = ["fine-tune", "method", "rank", "alpha", "‖dW‖/‖W0‖", "intruders", "share", "all", "layers", "level"]
     rows = []
     for report in sorted(reports, key=lambda report: report.share, reverse=True):
         summary = report.summary
-        verdict = summary["severity"]
+        level = summary["intruder_level"]
         if summary["layers_failed"]:
-            verdict += f" ({plural(summary['layers_failed'], 'layer')} failed)"
+            level += f" ({plural(summary['layers_failed'], 'layer')} failed)"
         said = partial(report)
         if said is not None:
-            verdict += f" (partial: {said})"
+            level += f" (partial: {said})"
         rows.append([
             report.tuned["path"], report.tuned["format"],
             number(report.tuned.get("rank")), number(report.tuned.get("alpha")),
-            decimals(mean_update_size(report)), str(summary["intruders"]),
-            f"{summary['intruders'] / max(summary['vectors_compared'], 1):.1%}",
-            str(summary["intruders_outside_noise_like_base"]),
-            f"{summary['layers_with_intruders']} of {summary['layers_analysed']}", verdict,
+            decimals(mean_update_size(report)), str(summary["intruders"]), f"{report.share:.1%}",
+            str(summary["intruders_all"]), f"{summary['layers_with_intruders']} of {summary['layers_judged']}", level,
         ])  # fmt: skip
     for error in unreadable:
         path, _, problem = str(error).partition(": ")
         rows.append([path, "not read", *["-"] * (len(header) - 3), in_one_line(problem, 100)])
     notes = (
-        "Sorted by the number of intruders. ‖dW‖/‖W0‖ is the mean over layers; share is of the vectors compared; "
-        "non-noise leaves out layers whose base is plain noise."
+        "Sorted by share, which is of the vectors compared in layers whose base is no plain noise; all counts every "
+        "layer. ‖dW‖/‖W0‖ is the mean over layers. Level puts the share into a word; it grades no fine-tune."
     )
     return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
-
-
-def verdict(report: Report) -> str:
-    """The verdict in words, and what else bears on it: a line or a few."""
-    summary = report.summary
-    analysed = [layer for layer in report.layers if layer.vectors]
-    if not analysed:
-        return "Verdict: CANNOT TELL — no layer could be analysed." if report.failed else "Verdict: nothing changed."
-    vectors = sum(len(layer.vectors) for layer in analysed if not layer.noise_like_base)
-    trained, word = summary["intruders_outside_noise_like_base"], summary["severity"]
-    noisy = summary["intruders"] - trained
-    if vectors:
-        share = f"{trained} of {vectors} ({trained / vectors:.1%})"
-        what = "is an intruder dimension" if trained == 1 else "are intruder dimensions"
-        lines = [f"Verdict: {word.upper()} — {MEANING[word]}: {share} {what}."]
-        judged, changed = len(report.judged), len(analysed) + len(report.failed)
-        if judged < FEW * changed:
-            others = "noise-like or failed" if report.failed else "noise-like"
-            lines.append(f"This is from {judged} of {changed} changed layers; the others are {others}.")
-        if noisy:
-            lines.append(f"Another {noisy} lie in layers whose base is plain noise, where anything moves the vectors.")
-    else:
-        which = "layer that could be analysed" if report.failed else "changed layer"
-        lines = [f"Verdict: {word.upper()} — the base of every {which} is plain noise, as if it was never trained."]
-        if noisy:
-            lines.append(f"All {noisy} intruders lie there, where anything moves the vectors.")
-    size = mean_update_size(report)
-    if size is not None and size >= UNRELATED:
-        lines.append(f"The update is as large as the base ({size:.2f} of it): are these two related at all?")
-    if report.baseline is not None:
-        new, gone, before = (report.baseline[key] for key in ("intruders_new", "intruders_gone", "intruders"))
-        lines.append(
-            f"Against the baseline, a report on {report.baseline['tuned'].get('path')} with {before}: "
-            f"{new} new, {before - gone} still there, {gone} gone."
-        )
-    return "\n".join(lines)
 
 
 def _facts(report: Report) -> str:
@@ -134,9 +77,11 @@ def _facts(report: Report) -> str:
     if summary["layers_failed"]:
         counts.append(f"{summary['layers_failed']} FAILED")
     counts.append(f"{summary['layers_skipped']} skipped")
-    total, paper = summary["intruders"], summary["intruders_as_in_paper"]
+    total, every, paper = (summary[key] for key in ("intruders", "intruders_all", "intruders_as_in_paper"))
     intruders = f"{total} in {plural(summary['layers_with_intruders'], 'layer')}"
-    if paper != total:
+    if every != total:
+        intruders += f"; {every} in all layers, noise-like ones included"
+    if paper != every:
         intruders += f"; {paper} as the paper counts, without embeddings and heads"
     top = (
         f"the top {settings['top_k']} {settings['side']} singular vectors of each layer, epsilon {settings['epsilon']}"
@@ -197,7 +142,10 @@ def remarks(report: Report) -> list[str]:
 
 
 def _worst(report: Report) -> str:
-    layers = sorted((layer for layer in report.layers if layer.intruders), key=lambda layer: -layer.intruders)
+    layers = sorted(
+        (layer for layer in report.layers if layer.intruders),
+        key=lambda layer: (bool(layer.noise_like_base), -layer.intruders),
+    )
     if not layers:
         return ""
     rows = []
@@ -211,7 +159,7 @@ def _worst(report: Report) -> str:
     header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "eff. rank", "rank"]
     text = table(header, rows, left=(0, 2))
     if any(layer.noise_like_base for layer in layers[:WORST_ROWS]):
-        text += "\n* its base is plain noise"
+        text += "\n* its base is plain noise, where anything moves the vectors"
     return text
 
 
@@ -230,6 +178,7 @@ def _module_types(report: Report) -> str:
     rows = [
         [name, str(row["layers"]), str(row["intruders"]), f"{row['intruders'] / max(row['vectors'], 1):.0%}"]
         for name, row in ordered
+        if row["layers"]
     ]
     return table(["by module type", "layers", "intruders", "of vectors"], rows, left=(0,))
 
@@ -252,15 +201,18 @@ def _picture(report: Report, verbose: bool, marks: dict[str, str]) -> str:
     if count > PICTURE_COLUMNS:
         return f"(no picture: more than {PICTURE_COLUMNS} vectors a layer)"
     prefix = _common_prefix([layer.name for layer in shown])
-    width = max(len(layer.name) - len(prefix) for layer in shown)
+    width = max(len(layer.name) - len(prefix) + 2 * bool(layer.noise_like_base) for layer in shown)
     width = max(width, len("layer × index"))
     index = "".join(str(i % 10) for i in range(count))
     lines = [f"{'layer × index':<{width}}  {index}"]
     for layer in shown:
-        lines.append(f"{layer.name[len(prefix) :]:<{width}}  {_row(layer, count, marks)}".rstrip())
+        star = " *" if layer.noise_like_base else ""
+        lines.append(f"{layer.name[len(prefix) :] + star:<{width}}  {_row(layer, count, marks)}".rstrip())
     key = f"{marks['intruder']} intruder, {marks['not']} not; index 0 is the largest singular value"
     if report.summary["borderline"]:
         key += f"; {marks['borderline intruder']} {marks['borderline']} the same, borderline"
+    if any(layer.noise_like_base for layer in shown):
+        key += "; * its base is plain noise"
     if prefix:
         key += f"; names without {prefix!r}"
     counts = {row["index"]: row["intruders"] for row in report.summary["by_index"] if row["intruders"]}

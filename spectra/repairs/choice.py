@@ -18,7 +18,7 @@ from spectra.analysis.scaling import Change, edited_dense, edited_update, outcom
 from spectra.errors import NonFiniteError, UsageError
 from spectra.pairing.pairs import LayerPair, name_matches
 from spectra.records.repair import LayerRepair, ScaledVector
-from spectra.records.report import module_type
+from spectra.records.report import Report, module_type
 from spectra.svd.triplets import Triplets
 from spectra.updates.algebra import DenseWeight, FactoredWeight, LowRank, RowScaled, TunedWeight
 
@@ -37,13 +37,15 @@ class Choice:
     scale : one for all, or {pattern over module names: scale}, of which the last that matches counts; layers that
         none matches stay as they are.
     which : "all" intruders among the leading vectors, the "top" one of each weight, or {pattern: indices}.
+    noise_like : the first two also in layers whose base is plain noise, where anything moves the vectors.
 
     Raises
     ------
     UsageError : a scale that is no number from 0 to 1, or indices that are none.
     """
 
-    def __init__(self, scale: Scale, which: Which = "all"):
+    def __init__(self, scale: Scale, which: Which = "all", *, noise_like: bool = False):
+        self.noise_like = noise_like
         self.scales = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
         for pattern, value in self.scales.items():
             number = isinstance(value, NUMBERS) and not isinstance(value, bool)
@@ -70,7 +72,19 @@ class Choice:
         return {
             "scale": scales["*"] if set(scales) == {"*"} else scales,
             "which": self.named or self.which,
+            "noise_like": self.noise_like,
         }
+
+    def left_alone(self, report: Report) -> tuple[str, ...]:
+        """What to say of intruders that were not chosen since the base of their layer is plain noise."""
+        apart = report.total("all") - report.total()
+        if self.noise_like or self.named or not apart:
+            return ()
+        what = "another intruder lies" if apart == 1 else f"another {apart} intruders lie"
+        return (
+            f"{what} in layers whose base is plain noise, where anything moves the vectors, and stay as they are; "
+            "noise_like=True, or --noise-like, scales them too",
+        )
 
     def check(self, pairs: Iterable[LayerPair]) -> None:
         """Raises UsageError where a pattern matches no layer, or its weight has no such index."""
@@ -98,7 +112,7 @@ class Choice:
     def of(self, name: str, findings: Findings) -> dict[int, float]:
         """{index: scale} of one layer, without scales of 1."""
         scale = self.scale_of(name)
-        if scale == 1:
+        if scale == 1 or (findings.noise_like_base and not self.noise_like and not self.named):
             return {}
         indices: Sequence[int] = findings.intruders
         if self.which == "top":

@@ -40,6 +40,7 @@ def repair(
     to: str | Path | None = None,
     method: Literal["intruders"] = "intruders",
     which: Which = "all",
+    noise_like: bool = False,
     keep_rank: bool = False,
     merged: bool = False,
     store_dtype: str | None = None,
@@ -60,6 +61,8 @@ def repair(
     method : what is repaired: "intruders", so far the only method.
     which : "all" intruders among the top ``top_k`` vectors, the "top" one of each weight (as in the paper), or
         {pattern: indices} for vectors by name, intruders or not.
+    noise_like : the first two also in layers whose base is plain noise, which else stay as they are: anything moves the
+        vectors there, and what is scaled is what was learnt.
     keep_rank : keep the adapter's rank r, by the best approximation of that rank; else a changed layer with q chosen
         vectors has rank r + q, and is exact.
     merged : write an adapter's result into a copy of the base, laid out and stored as the base is.
@@ -91,7 +94,7 @@ def repair(
         raise UsageError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
     if to is not None:
         check_folder(to, force=force, ours=replaceable)
-    choice = Choice(scale, which)
+    choice = Choice(scale, which, noise_like=noise_like)
     settings = checked_settings(**options)
     if store_dtype is not None and store_dtype not in STORE_DTYPES:
         raise UsageError(f"store_dtype = {store_dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
@@ -129,8 +132,9 @@ def repair(
             },
             layers=tuple(repairs),
             audit=None,
-            intruders_before=before.total("all"),
+            intruders_before=before.total("all" if any(one.noise_like_base for one in repairs) else "judged"),
             left_behind=form.left_behind,
+            remarks=choice.left_alone(before),
             spectra_version=__version__,
         )  # fmt: skip
         if home is not None:

@@ -52,7 +52,7 @@ class Plan:
     max_share: float | None = 0.02
     warn_above: int | None = None
     stop_above: int | None = None
-    limit_on: str = "all"
+    limit_on: str = "judged"
     exact_threshold: bool = False
     history_file: Path | None = None
     on_error: Literal["warn", "raise"] = "warn"
@@ -123,7 +123,7 @@ class Monitor:
     max_share : audits may take this share of the training's own time: one that is due waits until it fits, with room
         left for the last one.  None for no such limit.
     warn_above, stop_above : more intruders than that are logged as a warning, or make ``record.should_stop`` true.
-    limit_on : the total that these look at: "all", "paper" or "non-noise", as ``spectra audit --fail-on``.
+    limit_on : the total that these look at: "judged", "all" or "paper", as ``spectra audit --fail-on``.
     resumed : the training goes on from a checkpoint, so that the model is no base any more.
     exact_threshold : also find the factor by which each update may grow before its first intruder appears, by counting
         the intruders at other sizes of it: some 20 times the work of an audit.

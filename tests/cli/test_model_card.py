@@ -38,7 +38,7 @@ def test_what_it_says(capsys, monkeypatch):
     found = spectra.audit(LORA)
     assert out.startswith(BEGIN + "\n")
     assert out.endswith("\n" + END + "\n")
-    assert "**Verdict: STRONG** — many of the leading singular vectors are new directions" in out
+    assert "**Intruder dimensions: 35 of 280 leading singular vectors of 28 layers (12.5%).**" in out
     assert f"| Intruder dimensions | {found.total('all')} of 280 vectors (12.5%), in 22 layers |" in out
     assert "| Fine-tune | peft-lora, rank 4, alpha 8, scaling 2 |" in out
     assert "| `self_attn.v_proj` | 4 | 9 | 22% |" in out
@@ -138,7 +138,7 @@ def test_a_card_of_the_hub_loads_with_it(tmp_path, capsys, monkeypatch):
     for _ in range(2):
         code, out, err = run(capsys, "audit", LORA, "--model-card", str(card))
         assert (code, err) == (0, f"spectra: wrote {card} (model card)\n")
-        assert out.startswith("Verdict: STRONG"), "the report as ever"
+        assert out.startswith("Intruder dimensions: 35 of 280"), "the report as ever"
     assert card.stat().st_mode & 0o777 == 0o640
     assert list(tmp_path.iterdir()) == [card]
     assert card.read_bytes().count(b"\n") == card.read_bytes().count(b"\r\n")
@@ -167,7 +167,7 @@ def test_the_report_goes_to_its_file_and_the_section_to_standard_output(tmp_path
     code, out, _ = run(capsys, "audit", lora, "--model-card", str(card), "--format", "json", "--fail-above", "3")
     assert code == 1
     assert out.startswith("{")
-    assert "**Verdict: STRONG**" in card.read_text()
+    assert "**Intruder dimensions: 35 of 280" in card.read_text()
 
 
 @pytest.mark.parametrize(

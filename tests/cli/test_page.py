@@ -23,7 +23,7 @@ def test_the_command_writes_a_page_and_replaces_nothing_else(tmp_path, capsys, m
     common = ["audit", adapter, "--base", base, "--include", "*layers.0.*"]
     assert main([*common, "--html", str(page), "--matrices", "2"]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("Verdict: ")
+    assert said.out.startswith("Intruder dimensions: ")
     assert f"wrote {page} (html)" in said.err
     assert len(data_of(page.read_text())["reports"][0]["matrices"]) == 2
     text.write_text("<!doctype html>\n<p>mine")
@@ -95,7 +95,7 @@ def test_no_output_replaces_another_of_the_same_run(tmp_path, capsys):
     assert main([*common, "--html", page, "--model-card", page]) == 2
     assert not Path(page).exists()
     notes = tmp_path / "notes.txt"
-    notes.write_text("Verdict: guilty, my notes")
+    notes.write_text("Intruders: guilty, my notes")
     assert main([*common, "-o", str(notes)]) == 2
-    assert notes.read_text() == "Verdict: guilty, my notes"
+    assert notes.read_text() == "Intruders: guilty, my notes"
     capsys.readouterr()

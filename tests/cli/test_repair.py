@@ -54,7 +54,13 @@ def test_what_is_passed_on(call):
     assert progress is None
     defaults = {"store_dtype": None, "keep_rank": False, "merged": False, "force": False, "device": "cpu"}
     defaults |= {"allow_pickle": False, "local_files_only": False, "method": "intruders", "dtype": "float32"}
-    defaults |= {"threads": None, "split_fused": False, "initial_adapter": None, "hash_contents": False}
+    defaults |= {
+        "noise_like": False,
+        "threads": None,
+        "split_fused": False,
+        "initial_adapter": None,
+        "hash_contents": False,
+    }
     assert given == {
         "tuned": "tuned", "to": "out", "base": "b", "scale": 0.7, "which": "all", "top_k": 10, "epsilon": 0.5,
         "side": "left", "include": [], "exclude": [], "ignore_options": [], "engine": "auto", "workers": 1,
@@ -74,6 +80,7 @@ def test_what_is_passed_on(call):
     assert given["cache"] is False
     assert (given["include"], given["exclude"], given["device"]) == (["a"], ["b"], "cuda")
     assert call(*WHAT, "--to", "out", "--merged")[3]["merged"]
+    assert call(*WHAT, "--to", "out", "--noise-like")[3]["noise_like"]
 
 
 @pytest.mark.parametrize(

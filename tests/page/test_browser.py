@@ -117,17 +117,19 @@ def drawn(page):
     page.evaluate("Promise.all([...figures].filter(([, one]) => one.seen).map(([element]) => draw(element)))")
 
 
-def test_the_verdict_is_the_reports(running, page_of_one, one):
+def test_what_was_found_comes_first(running, page_of_one, one):
     with shown(running, page_of_one) as page:
-        assert page.locator("section.verdict h2").inner_text() == "Strong"
-        assert "35 of 280 (12.5%) are intruder dimensions" in page.locator("section.verdict .lead").inner_text()
+        assert page.locator("section.finding h2").inner_text() == "35 intruder dimensions"
+        lead = page.locator("section.finding .lead").inner_text()
+        assert lead == "Intruder dimensions: 35 of 280 leading singular vectors of 28 layers (12.5%)."
+        assert "do not measure it" in page.locator("section.finding").inner_text()
         assert "strong" in page.locator(".scale [aria-current]").inner_text()
         assert page.locator("#recount").inner_text() == "35 intruders (12.5%) in 22 of 28 layers: strong"
         record = page.locator("#record-part").inner_text()
         assert "\nbase\n" in record
         assert str(FIXTURES.parent) not in record, "a page that is passed on does not say where it was made"
         assert "the base has no such weight" in record
-        assert page.title() == "lora-r4: strong · Spectra"
+        assert page.title() == "lora-r4: 35 intruder dimensions · Spectra"
 
 
 def test_the_slider_counts_as_the_package_does(running, page_of_one, one):
@@ -307,7 +309,7 @@ def test_both_colour_schemes_are_readable(running, page_of_one, scheme):
                         return 0.2126 * x + 0.7152 * y + 0.0722 * z;
                     };
                     const paper = light(numbers(getComputedStyle(document.body).backgroundColor));
-                    const soft = [".verdict .what", ".verdict h2", ".figures small", ".scale li", "#layers .open",
+                    const soft = [".finding .what", ".finding h2", ".figures small", ".scale li", "#layers .open",
                         "#layers .hit", ".glossary dd", "#filter-count", "#recount b"];
                     return soft.map((name) => {
                         const ink = light(numbers(getComputedStyle(document.querySelector(name)).color));
@@ -353,7 +355,7 @@ def test_print_has_everything(running, page_of_several):
 
 def test_several_side_by_side(running, page_of_several, several):
     assert isinstance(several, Comparison)
-    totals = {label: one.total("all") for label, one in zip(several.labels, several.reports, strict=True)}
+    totals = {label: one.total() for label, one in zip(several.labels, several.reports, strict=True)}
     with shown(running, page_of_several) as page:
         found = {row[0]: int(row[7]) for row in rows(page, "#comparison")}
         assert found == totals
@@ -366,11 +368,11 @@ def test_several_side_by_side(running, page_of_several, several):
         }
         page.locator("#reset").click()
         page.locator("#comparison .open", has_text="full").click()
-        assert page.locator("section.verdict:visible h2").inner_text() == "Moderate"
+        assert page.locator("section.finding:visible h2").inner_text() == f"{totals['full']} intruder dimensions"
         assert page.locator("#report").input_value() == "1"
         assert page.locator("#recount b").inner_text() == str(totals["full"])
         page.locator("#report").select_option("0")
-        assert page.locator("section.verdict:visible h2").inner_text() == "Strong"
+        assert page.locator("section.finding:visible h2").inner_text() == f"{totals[worst]} intruder dimensions"
         for name in ("all-epsilon", "all-size", "all-types", "all-layers", "all-overlaps"):
             in_view(page, f"#{name}")
         assert page.locator("#all-weights").is_hidden()  # --quick: no weights were tried
@@ -433,11 +435,11 @@ def test_hostile_names_run_nothing_and_stand_as_they_are(running, tmp_path_facto
         assert page.title() == title
 
 
-def test_without_a_script_the_verdict_is_there(running, page_of_several):
+def test_without_a_script_what_was_found_is_there(running, page_of_several):
     with shown(running, page_of_several, java_script_enabled=False) as page:
         text = page.locator("body").inner_text()
-        assert "Strong" in text
-        assert "Moderate" in text
+        assert "35 intruder dimensions" in text
+        assert "Intruder dimensions: " in text
         assert "need JavaScript" in text
         assert (
             "fine-tunes of" not in page.locator("#map-part").inner_text()

@@ -96,7 +96,9 @@ def test_odd_reports_have_a_page():
     html = spectra.to_html(report([broken]))
     assert "1 layer could not be analysed" in html
     assert "a: &lt;holds&gt; NaN" in html
-    assert "No layer could be judged" in spectra.to_html(report([layer("pooler", range(3), noise_like_base=True)]))
+    assert "the base of every changed layer is plain noise" in spectra.to_html(
+        report([layer("pooler", range(3), noise_like_base=True)])
+    )
     with pytest.raises(UsageError, match="no report"):
         spectra.to_html([])
 

@@ -122,7 +122,7 @@ def test_a_suggestion_and_an_extraction_in_one_line(records, tmp_path):
 
 def test_a_column_of_which_nothing_is_known_is_left_out(records):
     shown = records["comparison"]._repr_html_()  # --quick looks at no other weights
-    assert "outside noise-like bases" in shown
+    assert "in all layers" in shown
     assert "weight of the first intruder" not in shown
 
 

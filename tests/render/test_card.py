@@ -97,7 +97,7 @@ def test_what_could_not_be_analysed_is_said():
     text = to_model_card(report([layer("layers.0.q"), bad]))
     assert "**1 that could not be analysed**" in text
     assert "- non\\_finite: layers.1.q: x.safetensors: NaN" in text
-    assert "CANNOT TELL" in to_model_card(report([bad]))
+    assert "**Cannot tell: the one changed layer could not be analysed.**" in to_model_card(report([bad]))
 
 
 @pytest.mark.parametrize(

@@ -20,29 +20,38 @@ def picture(text):
 @pytest.mark.parametrize(
     ("share", "word"),
     [
-        (0, "NONE"),
-        (1, "SLIGHT"),
-        (10, "SLIGHT"),
-        (11, "MODERATE"),
-        (100, "MODERATE"),
-        (101, "STRONG"),
-        (1000, "STRONG"),
+        (0, "none"),
+        (1, "slight"),
+        (10, "slight"),
+        (11, "moderate"),
+        (100, "moderate"),
+        (101, "strong"),
+        (1000, "strong"),
     ],
 )
-def test_severity_scale(share, word):
+def test_levels(share, word):
     """0, up to 1 %, up to 10 %, more: of 1,000 vectors."""
     layers = [layer(f"layers.{i}.q", range(min(10, max(0, share - 10 * i)))) for i in range(100)]
-    text = render_report(report(layers))
-    assert text.startswith(f"Verdict: {word}")
-    assert len(text.splitlines()[0]) < 140
+    made = report(layers)
+    assert made.intruder_level == made.summary["intruder_level"] == word
+    first = render_report(made).splitlines()[0]
+    assert word.upper() not in first, "no word that reads like a grade"
+    assert len(first) < 140
 
 
-def test_noise_like_layers_do_not_weigh_in_the_verdict():
+def test_noise_like_layers_do_not_count():
     noisy = layer("pooler.dense", range(10), noise_like_base=True)
-    text = render_report(report([layer("layers.0.q"), noisy]))
-    assert text.startswith("Verdict: NONE")
-    assert "Another 10 lie in layers whose base is plain noise" in text
+    made = report([layer("layers.0.q"), noisy])
+    text = render_report(made)
+    assert text.startswith(
+        "No intruder dimensions among 10 leading singular vectors of 1 layer (1 noise-like layer apart, with another "
+        "10).\n"
+    )
     assert "pooler.dense *" in text
+    assert (made.total(), made.total("all"), made.compared(), made.compared("all")) == (0, 10, 10, 20)
+    assert (made.summary["intruders"], made.summary["intruders_all"]) == (0, 10)
+    assert made.summary["by_module_type"]["dense"] == {"layers": 0, "vectors": 0, "intruders": 0, "noise_like": 1}
+    assert not any(row["intruders"] for row in made.summary["by_index"])
 
 
 def test_many_layers_are_drawn_where_they_matter():
@@ -83,7 +92,7 @@ def test_failures_come_before_the_details():
     text = render_report(report([layer("layers.0.q", [0]), bad]))
     assert text.index("non_finite: layers.1.q") < text.index("worst layers")
     only = render_report(report([bad]))
-    assert only.startswith("Verdict: CANNOT TELL — no layer could be analysed.")
+    assert only.startswith("Cannot tell: the one changed layer could not be analysed.")
 
 
 def test_narrow_layers_are_warned_about():
@@ -104,7 +113,7 @@ def test_summary_aligns():
     for word in ("intruders", "layers"):
         end = header.index(word) + len(word)
         assert first[end - 1 : end + 1].strip()
-    assert "STRONG" not in second
+    assert "strong" not in second
 
 
 def test_unknown_totals():
@@ -117,7 +126,7 @@ def test_unknown_totals():
 def test_any_record_as_text():
     paths = [FIXTURES / "lora-r1", FIXTURES / "lora-r4"]
     reports = spectra.audit_many(paths, include=["layers.0.*"])
-    assert spectra.to_text(reports[0]).startswith("Verdict: ")
+    assert spectra.to_text(reports[0]).startswith("Intruder dimensions: ")
     assert spectra.to_text(reports).startswith("fine-tune ")
     assert spectra.to_text(spectra.compare(paths, quick=True, include=["layers.0.*"])).startswith("base ")
     assert spectra.to_text(spectra.ranks(paths[0])).startswith("Suggestion: ")
@@ -129,11 +138,11 @@ def test_no_verdict_where_nothing_could_be_judged():
     same = layer("layers.2.q", vectors=(), status="unchanged")
     for layers in ([noisy], [bad], [noisy, bad, same]):
         made = report(layers)
-        assert made.severity == made.summary["severity"] == "cannot tell"
-        assert render_report(made).startswith("Verdict: CANNOT TELL")
+        assert made.intruder_level == made.summary["intruder_level"] == "cannot tell"
+        assert render_report(made).startswith("Cannot tell: ")
         assert "cannot tell" in render_summary([made, made])
-    assert report([same]).severity == "none"
-    assert render_report(report([same])).startswith("Verdict: nothing changed.")
+    assert report([same]).intruder_level == "none"
+    assert render_report(report([same])).startswith("Nothing changed: 1 weight as in the base.")
     assert "update  " not in render_report(report([same], tuned={"path": "tuned", "format": "full"}))
 
 
@@ -142,7 +151,7 @@ def test_a_verdict_from_few_layers_says_so(noisy, said):
     layers = [layer(f"layers.{i}.q", [0], noise_like_base=i > 0) for i in range(noisy + 1)]
     text = render_report(report(layers))
     assert (f"This is from 1 of {noisy + 1} changed layers; the others are noise-like." in text) == said
-    assert "1 of 10 (10.0%) is an intruder dimension." in text
+    assert f"1 of 10 leading singular vectors of 1 layer (10.0%; {noisy} noise-like layer" in text
 
 
 def test_alike_failures_and_notes_are_said_once():

@@ -10,13 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import spectra
 from spectra.errors import CorruptFileError, UsageError
 from spectra.files.checkpoint import open_checkpoint
-from spectra.files.folders import RECORD, write_record
+from spectra.files.folders import RECORD, write_card, write_record
 from spectra.files.orientation import as_stored
 from spectra.pairing.carried import Carried
 from spectra.pairing.pairs import pair_layers
+from spectra.render.card import to_model_card, with_section
 from spectra.repairs.merged import beside, carried_tensors, copy_checkpoint
+from tests.support.paths import FIXTURES
 from tests.support.peft_folders import adapted, loaded, opened, same
 from tests.support.peft_models import OPTIONS, Net, option, tiny_gpt2, tiny_llama
 from tests.support.seeds import each_seed
@@ -230,6 +233,22 @@ def sharded(home):
     (home / "README.md").write_text("# Model\n")
     (home / "pytorch_model.bin").write_text("x")
     return open_checkpoint(home)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_card_carries_no_audit_of_the_source(tmp_path, end):
+    section = to_model_card(spectra.audit(FIXTURES / "lora-r1"))
+    card = with_section(f"# Mine{end}{end}Words.{end}".encode(), section, "card") + f"{end}More words.{end}".encode()
+    assert b"Spectral audit" in card
+    (tmp_path / "before.md").write_bytes(card)
+    write_card(tmp_path, tmp_path / "before.md", ["## Repaired"], [])
+    made = (tmp_path / "README.md").read_bytes().decode()
+    assert "Spectral audit" not in made
+    assert "spectra:begin" not in made
+    assert made.index("# Mine") < made.index("Words.") < made.index("More words.") < made.index("## Repaired")
+    (tmp_path / "before.md").write_text("A line of `<!-- spectra:begin -->` in a text is none.\n")
+    write_card(tmp_path, tmp_path / "before.md", ["## Repaired"], [])
+    assert "`<!-- spectra:begin -->`" in (tmp_path / "README.md").read_text()
 
 
 def test_only_the_bytes_of_a_tensor_change(tmp_path):

@@ -238,4 +238,4 @@ def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert f"{file}; rerun the command to continue" in capsys.readouterr().err
     monkeypatch.undo()
     assert main([*arguments, "--quiet"]) == 0
-    assert "Verdict" in capsys.readouterr().out
+    assert "ntruder dimensions" in capsys.readouterr().out

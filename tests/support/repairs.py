@@ -67,6 +67,7 @@ def record(layers=None, **changes):
             "method": "intruders",
             "scale": 0.7,
             "which": "all",
+            "noise_like": False,
             "keep_rank": False,
             "merged": False,
             "store_dtype": None,

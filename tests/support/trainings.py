@@ -81,7 +81,7 @@ def logged(trainer, name):
 
 def one_of_two(rank, folder):
     """What each process of a training on two does; the script that starts them is in tests/training."""
-    watching = SpectraCallback(every=1, max_share=None, stop_above=0)
+    watching = SpectraCallback(every=1, max_share=None, stop_above=0, limit_on="all")
     trainer = trained(tiny(), folder, [watching], steps=30, ddp_backend="gloo", ddp_find_unused_parameters=False)
     stopped = [record.step for record in watching.history if record.should_stop]
     Path(folder, f"{rank}.json").write_text(json.dumps([trainer.state.global_step, len(watching.history), stopped]))

@@ -61,7 +61,8 @@ def test_the_last_record_is_the_audit_of_what_is_saved(tmp_path, lora):
     found = verdicts(record.report)
     for layer in expected.layers:
         assert found[layer.name] == (layer.status, layer.intruder_indices)
-    assert record.metrics["spectra/intruders"] == record.report.total("all") > 0
+    assert record.metrics["spectra/intruders_all"] == record.report.total("all") > 0  # its base is random
+    assert record.metrics["spectra/intruders"] == record.report.total()
     assert sum(record.by_module_type.values()) == record.intruders
     lowest = min(v.max_cosine or 0.0 for layer in record.report.judged for v in layer.vectors)
     assert record.metrics["spectra/cosine_margin"] == pytest.approx(lowest - 0.5)
@@ -110,16 +111,29 @@ def test_a_published_model_is_watched_by_tensorboard(tmp_path, monkeypatch):
     assert plots.render(plots.training_history(history), "png")
 
 
+def every_intruder(record):
+    return record.metrics["spectra/intruders_all"]
+
+
 def test_a_limit_warns_or_ends_the_training(tmp_path, caplog):
-    warned = SpectraCallback(every=2, max_share=None, warn_above=0)
+    warned = SpectraCallback(every=2, max_share=None, warn_above=0, limit_on="all")  # whose base is random
     trained(tiny(), tmp_path / "a", [warned])
-    assert {record.limit for record in warned.history if record.intruders} == {"warn"}
+    assert {record.limit for record in warned.history if every_intruder(record)} == {"warn"}
     assert "intruder dimensions, above the limit of 0" in caplog.text
-    stopped = SpectraCallback(every=1, max_share=None, stop_above=0)
+    stopped = SpectraCallback(every=1, max_share=None, stop_above=0, limit_on="all")
     trainer = trained(tiny(), tmp_path / "b", [stopped], steps=30)
     assert stopped.history[-1].should_stop
-    assert not any(record.intruders for record in stopped.history[:-1])
+    assert not any(map(every_intruder, stopped.history[:-1]))
     assert trainer.state.global_step == stopped.history[-1].step < 30
+
+
+def test_limits_leave_out_what_was_never_trained(tmp_path):
+    """A random base has intruders after any step, and they stop nothing."""
+    watching = SpectraCallback(every=2, max_share=None, stop_above=0)
+    trainer = trained(tiny(), tmp_path, [watching])
+    assert every_intruder(watching.history[-1])
+    assert not any(record.should_stop for record in watching.history)
+    assert trainer.state.global_step == 8
 
 
 def test_a_training_that_another_ends_has_its_last_audit(tmp_path):

@@ -39,7 +39,7 @@ function groupsByType(report) {
 
 function groupsByIndex(report) {
   const groups = [];
-  for (const layer of report.layers) {
+  for (const layer of report.layers.filter(isJudged)) {
     vectorsOf(layer).forEach((index, i) => {
       const group = (groups[index] ??= { label: String(index), least: 0, most: 0, vectors: 0 });
       const verdict = judge(report, layer, i);

@@ -14,10 +14,10 @@ function drawComparison() {
   const columns = [
     { title: "Fine-tune", left: true, value: ({ report }) => report.label, cell: chooser },
     {
-      title: "Verdict",
+      title: "Level",
       left: true,
       value: (row) => ratio(count(row)),
-      cell: ({ report }) => severity(report) + (report.failed ? ` (${plural(report.failed, "layer")} failed)` : ""),
+      cell: ({ report }) => levelOf(report) + (report.failed ? ` (${plural(report.failed, "layer")} failed)` : ""),
     },
     { title: "Method", left: true, value: ({ report }) => report.method, cell: ({ report }) => report.method },
     number("Rank", (report) => report.rank, null),
@@ -63,7 +63,7 @@ function drawComparison() {
   });
   updateComparison();
   byId("comparison-note").textContent =
-    "Layers: those with any intruder. Counts compare only between updates of similar size. Choose a name to see that fine-tune below." +
+    "Counts leave out layers whose base is plain noise. Level puts the share into a word. Layers: those with any intruder. Counts compare only between updates of similar size. Choose a name to see that fine-tune below." +
     (DATA.reports.some((report) => report.null)
       ? " Random: the mean count of random updates with the same singular values; p near 1 means fewer than its size and rank alone would bring."
       : "") +

@@ -37,9 +37,12 @@ function countLayer(report, layer, epsilon = state.epsilon) {
 
 const NOTHING = { least: 0, most: 0, layersLeast: 0, layersMost: 0, vectors: 0 };
 
-/** The same over layers, with how many of them have any, and the vectors compared. */
+/** Whether a layer counts: it was compared, and its base is no plain noise, in which anything moves the vectors. */
+const isJudged = (layer) => Boolean(layer.index) && !layer.noise;
+
+/** The same over those layers that count, with how many of them have any, and the vectors compared. */
 function countLayers(report, layers, epsilon = state.epsilon) {
-  return layers.reduce((sum, layer) => {
+  return layers.filter(isJudged).reduce((sum, layer) => {
     const { least, most } = countLayer(report, layer, epsilon);
     return {
       least: sum.least + least,
@@ -54,12 +57,11 @@ function countLayers(report, layers, epsilon = state.epsilon) {
 /** "3", or "3–5" where bounds leave it open. */
 const span = (least, most) => (least === most ? String(least) : `${least}–${most}`);
 
-/** The severity's word at this epsilon, or two of them; noise-like bases do not weigh. */
-function severity(report) {
-  const judged = report.layers.filter((layer) => layer.index && !layer.noise);
-  const { least, most, vectors } = countLayers(report, judged);
+/** The word for the share of intruders at this epsilon, or two of them. */
+function levelOf(report) {
+  const { least, most, vectors } = countLayers(report, report.layers);
   if (!vectors) return report.layers.some((layer) => layer.status !== "unchanged") ? DATA.cannotTell : "none";
-  const word = (count) => DATA.severities.find(([limit]) => count / vectors <= limit)[1];
+  const word = (count) => DATA.levels.find(([limit]) => count / vectors <= limit)[1];
   return word(least) === word(most) ? word(least) : `${word(least)} to ${word(most)}`;
 }
 

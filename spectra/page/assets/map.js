@@ -38,7 +38,7 @@ function panel(report, facet) {
       report,
       facet.layers.map((n) => report.layers[n]),
     );
-    count.textContent = `${span(found.least, found.most)} of ${found.vectors}`;
+    count.textContent = found.vectors ? `${span(found.least, found.most)} of ${found.vectors}` : "noise-like";
   };
   plot.recount();
   figure(

@@ -11,13 +11,13 @@ function recount() {
   const number = make("b", {
     textContent: exact ? String(found.most) : `at least ${found.least}, at most ${found.most}`,
   });
-  const layers = `in ${span(found.layersLeast, found.layersMost)} of ${plural(report.layers.filter((layer) => layer.index).length, "layer")}`;
+  const layers = `in ${span(found.layersLeast, found.layersMost)} of ${plural(report.layers.filter(isJudged).length, "layer")}`;
   byId("recount").replaceChildren(
     DATA.reports.length > 1 ? make("bdi", {}, report.label) : "",
     " ",
     number,
     ` ${found.most === 1 ? "intruder" : "intruders"} (${shareText(found)}) ${layers}: `,
-    make("span", {}, severity(report)),
+    make("span", {}, levelOf(report)),
     exact ? "" : ". Of some cosines only bounds are known.",
   );
   byId("reset").disabled = state.epsilon === null;
@@ -105,10 +105,7 @@ for (const part of document.querySelectorAll("main > section[data-short]")) {
 }
 drawComparison();
 const share = (report) => {
-  const { most, vectors } = countLayers(
-    report,
-    report.layers.filter((layer) => !layer.noise),
-  );
+  const { most, vectors } = countLayers(report, report.layers);
   return most / (vectors || 1);
 };
 choose(DATA.reports.map(share).reduce((worst, one, place, all) => (one > all[worst] ? place : worst), 0));
