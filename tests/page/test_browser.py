@@ -124,7 +124,7 @@ def test_what_was_found_comes_first(running, page_of_one, one):
         assert lead == "Intruder dimensions: 35 of 280 leading singular vectors of 28 layers (12.5%)."
         assert "do not measure it" in page.locator("section.finding").inner_text()
         assert "strong" in page.locator(".scale [aria-current]").inner_text()
-        assert page.locator("#recount").inner_text() == "35 intruders (12.5%) in 22 of 28 layers: strong"
+        assert page.locator("#recount").inner_text() == "35 intruders (12.5%) in 22 of 28 layers; level: strong"
         record = page.locator("#record-part").inner_text()
         assert "\nbase\n" in record
         assert str(FIXTURES.parent) not in record, "a page that is passed on does not say where it was made"

@@ -16,7 +16,7 @@ function recount() {
     DATA.reports.length > 1 ? make("bdi", {}, report.label) : "",
     " ",
     number,
-    ` ${found.most === 1 ? "intruder" : "intruders"} (${shareText(found)}) ${layers}: `,
+    ` ${found.most === 1 ? "intruder" : "intruders"} (${shareText(found)}) ${layers}; level: `,
     make("span", {}, levelOf(report)),
     exact ? "" : ". Of some cosines only bounds are known.",
   );
