@@ -25,8 +25,8 @@ from spectra.runs.neighbours import let_others_work
 # What each one measures is its module's docstring.
 NAMES = (
     "engines", "growth", "seven_b", "memory", "ten_adapters", "hundred_adapters", "workers", "neighbours", "scale",
-    "cuda", "comparison", "nulls", "repair", "fixtures", "trained", "training", "language_model", "smollm2", "reading",
-    "page", "proof", "proof_trained", "fuzz",
+    "cuda", "comparison", "nulls", "chance", "repair", "fixtures", "trained", "training", "language_model", "smollm2",
+    "reading", "page", "proof", "proof_trained", "fuzz",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 

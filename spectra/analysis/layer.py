@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.analysis.chance import Chance, Thresholds, chance_of
 from spectra.analysis.detect import detect, is_noise_like, random_floor
-from spectra.analysis.measures import layer_measures
+from spectra.analysis.measures import UpdateSize, layer_measures
 from spectra.analysis.study import Extras, Study, update_spectrum
 from spectra.errors import NonFiniteError, UsageError
 from spectra.records.layer import Vector
@@ -40,6 +41,7 @@ class Findings:
     flags : "settled_in_float64", "zero_base", "stale_cache" (the spectrum kept by an earlier run is
         that of another weight, and was not used).
     residual, orthogonality : of the decompositions, relative to σ₁; None where there was none.
+    chance : what is known of the number of intruders by chance; None for an unchanged layer.
     """
 
     status: Literal["analysed", "proved_small", "unchanged"]
@@ -54,6 +56,7 @@ class Findings:
     residual: float | None = None
     orthogonality: float | None = None
     extras: Extras = field(default=Extras(), repr=False, compare=False)
+    chance: Chance | None = field(default=None, repr=False, compare=False)
 
     @property
     def intruders(self) -> tuple[int, ...]:
@@ -79,6 +82,7 @@ class LayerAnalysis:
     ):
         check_finite(W0)
         self._question, self._engine, self._study = question, engine, study
+        self._thresholds = Thresholds(question)
         self._base = Base(W0, question.side, fine_tunes=fine_tunes, stored=stored)
 
     def of(self, tuned: TunedWeight, seed: int = 0) -> Findings:
@@ -92,15 +96,20 @@ class LayerAnalysis:
             check_finite(part)
         if tuned.is_unchanged():
             return Findings("unchanged", tuned.shape)
-        question, update, extras = self._question, None, Extras()
+        question, spectrum, extras = self._question, None, Extras()
         with ieee_arithmetic():
             answer = self._engine.compare(self._base, tuned, question)
             vectors = detect(answer, question)
             if self._study is not None:
-                update = update_spectrum(tuned, question.side, question.top_k)
-                extras = self._study.of(self._base, tuned, question, self._engine, answer, vectors, update, seed)
-        measures = layer_measures(tuned, answer, vectors, self._base.norm_fro, None if update is None else update.s)
-        m, n = tuned.shape
+                spectrum = update_spectrum(tuned, question.side, question.top_k)
+            update = UpdateSize.of(tuned, answer.engine, None if spectrum is None else spectrum.s)
+            m, n = tuned.shape
+            chance = chance_of(
+                answer, (m, n), update.fro, update.spectral, update.values, question, self._thresholds, seed
+            )
+            if self._study is not None and spectrum is not None:
+                extras = self._study.of(self._base, tuned, question, self._engine, answer, vectors, spectrum, chance)
+        measures = layer_measures((m, n), answer, vectors, self._base.norm_fro, update, chance.threshold)
         flags = ["settled_in_float64"] if answer.settled_in_float64 else []
         top, size = answer.base_norm_spectral, measures["base_norm_fro"]
         assert size is not None
@@ -122,6 +131,7 @@ class LayerAnalysis:
             residual=answer.residual,
             orthogonality=answer.orthogonality,
             extras=extras,
+            chance=chance,
         )
 
     def triplets(self, tuned: TunedWeight, k: int) -> Triplets:

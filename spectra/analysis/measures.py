@@ -5,6 +5,7 @@ Plain functions of singular values (float64, descending), so that each can be ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -95,22 +96,42 @@ def intruder_energy_share(vectors: tuple[Vector, ...]) -> float:
     return energy[True] / (energy[True] + energy[False])
 
 
+@dataclass(frozen=True, eq=False)
+class UpdateSize:
+    """How large dW is: ‖dW‖_F, ‖dW‖₂, and its (r,) singular values, None where they would cost too much."""
+
+    fro: float
+    spectral: float
+    values: np.ndarray | None
+
+    @classmethod
+    def of(cls, tuned: TunedWeight, engine: str, known: np.ndarray | None = None) -> UpdateSize:
+        """That of W1 − W0; ``known`` are the singular values where they are at hand."""
+        if known is None and (engine != "krylov" or tuned.low_rank() is not None):
+            known = update_singular_values(tuned)
+        if known is None:  # a dense update's spectrum would cost more than the verdicts did
+            return cls(tuned.delta_norm(), spectral_norm(tuned.delta()), None)
+        return cls(norm_fro(known), float(known[0]), known)
+
+
 def layer_measures(
-    tuned: TunedWeight, answer: Answer, vectors: tuple[Vector, ...], base_size: float, update: np.ndarray | None = None
+    shape: tuple[int, int],
+    answer: Answer,
+    vectors: tuple[Vector, ...],
+    base_size: float,
+    update: UpdateSize,
+    threshold: float | None,
 ) -> dict[str, float | None]:
     """The measures of an audited layer, by the names the report uses; ratios are of W0's norms.
 
-    ``base_size`` is ‖W0‖, ``update`` are dW's singular values where they are known already.  What would need a
-    decomposition that the engine did without is None.
+    ``base_size`` is ‖W0‖, ``threshold`` the predicted one.  What would need a decomposition that the engine did without
+    is None.
     """
-    m, n = tuned.shape
+    m, n = shape
     base_top = answer.base_norm_spectral
-    if update is None and (answer.engine != "krylov" or tuned.low_rank() is not None):
-        update = update_singular_values(tuned)
-    if update is None:  # a dense update's spectrum would cost more than the verdicts did
-        size, top = tuned.delta_norm(), spectral_norm(tuned.delta())
-    else:
-        size, top = norm_fro(update), float(update[0])
+    size, top, values = update.fro, update.spectral, update.values
+    ratio = None if threshold is None else top / threshold
+    above = None if threshold is None or values is None else int(np.count_nonzero(values > threshold))
     return {
         "base_norm_fro": base_size,
         "base_norm_spectral": base_top,
@@ -120,9 +141,13 @@ def layer_measures(
         "update_norm_spectral": top,
         "update_norm_relative": size / base_size if base_size else None,
         "update_norm_spectral_relative": top / base_top if base_top else None,
-        "effective_rank": None if update is None else effective_rank(update),
+        "effective_rank": None if values is None else effective_rank(values),
         "stable_rank": stable_rank(size, top),
-        "rank_90": None if update is None else rank_of_energy(update, 0.9),
-        "rank_99": None if update is None else rank_of_energy(update, 0.99),
+        "rank_90": None if values is None else rank_of_energy(values, 0.9),
+        "rank_99": None if values is None else rank_of_energy(values, 0.99),
         "intruder_energy_share": intruder_energy_share(vectors),
+        # The size at which a random update has its first intruder; by an estimate of the spectrum with krylov.
+        "predicted_threshold": threshold,
+        "update_over_threshold": ratio,
+        "values_over_threshold": 0 if ratio is not None and ratio <= 1 else above,
     }

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.analysis.chance import Chance
 from spectra.analysis.detect import detect, random_floor
 from spectra.analysis.measures import noise_edge, spectrum_shift
-from spectra.analysis.null import null_counts, p_value
-from spectra.analysis.threshold import predicted_threshold
+from spectra.analysis.null import p_value
 from spectra.records.energy import norm_fro
 from spectra.records.layer import LayerSpectra, Vector
 from spectra.svd import (
@@ -39,8 +39,6 @@ from spectra.updates.algebra import ALL, DenseWeight, TunedWeight, slabs
 WEIGHTS = tuple(float(2 ** (step / 2)) for step in range(-8, 5))
 LEAST_WEIGHT = 2.0**-20  # an update that has intruders even here is no fine-tune
 ACCURACY = 1.01  # ratio of the two weights between which the first intruder appears
-# Of the predicted threshold: random updates below it had no intruder (python -m benchmarks nulls).
-FAINT = 1 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +56,7 @@ class Extras:
         the first intruder appears (None where none does within the grid); "predicted", where a random
         update of dW's size would have it.
     null : "counts", the intruders of random updates with dW's singular values; "mean"; "p_value"; "drawn", false where
-        dW is below a third of the predicted threshold and has no intruder: then the counts are taken to be 0.
+        random updates of dW's size have none (:func:`spectra.analysis.chance.is_faint`): then the counts are 0.
     directions : (d, ≤ k) the leading singular vectors of dW, on the side in question.
     """
 
@@ -93,7 +91,7 @@ class Study:
         answer: Answer,
         vectors: Sequence[Vector],
         update: Spectrum,
-        seed: int,
+        chance: Chance,
     ) -> Extras:
         """The extras of one layer, whose ``answer``, verdicts and update's spectrum are known already."""
         intruders = _intruders(vectors)
@@ -116,27 +114,21 @@ class Study:
         if self.shift and values is not None and values[0] > 0:
             after = answer.tuned_values
             measures["spectrum_shift"] = spectrum_shift(values, gram_singular_values(tuned) if after is None else after)
-        curve = null = expected = None
-        if values is not None and (self.weights or self.draws):
-            expected = predicted_threshold(
-                values, tuned.shape, epsilon=question.epsilon, top_k=question.top_k, side=question.side
-            )
+        curve = null = None
         if self.weights:
 
             def count(weight: float) -> int:
                 return _intruders(detect(engine.compare(base, tuned.scaled(weight), question), question))
 
             curve = weight_curve(count, intruders)
+            expected = chance.threshold if values is not None else None
             curve["predicted"] = None if expected is None or not update.s[0] > 0 else expected / float(update.s[0])
         if self.draws and values is not None:
-            faint = not intruders and expected is not None and float(update.s[0]) < FAINT * expected
-            counts = (
-                np.zeros(self.draws, dtype=np.int64)
-                if faint
-                else null_counts(values, tuned.shape, update.s, question, draws=self.draws, seed=seed)
-            )
+            counts = np.zeros(self.draws, dtype=np.int64)
+            if chance.open is not None:
+                counts = chance.open.counts(question, self.draws)
             null = {
-                "drawn": not faint,
+                "drawn": chance.open is not None,
                 "draws": self.draws,
                 "counts": counts.tolist(),
                 "mean": float(counts.mean()),

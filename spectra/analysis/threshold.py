@@ -20,8 +20,9 @@ towards the upper one.  So its minimum is where the condition begins to hold, se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -32,8 +33,10 @@ STEP = 0.2  # of the grid in t, where z lies gap/(1 + e⁻ᵗ) above a σ_i: 5 %
 NEAR, NEAREST = 1e-3, 1e-9  # offsets from a σ_i, relative to the smaller of its gaps; there it is all of y
 FARTHEST = 1e3  # beyond σ₁, relative to it: there the overlaps are those of z → ∞ up to 1e-6
 ALMOST = 1.5  # between grid points max p_i² was up to 1.2 times lower than at them
-ZOOMS, ZOOM_POINTS = 8, 9  # each quarters the width
-BISECTIONS = 32
+ZOOMS, ZOOM_POINTS = 5, 17  # each divides the width by eight
+SECTIONS, SECTION_POINTS = 6, 15  # each divides the width by 16
+ALONE = 128  # leading values that stand for themselves; z is at least σ_k, and of those far below only sums count
+TOGETHER = 128  # groups of the others: θ̄ moves by 1e-4 at most (measured, p up to 4096)
 TABLE = 2**18  # entries of a z × i table in memory at once
 
 
@@ -62,7 +65,7 @@ def predicted_threshold(
     which chance finds room where the mean does not: 1.0 to 1.95 times.  At p = 64 it was up to 3 times too large,
     from p = 500 on that difference goes.
 
-    Time and memory: about 100·min(k, p)·p divisions, a few tables of 2 MiB.
+    Time and memory: the order of 10⁵·k divisions, a few tables of 2 MiB, whatever the size.
     """
     m, n = shape if side == "left" else shape[::-1]
     rank, top_k = numerical_rank(s, shape), min(top_k, s.size)
@@ -74,11 +77,10 @@ def predicted_threshold(
     values, sizes = np.add.reduceat(scaled, starts[:-1]) / np.diff(starts), np.diff(starts)
     if starts[scored] < s.size:  # null space
         values, sizes = np.append(values[:scored], 0.0), np.append(sizes[:scored], s.size - starts[scored])
+    values, sizes, scored = _fewer(values, sizes, scored, max(ALONE, 4 * top_k))
     model = _SpikedModel(values, sizes, scored, m, n, epsilon**2)
     last = min(int(np.searchsorted(starts, top_k)), values.size) - 1  # the group of σ_k
-    best = np.inf
-    for stretch in model.stretches(last, max(shape) * EPS32):
-        best = model.least(stretch, best)
+    best = model.least(list(model.stretches(last, max(shape) * EPS32)))
     return float(best * s[0]) if np.isfinite(best) else None
 
 
@@ -97,6 +99,9 @@ class _Stretch:
             return np.full(t.shape, self.lower), self.gap * np.exp(t)
         offset = self.gap / (1 + np.exp(np.abs(t)))
         return np.where(t < 0, self.lower, self.lower + self.gap), np.where(t < 0, offset, -offset)
+
+
+_OnGrid: TypeAlias = tuple[_Stretch, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -132,26 +137,42 @@ class _SpikedModel:
         t = _grid(np.log(NEAR), np.log(FARTHEST / gaps[0]))
         yield _Stretch(1.0, float(gaps[0]), False, np.append(t[0] + np.log(NEAREST / NEAR), t))
 
-    def least(self, stretch: _Stretch, best: float) -> float:
-        """The least θ on a stretch where the condition holds, or ``best`` if that is less."""
-        t = stretch.t
-        theta, branch, excess = self.evaluate(stretch, t)
-        inner = excess[1:-1]
-        dips = (inner <= excess[:-2]) & (inner <= excess[2:]) & (inner >= 1) & (inner < ALMOST)
-        dips &= np.minimum(theta[:-2], theta[2:]) < best
-        for at in np.flatnonzero(dips) + 1:
-            t = np.append(t, self._zoom(stretch, stretch.t[at - 1], stretch.t[at + 1]))
-        if t.size > stretch.t.size:
-            t = np.sort(t)
-            theta, branch, excess = self.evaluate(stretch, t)
+    def least(self, stretches: Sequence[_Stretch]) -> float:
+        """The least θ where the condition holds, or infinity."""
+        found = self._on_grids(stretches)
+        best = self._first(found, np.inf)
+        for stretch, theta, _, excess in found:
+            inner = excess[1:-1]
+            dips = (inner <= excess[:-2]) & (inner <= excess[2:]) & (inner >= 1) & (inner < ALMOST)
+            dips &= np.minimum(theta[:-2], theta[2:]) < best
+            between = [self._zoom(stretch, stretch.t[at - 1], stretch.t[at + 1]) for at in np.flatnonzero(dips) + 1]
+            if between:
+                finer = replace(stretch, t=np.sort(np.append(stretch.t, between)))
+                best = self._first(self._on_grids([finer]), best)
+        return best
+
+    def _on_grids(self, stretches: Sequence[_Stretch]) -> list[_OnGrid]:
+        """θ, branch and excess at each stretch's t, all in one go."""
+        ends = np.cumsum([stretch.t.size for stretch in stretches])[:-1]
+        z = [stretch.at(stretch.t) for stretch in stretches]
+        origin, offset = (np.concatenate(column) for column in zip(*z, strict=True))
+        columns = (np.split(column, ends) for column in self._evaluated(origin, offset))
+        return list(zip(stretches, *columns, strict=True))
+
+    def _first(self, found: Sequence[_OnGrid], best: float) -> float:
+        """``best``, or a lesser θ at which the condition begins to hold, on some stretch."""
+        starts = []
         # Along each branch from its σ_i outwards: where the condition first holds, and the point before.
-        for which, order in ((1, np.arange(t.size)), (-1, np.arange(t.size)[::-1])):
-            places = np.flatnonzero(((branch == which) & (excess < 1))[order])
-            if not places.size:
-                continue
-            inside, before = order[places[0]], order[max(places[0] - 1, 0)]
-            if theta[before] < best:  # no θ between the two is less than that
-                best = min(best, self._bisect(stretch, t[before], t[inside]))
+        for stretch, theta, branch, excess in found:
+            for which, order in ((1, np.arange(theta.size)), (-1, np.arange(theta.size)[::-1])):
+                places = np.flatnonzero(((branch == which) & (excess < 1))[order])
+                if places.size:
+                    inside, before = order[places[0]], order[max(places[0] - 1, 0)]
+                    starts.append((float(theta[before]), stretch, stretch.t[before], stretch.t[inside]))
+        for least, stretch, outside, inside in sorted(starts, key=lambda start: start[0]):
+            if least >= best:  # no θ between the two is less than that
+                break
+            best = min(best, self._section(stretch, outside, inside))
         return best
 
     def _zoom(self, stretch: _Stretch, low: float, high: float) -> float:
@@ -162,14 +183,13 @@ class _SpikedModel:
             low, high = t[max(at - 1, 0)], t[min(at + 1, t.size - 1)]
         return float((low + high) / 2)
 
-    def _bisect(self, stretch: _Stretch, outside: float, inside: float) -> float:
+    def _section(self, stretch: _Stretch, outside: float, inside: float) -> float:
         """θ where the condition begins to hold."""
-        for _ in range(BISECTIONS):
-            middle = (outside + inside) / 2
-            if self.evaluate(stretch, np.array([middle]))[2][0] < 1:
-                inside = middle
-            else:
-                outside = middle
+        for _ in range(SECTIONS):
+            t = np.linspace(outside, inside, SECTION_POINTS + 2)
+            holds = self.evaluate(stretch, t[1:-1])[2] < 1
+            at = int(holds.argmax()) if holds.any() else SECTION_POINTS
+            outside, inside = t[at], t[at + 1]
         return float(self.evaluate(stretch, np.array([inside]))[0][0])
 
     def evaluate(self, stretch: _Stretch, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -177,8 +197,11 @@ class _SpikedModel:
 
         Where φ_L and φ_R differ in sign these are 0, 0 and infinity.
         """
+        return self._evaluated(*stretch.at(t))
+
+    def _evaluated(self, origin: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         step = max(1, TABLE // self.values.size)
-        parts = [self._evaluate(*stretch.at(t[i : i + step])) for i in range(0, t.size, step)]
+        parts = [self._evaluate(origin[i : i + step], offset[i : i + step]) for i in range(0, origin.size, step)]
         theta, branch, excess = (np.concatenate(column) for column in zip(*parts, strict=True))
         return theta, branch, excess
 
@@ -199,6 +222,22 @@ class _SpikedModel:
         overlap = (weight * z**2)[:, None] + self.values[: self.scored] ** 2 / self.n
         overlap *= squares[:, : self.scored] * self.sizes[: self.scored]
         return theta, branch, np.where(solved, overlap.max(axis=1) / (self.limit * total), np.inf)
+
+
+def _fewer(values: np.ndarray, sizes: np.ndarray, scored: int, alone: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(values, sizes, scored) in which all values but the leading ones are a few groups, each with the mean of its
+    squares; null space, the last of them, stays apart."""
+    last = values.size - (scored < values.size)
+    if last <= alone + TOGETHER:
+        return values, sizes, scored
+    starts = np.linspace(alone, last, TOGETHER, endpoint=False).astype(int)
+    counts = np.add.reduceat(sizes[:last], starts)
+    squares = np.add.reduceat((sizes * values**2)[:last], starts) / counts
+    return (
+        np.concatenate([values[:alone], np.sqrt(squares), values[last:]]),
+        np.concatenate([sizes[:alone], counts, sizes[last:]]),
+        alone,
+    )
 
 
 def _grid(first: float, last: float) -> np.ndarray:

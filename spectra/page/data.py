@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from spectra.errors import in_one_line
 from spectra.records import sweeps
 from spectra.records.layer import LayerSpectra, Similarity, Vector
 from spectra.records.report import CANNOT_TELL, LEVELS, LayerReport, Report
+from spectra.render.chance import by_chance
 
 DIGITS = 4  # of singular values, norms and ranks
 STEPS = 10_000  # cosines are whole numbers of these, so that any epsilon with four decimals counts as it would exactly
@@ -78,7 +80,10 @@ def _report(report: Report, label: str, matrices: MATRICES) -> dict[str, Any]:
         "effectiveRank": rounded(sweeps.mean_measure(report, "effective_rank")),
         "parameters": report.summary["trainable_parameters"],
         "failed": report.summary["layers_failed"],
-        "null": None if totals is None else [rounded(sum(totals) / len(totals)), rounded(sweeps.null_p_value(report))],
+        "chance": chance_data(report),
+        "p": None if totals is None else rounded(sweeps.null_p_value(report)),
+        "energy": rounded(sweeps.mean_measure(report, "intruder_energy_share")),
+        "nearest": rounded(report.update_over_threshold),
         "threshold": rounded(threshold),
         "weights": [[rounded(weight), count] for weight, count in sweeps.by_weight(report)],
         "types": [in_one_line(kind) for kind in types],
@@ -118,9 +123,24 @@ def _layer(layer: LayerReport, types: Sequence[str]) -> dict[str, Any]:
         "residual": rounded(layer.residual),
         "weights": None if layer.weights is None else [list(item) for item in layer.weights["counts"]],
         "threshold": None if layer.weights is None else rounded(layer.weights["threshold"]),
-        "null": None if layer.null is None else [rounded(layer.null["mean"]), rounded(layer.null["p_value"])],
+        "chance": _chance(layer),
+        "p": None if layer.null is None else rounded(layer.null["p_value"]),
     }
     return {key: item for key, item in value.items() if item is not None and item != [] and item != {}}
+
+
+def _chance(layer: LayerReport) -> float | None:
+    """The mean count of random updates of a layer, where it is known."""
+    fact = layer.expected_by_chance
+    if fact is None or fact["how"] not in ("drawn", "below"):
+        return None
+    return rounded(fmean(fact["counts"])) if fact["counts"] else 0
+
+
+def chance_data(report: Report) -> list[Any] | None:
+    """[mean, text] of the count of random updates of a report; None where it is not known."""
+    expected = report.expected_by_chance
+    return None if expected.intruders is None else [rounded(expected.intruders), by_chance(expected)]
 
 
 def _is_loose(vector: Vector) -> bool:

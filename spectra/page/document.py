@@ -13,8 +13,9 @@ from spectra.page.data import as_script
 from spectra.page.library import hash_of, plotly_library
 from spectra.page.words import ABOUT, GLOSSARY, MORE_MATRICES
 from spectra.records.report import CANNOT_TELL, LEVELS, Report
-from spectra.records.sweeps import mean_update_size, trainable_ratio
-from spectra.render.columns import decimals, failures, method_of, number, plural
+from spectra.records.sweeps import mean_measure, mean_update_size, trainable_ratio
+from spectra.render.chance import by_chance
+from spectra.render.columns import decimals, failures, method_of, number, percent, plural
 from spectra.render.coverage import partial, unseen
 from spectra.render.finding import finding
 from spectra.render.text import remarks
@@ -139,8 +140,11 @@ def _figures(report: Report) -> str:
     beyond = f"; {every} in all layers" if every != summary["intruders"] else ""
     items = [
         (str(summary["intruders"]), "intruder dimensions", f"of {summary['vectors_compared']:,} vectors{beyond}"),
+        (by_chance(report.expected_by_chance), "by chance", "in random updates with the same singular values"),
         (str(summary["layers_with_intruders"]), "layers with intruders", f"of {judged} compared{apart}"),
         (decimals(size), "mean ‖ΔW‖ / ‖W₀‖", "the size of the update"),
+        (decimals(report.update_over_threshold, 2), "largest ‖ΔW‖₂ / θ", "from 1 on, a first intruder is expected"),
+        (percent(mean_measure(report, "intruder_energy_share")), "of the energy is intruders’", "mean over layers"),
         (_parameters(summary["trainable_parameters"]), "values in the update", _ratio(report)),
     ]
     if report.baseline is not None:

@@ -35,6 +35,20 @@ GLOSSARY = (
         "768, 0.06 in 4096. Intruder therefore means spread over many base vectors, not outside their span.",
     ),
     (
+        "By chance",
+        "How many intruders random updates with the same singular values have: seeded draws, mean and standard "
+        "deviation. A count like it says that the size and the rank of the update explain it, whatever was learnt.",
+    ),
+    (
+        "θ",
+        "The size at which a random update is expected to have its first intruder in a layer, from the base’s singular "
+        "values. Far below it, no intruder is to be expected, however long one looks.",
+    ),
+    (
+        "Energy",
+        "The intruders’ share of Σσ² of the vectors compared. A count stops at k; this does not.",
+    ),
+    (
         "Level",
         "The share of the compared vectors that are intruders, put into a word: 0, up to 1 %, up to 10 %, more. It is "
         "this project's convention for gates and tables, and grades no fine-tune: with none, much may be forgotten.",

@@ -25,8 +25,9 @@ STEP = re.compile(r"checkpoint-(\d+)$")  # as transformers names them
 COLUMNS = (
     "label", "path", "method", "rank", "alpha", "scaling", "step", "trainable_parameters", "trainable_ratio",
     "update_norm_relative", "update_norm_spectral_relative", "effective_rank", "stable_rank", "rank_90", "rank_99",
-    "intruders", "vectors_compared", "intruders_all", "intruders_as_in_paper",
-    "intruder_energy_share", "threshold", "threshold_layer", "margin", "null_mean", "null_p_value", "rho_k",
+    "intruders", "vectors_compared", "intruders_all", "intruders_as_in_paper", "expected_by_chance",
+    "expected_by_chance_deviation", "update_over_threshold", "intruder_energy_share", "threshold", "threshold_layer",
+    "margin", "null_mean", "null_p_value", "rho_k",
     "principal_overlap", "spectrum_shift", "intruder_level", "layers_analysed", "layers_failed",
 )  # fmt: skip
 MEANS = (
@@ -110,13 +111,14 @@ class Comparison(Shown):
     def rows(self) -> list[dict[str, Any]]:
         """One row a fine-tune: ``COLUMNS``, then its intruders by module type as ``intruders: TYPE``.
 
-        Measures are means over its layers; ``threshold`` is the adapter weight at which the first
-        intruder of all layers appears, ``margin`` how far the weight it has, 1, is from that.
+        Measures are means over its layers, but ``update_over_threshold`` is the largest of a judged layer;
+        ``threshold`` is the adapter weight at which the first intruder of all layers appears, ``margin`` how far the
+        weight it has, 1, is from that.
         """
         types = sorted({kind for report in self.reports for kind in report.summary["by_module_type"]})
         rows = []
         for label, step, report in zip(self.labels, self.steps, self.reports, strict=True):
-            summary, totals = report.summary, sweeps.null_totals(report)
+            summary, totals, chance = report.summary, sweeps.null_totals(report), report.expected_by_chance
             threshold, layer = sweeps.free_weight(report)
             row: dict[str, Any] = {
                 **summary,
@@ -133,6 +135,8 @@ class Comparison(Shown):
                 "threshold": threshold,
                 "threshold_layer": layer,
                 "margin": None if threshold is None else threshold - 1,
+                "expected_by_chance": chance.intruders,
+                "expected_by_chance_deviation": chance.deviation,
                 "null_mean": None if totals is None else sum(totals) / len(totals),
                 "null_p_value": sweeps.null_p_value(report),
             }

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import UsageError
+from spectra.records.chance import ExpectedByChance, expected_by_chance
 from spectra.records.coverage import Coverage, coverage_of
 from spectra.records.layer import Vector
 from spectra.records.schemas import anywhere, as_dataframe, known_fields, read_schema
@@ -42,6 +43,9 @@ class LayerReport:
     """One layer; ``intruders`` is their number, ``error`` says why a layer has no findings.
 
     ``principal_cosines``, ``weights`` and ``null`` come with comparisons; see :class:`spectra.analysis.study.Study`.
+    ``expected_by_chance`` says how many intruders random updates with dW's singular values had: "how" ("drawn";
+    "below", where so small an update has none; "left_out"; "unknown"), their "counts", whether the base's "spectrum"
+    was "computed" or "estimated", and a "reason" where nothing was drawn.
     """
 
     name: str
@@ -62,6 +66,7 @@ class LayerReport:
     principal_cosines: tuple[float, ...] = ()
     weights: Mapping[str, Any] | None = None
     null: Mapping[str, Any] | None = None
+    expected_by_chance: Mapping[str, Any] | None = None
     error: str | None = None
     engine: str | None = None
     methods: tuple[str, ...] = ()
@@ -122,6 +127,8 @@ class Report(OfLayers[LayerReport]):
             "intruders_all": self.total("all"),
             "intruders_as_in_paper": self.total("paper"),
             "intruders_new": self.total("new") if self.baseline is not None else None,
+            "expected_by_chance": self.expected_by_chance.to_dict(),
+            "update_over_threshold": self.update_over_threshold,
             "borderline": sum(layer.borderline for layer in analysed),
             "intruder_level": self.intruder_level,
             "trainable_parameters": sum(
@@ -182,6 +189,18 @@ class Report(OfLayers[LayerReport]):
         """Of the judged vectors, how many are intruders: 0 to 1."""
         vectors = self.compared()
         return self.total() / vectors if vectors else 0.0
+
+    @property
+    def expected_by_chance(self) -> ExpectedByChance:
+        """How many intruders random updates with the same singular values have in the judged layers."""
+        return expected_by_chance([layer.expected_by_chance for layer in self.judged])
+
+    @property
+    def update_over_threshold(self) -> float | None:
+        """How far from the first intruder: the largest ‖dW‖₂ of a judged layer over the size at which a random update
+        has its first one there.  None where no layer's threshold is known."""
+        known = [ratio for layer in self.judged if (ratio := layer.measures.get("update_over_threshold")) is not None]
+        return max(known, default=None)
 
     @property
     def judged(self) -> tuple[LayerReport, ...]:
@@ -362,6 +381,7 @@ class Report(OfLayers[LayerReport]):
                 "update_rank": layer.update["rank"],
                 "update_scaling": layer.update["scaling"],
                 "update_norm_relative": layer.measures.get("update_norm_relative"),
+                "update_over_threshold": layer.measures.get("update_over_threshold"),
                 "effective_rank": layer.measures.get("effective_rank"),
                 "noise_like_base": layer.noise_like_base,
                 "layer_intruders": layer.intruders,
@@ -389,7 +409,7 @@ class Report(OfLayers[LayerReport]):
 
 ROW_COLUMNS = (
     "tuned", "layer", "module_type", "role", "rows", "columns", "status", "update_kind", "update_rank",
-    "update_scaling", "update_norm_relative", "effective_rank", "noise_like_base",
+    "update_scaling", "update_norm_relative", "update_over_threshold", "effective_rank", "noise_like_base",
     "layer_intruders", "index", "sigma", "max_cosine", "max_cosine_lower", "max_cosine_upper",
     "base_index", "base_sigma", "base_capture", "intruder", "flags",
 )  # fmt: skip

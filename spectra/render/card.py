@@ -13,7 +13,8 @@ from pathlib import Path
 
 from spectra.errors import UsageError, in_one_line
 from spectra.records.report import Report
-from spectra.records.sweeps import mean_update_size
+from spectra.records.sweeps import mean_measure, mean_update_size
+from spectra.render.chance import chance_in_words
 from spectra.render.columns import decimals, failures, grouped_notes, method_of, plural
 from spectra.render.coverage import partial, unseen
 from spectra.render.finding import finding
@@ -141,6 +142,14 @@ def _facts(report: Report, names: Mapping[str, str]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if summary["intruders_as_in_paper"] != total:
         rows.append(("Without embeddings and heads", str(summary["intruders_as_in_paper"])))
+    if report.judged:
+        rows.append(("By chance", _prose(chance_in_words(report))))
+    energy = mean_measure(report, "intruder_energy_share")
+    if total and energy is not None:
+        rows.append(("Intruders' share of energy", f"{energy:.1%} of Σσ² of these vectors, the mean over layers"))
+    if report.update_over_threshold is not None:
+        ratio = decimals(report.update_over_threshold, 2)
+        rows.append(("Largest update", f"{ratio} of the size at which a random update has its first intruder"))
     size = mean_update_size(report)
     if size is not None:
         rows.append(("Size of the update", f"‖ΔW‖/‖W₀‖ {decimals(size)}, the mean over layers"))

@@ -20,10 +20,10 @@ WEIGHTY = (
 
 # What a terminal that knows no more than ASCII shows instead, longer ones first.
 ASCII_WORDS = {
-    "‖σ(W1)−σ(W0)‖/‖σ(W0)‖": "|s1-s0|/|s0|", "‖dW‖₂/σ₁": "|dW|2/s1", "‖": "|", "Σσ²": "the sum of sigma^2", "Σ": "sum ",
-    "²": "^2", "√": "sqrt ", "r₉₀": "r90", "ε": "epsilon", "≤": "<=", "≥": ">=", "×": "x", "·": "*", "−": "-", "–": "-",
-    "—": "-", "…": "...", "“": '"', "”": '"',
-    "→": "->", "λ": "lambda", "σ": "sigma",
+    "‖σ(W1)−σ(W0)‖/‖σ(W0)‖": "|s1-s0|/|s0|", "‖dW‖₂/σ₁": "|dW|2/s1", "₂": "2", "θ": "theta", "±": "+-", "‖": "|",
+    "Σσ²": "the sum of sigma^2", "Σ": "sum ", "²": "^2", "√": "sqrt ", "r₉₀": "r90", "ε": "epsilon", "≤": "<=",
+    "≥": ">=", "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "…": "...", "“": '"', "”": '"', "→": "->",
+    "λ": "lambda", "σ": "sigma",
 }  # fmt: skip
 
 
@@ -42,6 +42,11 @@ def plural(count: int, word: str) -> str:
 def decimals(value: Any, digits: int = 3) -> str:
     """With so many decimals; "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """With one decimal; "-" for None."""
+    return "-" if value is None else f"{value:.1%}"
 
 
 def number(value: Any, digits: int | None = None) -> str:

@@ -10,7 +10,8 @@ from spectra.errors import UsageError
 from spectra.records import sweeps
 from spectra.records.comparison import Comparison
 from spectra.records.report import Report
-from spectra.render.columns import decimals, failures, in_ascii, number, plural, table
+from spectra.render.chance import by_chance
+from spectra.render.columns import decimals, failures, in_ascii, number, percent, plural, table
 from spectra.render.coverage import partial, unseen
 from spectra.render.table import as_csv
 
@@ -19,17 +20,16 @@ DEPTHS = (1, 2, 3, 5, 10, 20, 50, 100)
 SHARED_WIDTH = 12  # of a column of the overlap matrix
 
 NOTES = {
-    "size": "‖dW‖/‖W0‖ (Frobenius) and ‖dW‖₂/σ₁ (spectral) are means over layers, and so are the ranks: r₉₀ directions "
-    "hold 90 % of ‖dW‖².\nCounts at different ranks compare only where the updates are of similar size.",
-    "counts": "Counts are of layers whose base is no plain noise; all is of every layer. Level puts the share into a "
-    "word.\nEnergy: the intruders' share of Σσ² over the vectors compared. In base: the share of dW's energy within "
-    "the base's own top directions.\nKept: how much of the base's top subspace is still the tuned one's. Shift: "
-    "‖σ(W1)−σ(W0)‖/‖σ(W0)‖.",
-    "null": "Random: the mean count of random updates with dW's singular values, layer by layer ({draws} draws). p: "
-    "how often these have as\nmany intruders or more; near 1, dW has fewer than its size and rank alone would bring, "
-    "near 0 more.",
-    "faint": "In {faint} of {layers} layers no random update was drawn: dW has no intruder there and is below a third "
-    "of the size at which\none would be expected; their random counts are taken to be 0.",
+    "size": "‖dW‖₂/σ₁ and the ranks are means over layers; r₉₀ directions hold 90 % of ‖dW‖².",
+    "counts": "‖dW‖/‖W0‖ is the mean over layers. ‖dW‖₂/θ is the largest update of a layer beside the size at which a "
+    "random one has its first\nintruder. Counts at different ranks compare only where the updates are of similar size. "
+    "They are of layers whose base is no plain\nnoise; all is of every layer. By chance: the count of random updates "
+    "with dW's singular values, and its standard deviation. Level\nputs the share into a word. Energy: the intruders' "
+    "share of Σσ² over the vectors compared. In base: the share of dW's energy within\nthe base's own top directions. "
+    "Kept: how much of the base's top subspace is still the tuned one's. Shift: ‖σ(W1)−σ(W0)‖/‖σ(W0)‖.",
+    "null": "p: how often random updates ({draws} draws a layer) have as many intruders or more; near 1, dW has fewer "
+    "than its size and\nrank alone would bring, near 0 more.",
+    "faint": "In {faint} of {layers} layers dW is so small that random updates have none; none were drawn there.",
     "free": "Free up to: the weight s at which W0 + s·dW has its first intruder (outside noise-like bases); 1 is the "
     "adapter as it is, {most:g} the largest tried.",
     "overlap": "How much of the smaller update's top directions lies in the other's: 1 is all, and random directions "
@@ -76,13 +76,13 @@ def _facts(comparison: Comparison) -> str:
 
 
 def _updates(comparison: Comparison) -> str:
-    header = ["update", "method", "rank", "alpha", "scaling", "parameters", "of full", "‖dW‖/‖W0‖", "‖dW‖₂/σ₁",
+    header = ["update", "method", "rank", "alpha", "scaling", "parameters", "of full", "‖dW‖₂/σ₁",
               "eff. rank", "stable rank", "r₉₀"]  # fmt: skip
     rows = [
         [
             row["label"], row["method"], number(row["rank"]), number(row["alpha"]), number(row["scaling"], 3),
-            f"{row['trainable_parameters']:,}", _percent(row["trainable_ratio"]),
-            decimals(row["update_norm_relative"]), decimals(row["update_norm_spectral_relative"]),
+            f"{row['trainable_parameters']:,}", percent(row["trainable_ratio"]),
+            decimals(row["update_norm_spectral_relative"]),
             decimals(row["effective_rank"], 1), decimals(row["stable_rank"], 1), decimals(row["rank_90"], 1),
         ]
         for row in comparison.rows()
@@ -92,19 +92,22 @@ def _updates(comparison: Comparison) -> str:
 
 def _counts(comparison: Comparison) -> str:
     rows = comparison.rows()
-    deep = any(row["null_mean"] is not None for row in rows)
+    deep = any(row["null_p_value"] is not None for row in rows)
     curves = any(layer.weights is not None for report in comparison.reports for layer in report.layers)
-    header = ["intruders", "total", "share", "all", "energy", "in base", "kept", "shift"]
-    header += ["random", "p"] if deep else []
+    header = ["intruders", "‖dW‖/‖W0‖", "‖dW‖₂/θ", "total", "by chance"]
+    header += ["p"] if deep else []
+    header += ["share", "energy", "all", "in base", "kept", "shift"]
     header += ["free up to"] if curves else []
     lines = []
     for row, report in zip(rows, comparison.reports, strict=True):
         cells = [
-            row["label"], str(row["intruders"]), f"{row['intruders'] / max(row['vectors_compared'], 1):.1%}",
-            str(row["intruders_all"]), _percent(row["intruder_energy_share"]),
-            _percent(row["rho_k"]), _percent(row["principal_overlap"]), decimals(row["spectrum_shift"]),
+            row["label"], decimals(row["update_norm_relative"]), decimals(row["update_over_threshold"], 2),
+            str(row["intruders"]), by_chance(report.expected_by_chance),
+            *([decimals(row["null_p_value"], 2)] if deep else []),
+            f"{row['intruders'] / max(row['vectors_compared'], 1):.1%}", percent(row["intruder_energy_share"]),
+            str(row["intruders_all"]), percent(row["rho_k"]), percent(row["principal_overlap"]),
+            decimals(row["spectrum_shift"]),
         ]  # fmt: skip
-        cells += [decimals(row["null_mean"], 1), decimals(row["null_p_value"], 2)] if deep else []
         tried = sweeps.by_weight(report)
         most = f"> {tried[-1][0]:g}" if tried else "-"
         cells += [most if row["threshold"] is None else f"{row['threshold']:.2f}"] if curves else []
@@ -222,7 +225,3 @@ def _partial(comparison: Comparison) -> str:
         if said is not None:
             lines += [f"Partial: of {label}, {said}.", *(f"  {line}" for line in unseen(report))]
     return "\n".join(lines)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

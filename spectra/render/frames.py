@@ -13,7 +13,8 @@ from spectra.records.schemas import as_dataframe
 _TYPES = {
     "rows": "Int64", "columns": "Int64", "update_rank": "Int64", "layer_intruders": "Int64", "index": "Int64",
     "base_index": "Int64", "noise_like_base": "boolean", "intruder": "boolean",
-    "update_scaling": "float64", "update_norm_relative": "float64", "effective_rank": "float64", "sigma": "float64",
+    "update_scaling": "float64", "update_norm_relative": "float64", "update_over_threshold": "float64",
+    "effective_rank": "float64", "sigma": "float64",
     "max_cosine": "float64", "max_cosine_lower": "float64", "max_cosine_upper": "float64", "base_sigma": "float64",
     "base_capture": "float64",
 }  # fmt: skip

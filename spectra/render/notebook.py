@@ -13,7 +13,8 @@ from spectra.records.repair import Repair, Verification
 from spectra.records.report import Report
 from spectra.records.sweeps import mean_update_size
 from spectra.render import coverage
-from spectra.render.columns import decimals, number, plural
+from spectra.render.chance import by_chance, chance_in_words
+from spectra.render.columns import decimals, number, percent, plural
 from spectra.render.finding import finding
 from spectra.render.text import lowest_cosine, ranges
 
@@ -73,6 +74,8 @@ def _report(report: Report) -> str:
     headline += "\n".join(finding(report).lines if said is None else (said, *finding(report).lines))
     if size is not None:
         headline += f"\nThe update's size is {decimals(size)} of the base's (mean of ‖dW‖/‖W0‖)."
+    if report.judged:
+        headline += f"\nBy chance: {chance_in_words(report)}."
     return _shown(
         headline, ("layer", "intruders", "at index", "lowest |cos|", "‖dW‖/‖W0‖", "rank"), rows, len(flagged) - ROWS
     )
@@ -82,14 +85,15 @@ def _comparison(comparison: Comparison) -> str:
     rows = [
         [
             str(row["label"]), str(row["method"]), number(row["rank"]), decimals(row["update_norm_relative"]),
-            str(row["intruders"]), str(row["vectors_compared"]), str(row["intruders_all"]),
+            decimals(row["update_over_threshold"], 2), str(row["intruders"]), by_chance(report.expected_by_chance),
+            percent(row["intruder_energy_share"]), str(row["vectors_compared"]), str(row["intruders_all"]),
             number(row["threshold"], 3),
         ]
-        for row in comparison.rows()
+        for row, report in zip(comparison.rows(), comparison.reports, strict=True)
     ]  # fmt: skip
     header = (
-        "fine-tune", "method", "rank", "‖dW‖/‖W0‖", "intruders", "vectors compared", "in all layers",
-        "weight of the first intruder",
+        "fine-tune", "method", "rank", "‖dW‖/‖W0‖", "‖dW‖₂/θ", "intruders", "by chance", "energy", "vectors compared",
+        "in all layers", "weight of the first intruder",
     )  # fmt: skip
     return _shown(f"{plural(len(rows), 'fine-tune')} of {comparison.base.get('path')}", header, rows)
 

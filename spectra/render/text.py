@@ -7,8 +7,19 @@ from collections.abc import Iterable, Sequence
 
 from spectra.errors import in_one_line
 from spectra.records.report import LayerReport, Report
-from spectra.records.sweeps import mean_update_size
-from spectra.render.columns import decimals, failures, grouped_notes, in_ascii, method_of, number, plural, table
+from spectra.records.sweeps import mean_measure, mean_update_size
+from spectra.render.chance import by_chance, chance_in_words, nearness
+from spectra.render.columns import (
+    decimals,
+    failures,
+    grouped_notes,
+    in_ascii,
+    method_of,
+    number,
+    percent,
+    plural,
+    table,
+)
 from spectra.render.coverage import headline, partial
 from spectra.render.finding import UNRELATED, finding
 
@@ -38,7 +49,8 @@ def render_report(report: Report, *, verbose: bool = False, ascii_only: bool = F
 
 def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = ()) -> str:
     """Several reports as one table, a row each, the worst first; then what could not be read."""
-    header = ["fine-tune", "method", "rank", "alpha", "‖dW‖/‖W0‖", "intruders", "share", "all", "layers", "level"]
+    header = ["fine-tune", "method", "rank", "alpha", "‖dW‖/‖W0‖", "‖dW‖₂/θ", "intruders", "by chance", "share",
+              "energy", "all", "layers", "level"]  # fmt: skip
     rows = []
     for report in sorted(reports, key=lambda report: report.share, reverse=True):
         summary = report.summary
@@ -51,7 +63,9 @@ def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = 
         rows.append([
             report.tuned["path"], report.tuned["format"],
             number(report.tuned.get("rank")), number(report.tuned.get("alpha")),
-            decimals(mean_update_size(report)), str(summary["intruders"]), f"{report.share:.1%}",
+            decimals(mean_update_size(report)), decimals(report.update_over_threshold, 2), str(summary["intruders"]),
+            by_chance(report.expected_by_chance), f"{report.share:.1%}",
+            percent(mean_measure(report, "intruder_energy_share")),
             str(summary["intruders_all"]), f"{summary['layers_with_intruders']} of {summary['layers_judged']}", level,
         ])  # fmt: skip
     for error in unreadable:
@@ -59,9 +73,11 @@ def render_summary(reports: Sequence[Report], unreadable: Sequence[Exception] = 
         rows.append([path, "not read", *["-"] * (len(header) - 3), in_one_line(problem, 100)])
     notes = (
         "Sorted by share, which is of the vectors compared in layers whose base is no plain noise; all counts every "
-        "layer. ‖dW‖/‖W0‖ is the mean over layers. Level puts the share into a word; it grades no fine-tune."
+        "layer. ‖dW‖/‖W0‖ is the mean over layers; ‖dW‖₂/θ is the largest update beside the size at which a random one "
+        "has its first intruder. By chance: the count of random updates with the same singular values. Energy: the "
+        "intruders' share of Σσ² of the vectors compared. Level puts the share into a word; it grades no fine-tune."
     )
-    return table(header, rows, left=(0, 1, 9)) + "\n\n" + notes + "\n"
+    return table(header, rows, left=(0, 1, 12)) + "\n\n" + notes + "\n"
 
 
 def _facts(report: Report) -> str:
@@ -97,7 +113,15 @@ def _facts(report: Report) -> str:
         floor = floors[0] if len(floors) == 1 else f"{floors[0]}–{floors[-1]}"
         rows.append(("", f"(a random direction would show a cosine of about {floor})"))
     parameters = f"{summary['trainable_parameters']:,} values in the updates of these layers"
+    share = mean_measure(report, "intruder_energy_share")
+    if total and share is not None:
+        intruders += f"; {share:.1%} of Σσ² of the vectors compared, the mean over layers"
     rows += [("layers", ", ".join(counts)), ("intruders", intruders)]
+    if report.judged:
+        rows.append(("by chance", chance_in_words(report)))
+    near = nearness(report)
+    if near is not None:
+        rows.append(("nearest", near))
     size = mean_update_size(report)
     if size is not None:
         rows.append(("update", f"mean ‖dW‖/‖W0‖ {decimals(size)}, {parameters}"))
@@ -154,10 +178,13 @@ def _worst(report: Report) -> str:
         rows.append([
             layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), ranges(layer.intruder_indices),
             f"{lowest:.2f}" if known else f"≤ {lowest:.2f}", decimals(layer.measures["update_norm_relative"]),
+            decimals(layer.measures.get("update_over_threshold"), 2),
             decimals(layer.measures["effective_rank"], 1), number(layer.update["rank"]),
         ])  # fmt: skip
-    header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "eff. rank", "rank"]
+    header = ["worst layers", "intruders", "at index", "lowest cos", "‖dW‖/‖W0‖", "‖dW‖₂/θ", "eff. rank",
+              "rank"]  # fmt: skip
     text = table(header, rows, left=(0, 2))
+    text += "\nθ: the size at which a random update is expected to have its first intruder there"
     if any(layer.noise_like_base for layer in layers[:WORST_ROWS]):
         text += "\n* its base is plain noise, where anything moves the vectors"
     return text

@@ -115,7 +115,7 @@ def repair(
         else:
             form = AdapterForm(run, home, None if store_dtype is None else STORED[STORE_DTYPES[store_dtype]], keep_rank)
         work = _Repairs(run, choice, form, keep_rank)
-        analysis = Analysis(settings, open_cache(options["cache"]), visit=work.visit)
+        analysis = Analysis(settings, open_cache(options["cache"]), visit=work.visit, chance=False)
         with shown(options["progress"]) as progress:
             before = analysis.reports([run], started, progress)[0]
         if before.failed:

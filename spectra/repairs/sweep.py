@@ -132,7 +132,7 @@ def sweep(
             stack.callback(target.restore)
         trial = _Trial(run, pairing, carried, choice, target, controls, seeds)
         trial.put_beside()
-        analysis = Analysis(settings, open_cache(options["cache"]), visit=trial.visit)
+        analysis = Analysis(settings, open_cache(options["cache"]), visit=trial.visit, chance=False)
         report = analysis.reports([run], time.perf_counter(), progress)
         for layer in report[0].failed:
             raise UsageError(f"{layer.error}; exclude {layer.name!r} to keep this layer as it is")

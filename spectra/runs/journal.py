@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from spectra.analysis.chance import RandomUpdates
 from spectra.errors import CorruptFileError, UsageError, in_short
 from spectra.records.report import LayerReport, layer_from_dict
 
@@ -27,19 +28,27 @@ class Finished:
 
     Attributes
     ----------
-    layers : (which of the run's fine-tunes, the report on its layer), one for each that has this base weight.
+    layers : (which of the run's fine-tunes, the report on its layer, what to draw random updates of it from), one for
+        each that has this base weight.
     digests : (which fine-tune, tensor, sha256 of its bytes) of all tensors that were read whole on the way.
     """
 
-    layers: tuple[tuple[int, LayerReport], ...]
+    layers: tuple[tuple[int, LayerReport, RandomUpdates | None], ...]
     digests: tuple[tuple[int, str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layers": [[number, asdict(layer)] for number, layer in self.layers], "digests": list(self.digests)}
+        layers = [
+            [number, asdict(layer), None if updates is None else updates.to_dict()]
+            for number, layer, updates in self.layers
+        ]
+        return {"layers": layers, "digests": list(self.digests)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Finished:
-        layers = tuple((int(number), layer_from_dict(layer)) for number, layer in value["layers"])
+        layers = tuple(
+            (int(number), layer_from_dict(layer), None if updates is None else RandomUpdates.from_dict(updates))
+            for number, layer, updates in value["layers"]
+        )
         return cls(layers, tuple((int(number), str(name), str(digest)) for number, name, digest in value["digests"]))
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from spectra import __version__
+from spectra.analysis.chance import RandomUpdates
 from spectra.analysis.layer import Findings, LayerAnalysis
 from spectra.analysis.study import Study
 from spectra.pairing.pairs import LayerPair
 from spectra.records.report import LayerReport, Report, module_type
 from spectra.runs.cache import Spectra, SpectrumCache
+from spectra.runs.chance import facts_of, with_chance
 from spectra.runs.jobs import Job, Problem, as_finished, jobs_of
 from spectra.runs.options import Progress
 from spectra.runs.run import Run, base_facts
@@ -43,6 +45,12 @@ class Result:
     report: LayerReport
     findings: Findings | None = None
 
+    @property
+    def open(self) -> RandomUpdates | None:
+        """What to draw random updates from, where they can have intruders."""
+        chance = None if self.findings is None else self.findings.chance
+        return None if chance is None else chance.open
+
 
 # Called with each tuned weight while it and its analysis are in memory.
 Visit: TypeAlias = Callable[[LayerPair, TunedWeight, LayerAnalysis, Result], None]
@@ -52,13 +60,15 @@ Visit: TypeAlias = Callable[[LayerPair, TunedWeight, LayerAnalysis, Result], Non
 class Analysis:
     """Base weights analysed with all their fine-tunes, and the reports made of that.
 
-    What ``visit`` raises of ``LAYER_ERRORS`` becomes that layer's status.
+    What ``visit`` raises of ``LAYER_ERRORS`` becomes that layer's status.  ``chance`` : whether random updates are
+    drawn at the end (:mod:`spectra.runs.chance`), where no ``study`` does.
     """
 
     settings: Settings
     cache: Spectra | None
     study: Study | None = None
     visit: Visit | None = None
+    chance: bool = True
 
     def reports(
         self,
@@ -69,21 +79,41 @@ class Analysis:
     ) -> list[Report]:
         """One report a run; ``also`` is called with the results of each base weight while they are in memory."""
 
-        def analysed() -> Iterator[tuple[int, LayerReport]]:
+        def analysed() -> Iterator[tuple[int, LayerReport, RandomUpdates | None]]:
             for results in as_finished(jobs_of(runs), self.settings, self.of, progress):
-                yield from ((runs.index(result.run), result.report) for result in results)
+                yield from ((runs.index(result.run), result.report, result.open) for result in results)
                 if also is not None:
                     also(results)
 
         return self.assembled(runs, analysed(), started)
 
-    def assembled(self, runs: Sequence[Run], layers: Iterable[tuple[int, LayerReport]], started: float) -> list[Report]:
-        """One report a run out of (place of the run, layer), which may come in any order; ``started`` as above."""
+    def assembled(
+        self,
+        runs: Sequence[Run],
+        layers: Iterable[tuple[int, LayerReport, RandomUpdates | None]],
+        started: float,
+    ) -> list[Report]:
+        """One report a run out of (place of the run, layer, what to draw random updates from), which may come in any
+        order; ``started`` as above."""
         by_run: list[dict[str, LayerReport]] = [{} for _ in runs]
-        for number, layer in layers:
+        to_draw: list[dict[str, RandomUpdates]] = [{} for _ in runs]
+        for number, layer, updates in layers:
             by_run[number][layer.name] = layer
-        seconds = time.perf_counter() - started
-        return [self.report(run, own, seconds) for run, own in zip(runs, by_run, strict=True)]
+            if updates is not None:
+                to_draw[number][layer.name] = updates
+        reports = []
+        for run, own, updates_of in zip(runs, by_run, to_draw, strict=True):
+            in_order = {pair.name: own[pair.name] for pair in run.pairs}
+            if self.chance and self.draws_later:
+                in_order = with_chance(in_order, updates_of, self.settings)
+            reports.append(self.report(run, in_order))
+        seconds = round(time.perf_counter() - started, 3)
+        return [replace(report, seconds=seconds) for report in reports]
+
+    @property
+    def draws_later(self) -> bool:
+        """Whether random updates are drawn after all layers are analysed, rather than with each."""
+        return self.study is None or not self.study.draws
 
     def of(self, job: Job) -> list[Result]:
         """Every fine-tune of one base weight."""
@@ -113,8 +143,8 @@ class Analysis:
             started = time.perf_counter()
         return results
 
-    def report(self, run: Run, layers: dict[str, LayerReport], seconds: float) -> Report:
-        """The report on one fine-tune, its layers in the order they were matched in."""
+    def report(self, run: Run, layers: dict[str, LayerReport]) -> Report:
+        """The report on one fine-tune, with its layers in order."""
         return Report(
             base={
                 **base_facts(run),
@@ -122,10 +152,9 @@ class Analysis:
             },
             tuned=run.facts(),
             settings=self.settings.record(),
-            layers=tuple(layers[pair.name] for pair in run.pairs),
+            layers=tuple(layers.values()),
             skipped=tuple(asdict(item) for item in run.skipped),
             spectra_version=__version__,
-            seconds=round(seconds, 3),
         )
 
     def _stored(self, job: Job, W0: Tensor) -> Spectrum | None:
@@ -177,5 +206,6 @@ def layer_report(run: Run, pair: LayerPair, findings: Findings, base_differs: bo
         principal_cosines=findings.extras.principal_cosines,
         weights=findings.extras.weights,
         null=findings.extras.null,
+        expected_by_chance=facts_of(findings.chance, findings.extras.null),
         seconds=round(seconds, 4),
     )

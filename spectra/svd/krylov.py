@@ -21,6 +21,7 @@ from spectra.svd.base import Base
 from spectra.svd.cached import CachedEngine
 from spectra.svd.certificate import DIRECTION_ERROR, Certificate, Rounding
 from spectra.svd.decompose import product_singular_values
+from spectra.svd.density import estimated_values
 from spectra.svd.engine import Answer, Match, Question
 from spectra.svd.lanczos import (
     GUARDS,
@@ -58,7 +59,7 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | No
     turned = Turned(tuned, base.short == "left")
     if pays(base, turned):
         together = certified_together(base, turned, question)
-        return None if together is None else _answer(together.matches(), together.leading, together.top)
+        return None if together is None else _certified(together)
     W, p = base.W, base.W.shape[0]
     width = padded(question.top_k + GUARDS, p)
     leading = leading_pairs(base, tuned, question.top_k, ACCURACY)
@@ -78,7 +79,7 @@ def certified(base: Base, tuned: TunedWeight, question: Question) -> Answer | No
             return None
         certificate = Certificate(base, lanczos, X, random, leading, question, rounding)
         if certificate.decide():
-            return _answer(certificate.matches(), leading, certificate.top)
+            return _certified(certificate)
         if certificate.is_borderline:
             return None
         rounding.measure(certificate)
@@ -119,7 +120,9 @@ def proven_small(base: Base, leading: Leading, tuned: TunedWeight, question: Que
     )
     # One more product takes W1's leading space to W0's, for the norm of W0.
     Z = torch.linalg.qr(W @ half0).Q
-    return _answer(matches, leading, float(torch.linalg.matrix_norm(W.T @ Z, 2)) ** 2)
+    top = float(torch.linalg.matrix_norm(W.T @ Z, 2)) ** 2
+    # So small an update leaves the distribution of the singular values as it was.
+    return _answer(matches, leading, top, estimated_values(leading.theta, leading.weights, W.shape[0], base.norm_fro))
 
 
 def _small_bounds(s: np.ndarray, k: int, rho: np.ndarray, norm: float) -> np.ndarray:
@@ -136,7 +139,13 @@ def _small_bounds(s: np.ndarray, k: int, rho: np.ndarray, norm: float) -> np.nda
     return bounds
 
 
-def _answer(matches: tuple[Match, ...], leading: Ritz, top: float) -> Answer:
+def _certified(certificate: Certificate) -> Answer:
+    base, weights = certificate.base, certificate.random.square().sum(1)
+    values = estimated_values(certificate.theta.flip(0), weights.flip(0), base.W.shape[0], base.norm_fro)
+    return _answer(certificate.matches(), certificate.leading, certificate.top, values)
+
+
+def _answer(matches: tuple[Match, ...], leading: Ritz, top: float, values: np.ndarray | None) -> Answer:
     largest = float(leading.theta[0])
     return Answer(
         matches=matches,
@@ -146,4 +155,5 @@ def _answer(matches: tuple[Match, ...], leading: Ritz, top: float) -> Answer:
         orthogonality=None,
         settled_in_float64=False,
         methods=("block lanczos",),
+        estimated_values=values,
     )

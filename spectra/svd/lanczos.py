@@ -268,11 +268,13 @@ class Leading(Ritz):
     ----------
     half, image : W1ᵀ·Y (q, k) and W1·W1ᵀ·Y (p, k, float64).
     steps : of the process that they come from.
+    weights : like ``theta``, the part of the start block along each Ritz vector (squares).
     """
 
     half: Tensor
     image: Tensor
     steps: int
+    weights: Tensor
 
 
 def residual_norms(lanczos: BlockLanczos, vectors: Tensor, k: int) -> Tensor:
@@ -297,7 +299,8 @@ def ritz_leading(lanczos: BlockLanczos, values: Tensor, vectors: Tensor, turned:
     measured = (image - Y.double() * values[:taken]).norm(dim=0)
     rounding = (measured - lost[:taken]).max().clamp_min(0)
     lost = torch.cat([measured, lost[taken:] + rounding])
-    return Leading(values, lost, Y[:, :k], half[:, :k], image[:, :k], lanczos.steps)
+    weights = vectors[: lanczos.width].square().sum(0)
+    return Leading(values, lost, Y[:, :k], half[:, :k], image[:, :k], lanczos.steps, weights)
 
 
 def leading_pairs(base: Base, tuned: TunedWeight, k: int, accuracy: float) -> Leading | None:

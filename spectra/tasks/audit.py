@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from spectra import __version__
+from spectra.analysis.chance import RandomUpdates
 from spectra.errors import SpectraError, UsageError, WrongBaseError
 from spectra.files.checkpoint import Checkpoint
 from spectra.records.report import LayerReport, Report
@@ -207,7 +208,7 @@ def finish(order: WorkOrder, key: str) -> Finished:
 
 def _finished(analysis: Analysis, runs: Sequence[SingleRun], job: Job) -> Finished:
     number = {id(run): position for position, run in enumerate(runs)}
-    layers = tuple((number[id(result.run)], result.report) for result in analysis.of(job))
+    layers = tuple((number[id(result.run)], result.report, result.open) for result in analysis.of(job))
     digests = []
     for run, pair in job.parts:
         names = (*pair.update.tensors, *filter(None, [pair.update.base_copy]))
@@ -226,8 +227,9 @@ class _Steps:
     journal: Journal | None
     executor: Executor | None
 
-    def layers(self, progress: Progress | None) -> Iterator[tuple[int, LayerReport]]:
-        """(place of the run, layer) of every base weight; digests of what was read are kept for the fingerprints."""
+    def layers(self, progress: Progress | None) -> Iterator[tuple[int, LayerReport, RandomUpdates | None]]:
+        """(place of the run, layer, what to draw random updates from) of every base weight; digests of what was read
+        are kept for the fingerprints."""
         jobs = {key_of(job, self.runs): job for job in jobs_of(self.runs)}
         whole, done = sum(job.work for job in jobs.values()), 0.0
         for key, finished in self._results(jobs):
@@ -263,4 +265,4 @@ class _Steps:
         """What a report says of a weight that no worker survived."""
         number = {id(run): position for position, run in enumerate(self.runs)}
         problem = Problem("failed", why)
-        return Finished(tuple((number[id(run)], failure(run, pair, problem)) for run, pair in jobs[key].parts))
+        return Finished(tuple((number[id(run)], failure(run, pair, problem), None) for run, pair in jobs[key].parts))

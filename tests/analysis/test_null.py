@@ -17,18 +17,6 @@ UPDATES = {"rank 1": np.array([1.5]), "rank 3": np.array([2.0, 1.0, 0.5]), "dens
 SHAPES = {"square": (20, 20), "tall": (33, 20), "wide": (20, 33)}
 
 
-def literal_counts(rng, s, shape, sigma, question, draws):
-    """W0 and R written out, with singular vectors of both drawn anew each time, by the paper's own script."""
-    m, n = shape
-    counts = []
-    for _ in range(draws):
-        W0 = problems.with_spectrum(rng, m, n, s)[0]
-        W1 = W0 + problems.with_spectrum(rng, m, n, sigma)[0]
-        pair = (W0, W1) if question.side == "left" else (W0.T, W1.T)
-        counts.append(reference.paper_count(*pair, question.top_k, question.epsilon))
-    return np.array(counts)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 @pytest.mark.parametrize("update", sorted(UPDATES))
@@ -36,7 +24,7 @@ def test_distribution(rng, update, shape, side):
     """Means and variances of 600 draws each, within 4.5 standard errors; the counts are not all alike."""
     question = Question(top_k=6, epsilon=0.6, side=side)
     found = null_counts(SPECTRUM, SHAPES[shape], UPDATES[update], question, draws=600, seed=3)
-    expected = literal_counts(rng, SPECTRUM, SHAPES[shape], UPDATES[update], question, 600)
+    expected = problems.literal_null_counts(rng, SPECTRUM, SHAPES[shape], UPDATES[update], question, 600)
     assert found.min() >= 0
     assert found.max() <= 6
     assert found.std() > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.support import reference
+
 
 def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     return np.linalg.qr(rng.normal(size=(rows, columns)))[0]
@@ -13,6 +15,19 @@ def with_spectrum(rng: np.random.Generator, m: int, n: int, s: np.ndarray) -> tu
     """(W, U, V) with W = U diag(s) Vᵀ of shape (m, n)."""
     U, V = orthonormal(rng, m, s.size), orthonormal(rng, n, s.size)
     return U * s @ V.T, U, V
+
+
+def literal_null_counts(rng, s, shape, sigma, question, draws):
+    """Intruders of random updates: W0 and R written out, both with singular vectors drawn anew each time, by the
+    paper's own script."""
+    m, n = shape
+    counts = []
+    for _ in range(draws):
+        W0 = with_spectrum(rng, m, n, s)[0]
+        W1 = W0 + with_spectrum(rng, m, n, sigma)[0]
+        pair = (W0, W1) if question.side == "left" else (W0.T, W1.T)
+        counts.append(reference.paper_count(*pair, question.top_k, question.epsilon))
+    return np.array(counts)
 
 
 def trained_like(rng: np.random.Generator, m: int, n: int) -> np.ndarray:

@@ -23,6 +23,7 @@ function drawComparison() {
     number("Rank", (report) => report.rank, null),
     number("Alpha", (report) => report.alpha, null),
     number("‖ΔW‖/‖W₀‖", (report) => report.size, 3),
+    number("‖ΔW‖₂/θ", (report) => report.nearest, 2),
     number("Eff. rank", (report) => report.effectiveRank, 1),
     {
       title: "Intruders",
@@ -35,9 +36,17 @@ function drawComparison() {
       value: (row) => count(row).layersMost,
       cell: (row) => span(count(row).layersLeast, count(row).layersMost),
     },
-    ...(DATA.reports.some((report) => report.null)
-      ? [number("Random", (report) => report.null?.[0], 1), number("p", (report) => report.null?.[1], 2)]
-      : []),
+    {
+      title: "By chance",
+      value: ({ report }) => report.chance?.[0],
+      cell: ({ report }) => report.chance?.[1] ?? MINUS,
+    },
+    ...(DATA.reports.some((report) => report.p) ? [number("p", (report) => report.p, 2)] : []),
+    {
+      title: "Energy",
+      value: ({ report }) => report.energy,
+      cell: ({ report }) => (report.energy === null ? MINUS : `${fixed(100 * report.energy, 1)} %`),
+    },
     ...(DATA.reports.some((report) => report.weights.length)
       ? [
           {
@@ -55,7 +64,7 @@ function drawComparison() {
   ];
   const rows = DATA.reports.map((report, place) => ({ report, place }));
   updateComparison = sortable(byId("comparison"), columns, () => rows, {
-    column: 8,
+    column: 9,
     down: true,
     dress: (element, { place }) => {
       if (place === state.report) element.className = "chosen";
@@ -64,8 +73,9 @@ function drawComparison() {
   updateComparison();
   byId("comparison-note").textContent =
     "Counts leave out layers whose base is plain noise. Level puts the share into a word. Layers: those with any intruder. Counts compare only between updates of similar size. Choose a name to see that fine-tune below." +
-    (DATA.reports.some((report) => report.null)
-      ? " Random: the mean count of random updates with the same singular values; p near 1 means fewer than its size and rank alone would bring."
+    " ‖ΔW‖₂/θ: the largest update of a layer beside the size at which a random one has its first intruder. By chance: the count of random updates with the same singular values, and its standard deviation. Energy: the intruders’ share of Σσ² of the vectors compared." +
+    (DATA.reports.some((report) => report.p)
+      ? " p near 1 means fewer intruders than size and rank alone would bring."
       : "") +
     (DATA.reports.some((report) => report.weights.length)
       ? " Free up to: the adapter weight at which the first intruder appears."

@@ -243,6 +243,8 @@ function vectorTable(report, layer) {
 const MEASURES = {
   update_norm_relative: "‖ΔW‖ / ‖W₀‖",
   update_norm_spectral_relative: "‖ΔW‖₂ / σ₁",
+  update_over_threshold: "‖ΔW‖₂ / θ",
+  values_over_threshold: "Singular values of ΔW above θ",
   effective_rank: "Effective rank of ΔW",
   stable_rank: "Stable rank of ΔW",
   rank_90: "Rank for 90 % of ‖ΔW‖²",
@@ -276,7 +278,12 @@ function factsOf(layer) {
       layer.measures?.[key] === undefined ? null : short(layer.measures[key]),
     ]),
     ["A random direction", layer.floor],
-    ["Random updates", layer.null && `${short(layer.null[0])} intruders on average, p = ${short(layer.null[1])}`],
+    [
+      "Random updates",
+      layer.chance === undefined
+        ? null
+        : `${short(layer.chance)} intruders on average${layer.p ? `, p = ${short(layer.p)}` : ""}`,
+    ],
     ["Free up to weight", layer.threshold],
     ["Decided by", layer.decidedBy?.join(", ")],
     ["Engine", layer.engine],

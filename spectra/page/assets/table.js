@@ -102,6 +102,8 @@ function drawTable() {
       },
     },
     { title: "‖ΔW‖ / ‖W₀‖", ...measure("update_norm_relative", 3) },
+    { title: "‖ΔW‖₂ / θ", ...measure("update_over_threshold", 2) },
+    { title: "By chance", value: ({ layer }) => layer.chance, cell: ({ layer }) => fixed(layer.chance, 1) },
     { title: "Eff. rank", ...measure("effective_rank", 1) },
     { title: "Rank", value: ({ layer }) => layer.update.rank, cell: ({ layer }) => layer.update.rank ?? MINUS },
     {
