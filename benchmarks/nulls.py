@@ -125,7 +125,7 @@ def _estimates(options: Options) -> Iterator[Row]:
                 "θ̄ estimated": thetas[1] / thetas[0],
                 "by chance": float(means[0].mean()),
                 "estimated": float(means[1].mean()),
-                "agrees": options.quick or abs(means[0].mean() - means[1].mean()) <= max(3 * spread, 0.3),
+                "agrees": options.quick or bool(abs(means[0].mean() - means[1].mean()) <= max(3 * spread, 0.3)),
             }
 
 

@@ -3,11 +3,12 @@
 Random updates with the singular values of dW say how many intruder dimensions its size and rank alone would bring.
 Where they would bring none, none are drawn: θ̄ is the size of a random update's first expected intruder
 (:mod:`spectra.analysis.threshold`), and in all but small weights an update has no chance of one where it is below a
-third of that and mixes few base vectors with each other (:func:`vectors_mixed`).
+third of that and mixes few base vectors with each other (``vectors_mixed``).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from spectra.svd import Answer, Question
 FAINT = 1 / 3  # of the predicted threshold
 MIXED = 0.75  # base vectors that the update mixes into a leading one
 LEAST_SIZE = 128
+REMEMBERED = 4096  # predicted thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +93,19 @@ class Chance:
     reason: str | None = None
 
 
-class Thresholds:
-    """The predicted threshold of one base weight, computed once for each spectrum that is handed in."""
+_known: dict[tuple[bytes, tuple[int, int], Question], float | None] = {}
 
-    def __init__(self, question: Question):
-        self._question = question
-        self._known: tuple[np.ndarray, tuple[int, int], float | None] = (np.empty(0), (0, 0), None)
 
-    def of(self, values: np.ndarray, shape: tuple[int, int]) -> float | None:
-        known, its_shape, threshold = self._known
-        if known is not values or its_shape != shape:
-            asked = self._question
-            threshold = predicted_threshold(values, shape, epsilon=asked.epsilon, top_k=asked.top_k, side=asked.side)
-            self._known = values, shape, threshold
-        return threshold
+def threshold_of(values: np.ndarray, shape: tuple[int, int], question: Question) -> float | None:
+    """The predicted threshold; remembered, since one base has many fine-tunes, and a training many audits."""
+    key = (hashlib.blake2b(values.tobytes(), digest_size=16).digest(), shape, question)
+    if key not in _known:
+        if len(_known) >= REMEMBERED:
+            _known.clear()
+        _known[key] = predicted_threshold(
+            values, shape, epsilon=question.epsilon, top_k=question.top_k, side=question.side
+        )
+    return _known[key]
 
 
 def chance_of(
@@ -114,7 +115,6 @@ def chance_of(
     top: float,
     update_values: np.ndarray | None,
     question: Question,
-    thresholds: Thresholds,
     seed: int,
 ) -> Chance:
     """A layer against chance; ``size`` is ‖dW‖_F, ``top`` ‖dW‖₂, ``update_values`` all of dW's where they are known."""
@@ -122,7 +122,7 @@ def chance_of(
     values = answer.estimated_values if estimated else answer.base_values
     if values is None:
         return Chance(reason="the engine computed no spectrum of the base, nor an estimate of it")
-    threshold = thresholds.of(values, shape)
+    threshold = threshold_of(values, shape, question)
     if is_faint(values, shape, size, top, threshold, question):
         return Chance(threshold, below=True)
     if update_values is None:

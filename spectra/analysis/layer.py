@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.analysis.chance import Chance, Thresholds, chance_of
+from spectra.analysis.chance import Chance, chance_of
 from spectra.analysis.detect import detect, is_noise_like, random_floor
 from spectra.analysis.measures import UpdateSize, layer_measures
 from spectra.analysis.study import Extras, Study, update_spectrum
@@ -82,7 +82,6 @@ class LayerAnalysis:
     ):
         check_finite(W0)
         self._question, self._engine, self._study = question, engine, study
-        self._thresholds = Thresholds(question)
         self._base = Base(W0, question.side, fine_tunes=fine_tunes, stored=stored)
 
     def of(self, tuned: TunedWeight, seed: int = 0) -> Findings:
@@ -104,9 +103,7 @@ class LayerAnalysis:
                 spectrum = update_spectrum(tuned, question.side, question.top_k)
             update = UpdateSize.of(tuned, answer.engine, None if spectrum is None else spectrum.s)
             m, n = tuned.shape
-            chance = chance_of(
-                answer, (m, n), update.fro, update.spectral, update.values, question, self._thresholds, seed
-            )
+            chance = chance_of(answer, (m, n), update.fro, update.spectral, update.values, question, seed)
             if self._study is not None and spectrum is not None:
                 extras = self._study.of(self._base, tuned, question, self._engine, answer, vectors, spectrum, chance)
         measures = layer_measures((m, n), answer, vectors, self._base.norm_fro, update, chance.threshold)

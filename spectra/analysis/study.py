@@ -56,7 +56,7 @@ class Extras:
         the first intruder appears (None where none does within the grid); "predicted", where a random
         update of dW's size would have it.
     null : "counts", the intruders of random updates with dW's singular values; "mean"; "p_value"; "drawn", false where
-        random updates of dW's size have none (:func:`spectra.analysis.chance.is_faint`): then the counts are 0.
+        random updates of dW's size have none (:mod:`spectra.analysis.chance`): then the counts are 0.
     directions : (d, ≤ k) the leading singular vectors of dW, on the side in question.
     """
 

@@ -136,15 +136,18 @@ def _figures(report: Report) -> str:
     size = mean_update_size(report)
     judged, noisy = summary["layers_judged"], summary["layers_noise_like_base"]
     apart = f"; {noisy} noise-like apart" if noisy else ""
-    every = summary["intruders_all"]
+    every, energy = summary["intruders_all"], percent(mean_measure(report, "intruder_energy_share"))
     beyond = f"; {every} in all layers" if every != summary["intruders"] else ""
     items = [
-        (str(summary["intruders"]), "intruder dimensions", f"of {summary['vectors_compared']:,} vectors{beyond}"),
+        (
+            str(summary["intruders"]),
+            "intruder dimensions",
+            f"of {summary['vectors_compared']:,} vectors, with {energy} of their energy{beyond}",
+        ),
         (by_chance(report.expected_by_chance), "by chance", "in random updates with the same singular values"),
         (str(summary["layers_with_intruders"]), "layers with intruders", f"of {judged} compared{apart}"),
         (decimals(size), "mean ‖ΔW‖ / ‖W₀‖", "the size of the update"),
         (decimals(report.update_over_threshold, 2), "largest ‖ΔW‖₂ / θ", "from 1 on, a first intruder is expected"),
-        (percent(mean_measure(report, "intruder_energy_share")), "of the energy is intruders’", "mean over layers"),
         (_parameters(summary["trainable_parameters"]), "values in the update", _ratio(report)),
     ]
     if report.baseline is not None:

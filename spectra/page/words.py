@@ -36,8 +36,9 @@ GLOSSARY = (
     ),
     (
         "By chance",
-        "How many intruders random updates with the same singular values have: seeded draws, mean and standard "
-        "deviation. A count like it says that the size and the rank of the update explain it, whatever was learnt.",
+        "How many intruders random updates with the same singular values have: seeded draws, their mean and how far a "
+        "random total lies from it. A count like it says that the size and the rank of the update explain it, whatever "
+        "was learnt.",
     ),
     (
         "θ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import hypot
 from statistics import fmean, variance
 from typing import Any
 
@@ -37,6 +38,13 @@ class ExpectedByChance:
     unknown: int
     spectra: str | None
     reason: str | None
+
+    @property
+    def spread(self) -> float | None:
+        """How far a random total lies from ``intruders``: the standard deviation of both together."""
+        if self.deviation is None or self.error is None:
+            return None
+        return hypot(self.deviation, self.error)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -56,13 +56,12 @@ class Record:
         return {"step": self.step, "limit": self.limit, "metrics": dict(self.metrics), "report": report}
 
 
-def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[str, float]:
+def metrics_of(report: Report) -> dict[str, float]:
     """The numbers to log.
 
     Parameters
     ----------
     report : of the model as it is.
-    thresholds : by layer, the spectral norm that is predicted to bring an update's first intruder, as far as known.
 
     Returns
     -------
@@ -73,9 +72,9 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
         - cosine_margin: the lowest max |cos| of any vector, less epsilon.  How much is left until the first intruder,
           or, below 0, how far the worst one is beyond; where a vector has bounds alone, its lower one;
         - threshold_margin: the least θ̄/σ₁(dW) of any layer: by which factor the update may grow until a random one of
-          its size would be expected to bring an intruder.  A prediction (:mod:`spectra.analysis.threshold`), of the
-          layers whose base is decomposed.  In the trained family of the fixtures it was, in the median over the layers
-          of a fine-tune, 1.0 to 1.9 times the exact factor, and the least of them 1.2 to 2.3 times too large;
+          its size would be expected to bring an intruder.  A prediction (:mod:`spectra.analysis.threshold`).  In the
+          trained family of the fixtures it was, in the median over the layers of a fine-tune, 1.0 to 1.9 times the
+          exact factor, and the least of them 1.2 to 2.3 times too large;
         - threshold_margin_exact: that factor, counted rather than predicted, where it was asked for and lies between
           a millionth and 4;
         - update_norm, update_norm_largest: ‖dW‖_F/‖W0‖_F, the mean over layers and the largest;
@@ -97,12 +96,9 @@ def metrics_of(report: Report, thresholds: Mapping[str, float | None]) -> dict[s
         if "null_space" not in vector.flags
     ]
     values["cosine_margin"] = min(lowest) - float(report.settings["epsilon"]) if lowest else None
-    ratios = []
-    for layer in report.judged:
-        size, threshold = layer.measures.get("update_norm_spectral"), thresholds.get(layer.name)
-        if size and threshold is not None:
-            ratios.append(threshold / size)
-    values["threshold_margin"], values["threshold_margin_exact"] = min(ratios, default=None), free_weight(report)[0]
+    nearest = report.update_over_threshold
+    values["threshold_margin"] = 1 / nearest if nearest else None
+    values["threshold_margin_exact"] = free_weight(report)[0]
     sizes = [size for layer in decided(report) if (size := layer.measures.get("update_norm_relative")) is not None]
     values["update_norm"], values["update_norm_largest"] = mean_update_size(report), max(sizes, default=None)
     values["layers_failed"] = float(summary["layers_failed"])

@@ -8,13 +8,16 @@ from spectra.render.columns import decimals, plural
 
 
 def by_chance(expected: ExpectedByChance) -> str:
-    """The count that random updates with the same singular values have, for a cell: "157 ± 9", or "-"."""
-    if expected.intruders is None or expected.deviation is None:
+    """The count that random updates with the same singular values have, for a cell: "157 ± 9", or "-".
+
+    ± is how far a random total lies from the mean: its standard deviation, and what is not known of the mean.
+    """
+    if expected.intruders is None or expected.spread is None:
         return "-"
     if not expected.drawn:
         return "0"
     digits = 0 if expected.intruders >= 100 else 1
-    return f"{expected.intruders:.{digits}f} ± {expected.deviation:.{digits}f}"
+    return f"{expected.intruders:.{digits}f} ± {expected.spread:.{digits}f}"
 
 
 def chance_in_words(report: Report) -> str:

@@ -24,9 +24,10 @@ NOTES = {
     "counts": "‖dW‖/‖W0‖ is the mean over layers. ‖dW‖₂/θ is the largest update of a layer beside the size at which a "
     "random one has its first\nintruder. Counts at different ranks compare only where the updates are of similar size. "
     "They are of layers whose base is no plain\nnoise; all is of every layer. By chance: the count of random updates "
-    "with dW's singular values, and its standard deviation. Level\nputs the share into a word. Energy: the intruders' "
-    "share of Σσ² over the vectors compared. In base: the share of dW's energy within\nthe base's own top directions. "
-    "Kept: how much of the base's top subspace is still the tuned one's. Shift: ‖σ(W1)−σ(W0)‖/‖σ(W0)‖.",
+    "with dW's singular values, and how far a random total lies from\nit. Level puts the share into a word. Energy: "
+    "the intruders' share of Σσ² over the vectors compared. In base: the share of dW's energy\nwithin the base's own "
+    "top directions. Kept: how much of the base's top subspace is still the tuned one's. Shift:\n"
+    "‖σ(W1)−σ(W0)‖/‖σ(W0)‖.",
     "null": "p: how often random updates ({draws} draws a layer) have as many intruders or more; near 1, dW has fewer "
     "than its size and\nrank alone would bring, near 0 more.",
     "faint": "In {faint} of {layers} layers dW is so small that random updates have none; none were drawn there.",

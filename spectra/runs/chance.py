@@ -15,13 +15,15 @@ from typing import Any
 
 from spectra.analysis.chance import Chance, RandomUpdates
 from spectra.errors import ConvergenceError
+from spectra.records.chance import NOT_DRAWN
 from spectra.records.report import LayerReport
 from spectra.runs.settings import Settings
 from spectra.svd import Question
 from spectra.svd.threads import using_threads
 
-SHARE = 0.1  # of the audit's own work; the thresholds take about another 3 %
-AT_LEAST = 0.5  # seconds, however small the audit
+SHARE = 0.08  # of the audit's own work; the thresholds take about another 3 %
+AT_LEAST = 0.5  # seconds, however small the audit: of a small model nearly every layer is drawn
+NO_TIME = "left out, so that the audit takes not much longer"
 FEWEST, MOST = 2, 20  # draws of a layer: two tell a spread
 
 
@@ -33,8 +35,7 @@ def facts_of(chance: Chance | None, null: Mapping[str, Any] | None) -> dict[str,
         return _fact("below")
     if null is not None and null["drawn"]:
         return _fact("drawn", null["counts"], spectrum="computed")
-    reason = chance.reason if chance.open is None else "left out, so that the audit takes no longer"
-    return _fact("unknown" if chance.open is None else "left_out", reason=reason)
+    return _fact("unknown", reason=NOT_DRAWN if chance.reason is None else chance.reason)
 
 
 def with_chance(
@@ -49,20 +50,21 @@ def with_chance(
     once = sum(updates.seconds for _, updates in todo)
     if not once:
         return dict(layers)
-    draws = min(MOST, int(budget / once))
+    chosen, draws = todo, min(MOST, int(budget / once))
     if draws < FEWEST:
         number, draws = int(len(todo) * budget / (FEWEST * once)), FEWEST
-        todo = sorted(todo, key=lambda item: item[1].seed)[:number]  # seeds are digests of names: a random choice
+        chosen = sorted(todo, key=lambda item: item[1].seed)[:number]  # seeds are digests of names: a random choice
 
     def drawn(item: tuple[str, RandomUpdates]) -> tuple[str, dict[str, Any]]:
         name, updates = item
         with using_threads(1):  # a setting of this very thread
             return name, _drawn(updates, settings.question, draws)
 
+    facts = {name: _fact("left_out", reason=NO_TIME) for name, _ in todo}
     with ThreadPoolExecutor(max(settings.workers, settings.threads)) as pool:
-        found = dict(pool.map(drawn, todo))
+        facts |= dict(pool.map(drawn, chosen))
     return {
-        name: replace(layer, expected_by_chance=found[name]) if name in found else layer
+        name: replace(layer, expected_by_chance=facts[name]) if name in facts else layer
         for name, layer in layers.items()
     }
 

@@ -25,7 +25,7 @@ def estimated_values(theta: Tensor, weights: Tensor, p: int, size: float) -> np.
     theta : (d,) the Ritz values of W·Wᵀ, in descending order, d < p.
     weights : (d,) the part of the random start columns along each Ritz vector: squares, in any unit.
     p : how many singular values there are.
-    size : ‖W‖_F, which they shall have.
+    size : ‖W‖_F, which theirs is made to be.
     """
     lead = min(LEADING, p)
     if theta.numel() < lead + LEAST or p < 2 * lead:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spectra.analysis.threshold import predicted_threshold
 from spectra.files.orientation import as_matrix
 from spectra.svd import KRYLOV_PAYS, Base, Question, short_spectrum
 
@@ -37,8 +36,6 @@ class KeptSpectra:
         loaded.
     bytes : taken so far.
     seconds : that decompositions have taken so far.
-    thresholds : by name and layout of a base weight, the size of a random update that is predicted to bring its first
-        intruder (:func:`spectra.analysis.threshold.predicted_threshold`).
     """
 
     question: Question
@@ -48,7 +45,6 @@ class KeptSpectra:
     disk: SpectrumCache | None = None
     bytes: int = 0
     seconds: float = 0.0
-    thresholds: dict[tuple[str, Layout], float | None] = field(default_factory=dict)
     _kept: dict[tuple[str, Layout, torch.dtype], Spectrum] = field(default_factory=dict, repr=False)
     _on_disk: set[tuple[str, Layout, torch.dtype]] = field(default_factory=set, repr=False)
 
@@ -65,18 +61,7 @@ class KeptSpectra:
         if key in self._on_disk:
             assert self.disk is not None
             return self.disk.load(base, name, layout, dtype)
-        spectrum = self._load_or_make(base, name, layout, dtype)
-        if spectrum is not None and (name, layout) not in self.thresholds:
-            started = time.perf_counter()
-            self.thresholds[name, layout] = predicted_threshold(
-                spectrum.s,
-                spectrum.shape,
-                epsilon=self.question.epsilon,
-                top_k=self.question.top_k,
-                side=self.question.side,
-            )
-            self.seconds += time.perf_counter() - started
-        return spectrum
+        return self._load_or_make(base, name, layout, dtype)
 
     def stale_for(self, base: Checkpoint) -> tuple[Path, ...]:
         """Folders with spectra of what lay at this base's path before it changed."""

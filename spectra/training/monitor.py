@@ -168,6 +168,8 @@ class Monitor:
         below = {"auto": KRYLOV_PAYS, "cached": None}.get(self.plan.engine, 0)
         self._spectra = KeptSpectra(self._settings.question, self.plan.device, self.plan.memory, below, disk)
         self._study = Study(draws=0, weights=True, shift=False) if self.plan.exact_threshold else None
+        # Counts by chance are not logged, and would take their share of the training.
+        self._analysis = Analysis(self._settings, self._spectra, self._study, chance=False)
         with undisturbed():
             tuned = self._tuned()
             if base is None and not _is_adapter(tuned):
@@ -232,8 +234,8 @@ class Monitor:
         try:
             with undisturbed():
                 run = self._open()
-                report = Analysis(self._settings, self._spectra, self._study).reports([run], started)[0]
-                metrics = metrics_of(report, self._thresholds(run))
+                report = self._analysis.reports([run], started)[0]
+                metrics = metrics_of(report)
             seconds = time.perf_counter() - started
             metrics |= {f"{PREFIX}seconds": seconds, f"{PREFIX}share": self._share(self.seconds + seconds)}
             record = Record(step, metrics, report, self._limit(report, step))
@@ -302,10 +304,6 @@ class Monitor:
     def _open(self) -> SingleRun:
         # Anew each time: whoever trains may have put other tensors in the place of these, or another adapter.
         return open_run(self._tuned(), self._base, self._settings)
-
-    def _thresholds(self, run: SingleRun) -> dict[str, float | None]:
-        known = self._spectra.thresholds
-        return {pair.name: known.get((pair.base_key[0], pair.layout)) for pair in run.pairs}
 
     def _estimate(self, run: SingleRun) -> float:
         """Seconds that the first audit may take."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectra.analysis.chance import FAINT, MIXED, RandomUpdates, Thresholds, chance_of, is_faint, vectors_mixed
+from spectra.analysis.chance import FAINT, MIXED, RandomUpdates, chance_of, is_faint, threshold_of, vectors_mixed
 from spectra.analysis.layer import find_intruders
 from spectra.analysis.null import null_counts
 from spectra.analysis.threshold import predicted_threshold
@@ -22,7 +22,7 @@ def power_law(p, exponent=0.7):
     return np.arange(1.0, p + 1) ** -exponent
 
 
-def threshold_of(s, shape, top_k=10):
+def threshold(s, shape, top_k=10):
     """Where there is one."""
     found = predicted_threshold(s, shape, epsilon=0.5, top_k=top_k)
     assert found is not None
@@ -83,10 +83,10 @@ def test_faint_random_updates_have_no_intruder(p, rank):
     found = 0
     for trial, exponent in enumerate((0.5, 0.9)):
         s, shape = power_law(p, exponent), (p, p + 30 * trial)
-        threshold = threshold_of(s, shape)
+        theta = threshold(s, shape)
         for part in (0.1, 0.2, 0.33):
-            sigma = np.full(rank, part * threshold)
-            if is_faint(s, shape, float(np.linalg.norm(sigma)), float(sigma[0]), threshold, QUESTION):
+            sigma = np.full(rank, part * theta)
+            if is_faint(s, shape, float(np.linalg.norm(sigma)), float(sigma[0]), theta, QUESTION):
                 found += 1
                 assert not null_counts(s, shape, sigma, QUESTION, draws=15, seed=trial).any()
     assert found >= (6 if rank == 1 else 1) or rank == 48
@@ -95,50 +95,50 @@ def test_faint_random_updates_have_no_intruder(p, rank):
 def test_in_small_weights_nothing_is_taken_for_granted():
     """There a faint update of rank 1 has an intruder now and then."""
     s = power_law(48, 0.5)
-    threshold = threshold_of(s, (48, 48))
-    sigma = np.array([0.33 * threshold])
+    theta = threshold(s, (48, 48))
+    sigma = np.array([0.33 * theta])
     assert vectors_mixed(s, (48, 48), float(sigma[0]), QUESTION) < MIXED
-    assert not is_faint(s, (48, 48), float(sigma[0]), float(sigma[0]), threshold, QUESTION)
+    assert not is_faint(s, (48, 48), float(sigma[0]), float(sigma[0]), theta, QUESTION)
     assert null_counts(s, (48, 48), sigma, QUESTION, draws=40, seed=0).any()
 
 
 def test_small_updates_of_high_rank_are_not_faint():
     """Many values below a third of the threshold have intruders all the same: they mix neighbours."""
     s = power_law(128, 0.4)
-    threshold = threshold_of(s, (128, 128))
-    sigma = np.full(128, 0.33 * threshold)
+    theta = threshold(s, (128, 128))
+    sigma = np.full(128, 0.33 * theta)
     assert vectors_mixed(s, (128, 128), float(np.linalg.norm(sigma)), QUESTION) > MIXED
-    assert not is_faint(s, (128, 128), float(np.linalg.norm(sigma)), float(sigma[0]), threshold, QUESTION)
+    assert not is_faint(s, (128, 128), float(np.linalg.norm(sigma)), float(sigma[0]), theta, QUESTION)
     assert null_counts(s, (128, 128), sigma, QUESTION, draws=10, seed=0).any()
 
 
 def test_what_is_faint():
     s = power_law(200)
-    threshold = threshold_of(s, (200, 200))
+    theta = threshold(s, (200, 200))
     assert is_faint(s, (200, 200), 0.0, 0.0, None, QUESTION), "no update at all"
-    assert not is_faint(s, (200, 200), 0.1, 0.1, None, QUESTION), "without a threshold nothing is known"
-    assert not is_faint(s, (200, 200), FAINT * threshold, FAINT * threshold, threshold, QUESTION)
-    assert is_faint(s, (200, 200), 1e-3 * threshold, 1e-3 * threshold, threshold, QUESTION)
+    assert not is_faint(s, (200, 200), 0.1, 0.1, None, QUESTION), "without a theta nothing is known"
+    assert not is_faint(s, (200, 200), FAINT * theta, FAINT * theta, theta, QUESTION)
+    assert is_faint(s, (200, 200), 1e-3 * theta, 1e-3 * theta, theta, QUESTION)
 
 
 def test_each_state_of_a_layer():
-    s, thresholds = power_law(150), Thresholds(QUESTION)
+    s = power_law(150)
     shape, large, small = (150, 150), np.full(4, 5.0), np.full(4, 1e-3)
 
     def state(known, sigma, values=True):
         size, top = float(np.linalg.norm(sigma)), float(sigma[0])
-        return chance_of(answer(**known), shape, size, top, sigma if values else None, QUESTION, thresholds, 7)
+        return chance_of(answer(**known), shape, size, top, sigma if values else None, QUESTION, 7)
 
-    threshold = threshold_of(s, shape)
+    theta = threshold(s, shape)
     below = state({"base_values": s}, small)
-    assert (below.below, below.open, below.reason, below.threshold) == (True, None, None, threshold)
+    assert (below.below, below.open, below.reason, below.threshold) == (True, None, None, theta)
     drawn = state({"base_values": s}, large)
     assert drawn.open is not None
     assert (drawn.below, drawn.open.seed, drawn.open.estimated) == (False, 7, False)
     estimated = state({"estimated_values": s * 1.01}, large)
     assert estimated.open is not None
     assert estimated.open.estimated
-    assert estimated.threshold == pytest.approx(1.01 * threshold, rel=1e-3)
+    assert estimated.threshold == pytest.approx(1.01 * theta, rel=1e-3)
     assert state({"base_values": s}, large, values=False).reason == "the engine computed no spectrum of the update"
     nothing = state({}, large)
     assert nothing.threshold is nothing.open is None
@@ -153,10 +153,12 @@ def test_a_threshold_is_computed_once_for_each_spectrum(monkeypatch):
         return 1.0
 
     monkeypatch.setattr("spectra.analysis.chance.predicted_threshold", counted)
-    thresholds, s = Thresholds(QUESTION), power_law(40)
-    for values in (s, s, s.copy(), s):
-        assert thresholds.of(values, (40, 40)) == 1.0
-    assert len(calls) == 3, "the same array, and not one like it"
+    s = power_law(40) * 1.2345
+    for values in (s, s, s.copy(), 2 * s):
+        assert threshold_of(values, (40, 40), QUESTION) == 1.0
+    threshold_of(s, (40, 41), QUESTION)
+    threshold_of(s, (40, 40), Question(5))
+    assert len(calls) == 4
 
 
 def test_random_updates_survive_a_journal():
@@ -171,18 +173,18 @@ def test_an_audited_layer_has_its_threshold_and_its_ratio(rng):
     W0 = rng.normal(size=(80, 80)) @ np.diag(power_law(80))
     B, A = rng.normal(size=(80, 2)), rng.normal(size=(2, 80))
     found = find_intruders(W0, B=B, A=A)
-    threshold = threshold_of(np.linalg.svd(W0, compute_uv=False), (80, 80))
+    theta = threshold(np.linalg.svd(W0, compute_uv=False), (80, 80))
     sigma = np.linalg.svd(B @ A, compute_uv=False)
-    assert found.measures["predicted_threshold"] == pytest.approx(threshold, rel=1e-3)
-    assert found.measures["update_over_threshold"] == pytest.approx(sigma[0] / threshold, rel=1e-3)
-    assert found.measures["values_over_threshold"] == np.count_nonzero(sigma > threshold)
+    assert found.measures["predicted_threshold"] == pytest.approx(theta, rel=1e-3)
+    assert found.measures["update_over_threshold"] == pytest.approx(sigma[0] / theta, rel=1e-3)
+    assert found.measures["values_over_threshold"] == np.count_nonzero(sigma > theta)
     flat = find_intruders(np.eye(40), B=B[:40], A=A[:, :40])
     assert flat.measures["predicted_threshold"] is None, "no size brings one"
     assert flat.measures["update_over_threshold"] is flat.measures["values_over_threshold"] is None
 
 
 def test_krylov_estimates_what_the_others_compute(rng):
-    """The threshold from its Lanczos process, for an update that it decides by certificates."""
+    """The theta from its Lanczos process, for an update that it decides by certificates."""
     p, asked = 600, Question(4)
     s = np.concatenate([[9.0, 7.5, 6.0, 4.5], np.linspace(2, 0.2, p - 4)])
     Q, R = (np.linalg.qr(rng.normal(size=(p, p)))[0] for _ in range(2))
@@ -198,5 +200,5 @@ def test_krylov_estimates_what_the_others_compute(rng):
         assert estimate.shape == (p,)
         assert estimate[:4] == pytest.approx(s[:4], rel=1e-3)
         assert np.linalg.norm(estimate) == pytest.approx(np.linalg.norm(s), rel=1e-3)
-        estimated, known = (threshold_of(v, (p, p), top_k=4) for v in (estimate, s))
+        estimated, known = (threshold(v, (p, p), top_k=4) for v in (estimate, s))
         assert estimated == pytest.approx(known, rel=0.03)

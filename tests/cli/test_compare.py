@@ -43,12 +43,12 @@ def test_table(capsys):
     ]  # fmt: skip
     for block in blocks[1:]:
         assert [line.split()[0] for line in block[1:4]] == ["lora-r1", "lora-r4", "full"]
-    # The size of the update stands beside the rank.
-    rank, size = (blocks[1][0].index(word) for word in ("rank", "‖dW‖/‖W0‖"))
-    assert rank < size
-    assert blocks[1][2].split()[:8] == ["lora-r4", "peft-lora", "4", "8", "2", "49,664", "3.9%", "0.275"]
-    assert blocks[2][2].split()[:3] == ["lora-r4", "35", "12.5%"]
-    assert "(2 draws)" in out
+    assert blocks[1][2].split()[:8] == ["lora-r4", "peft-lora", "4", "8", "2", "49,664", "3.9%", "0.957"]
+    # Size, distance from the first intruder, count, and the count by chance: in one line.
+    assert blocks[2][0].split()[1:6] == ["‖dW‖/‖W0‖", "‖dW‖₂/θ", "total", "by", "chance"]
+    assert blocks[2][2].split()[:4] == ["lora-r4", "0.275", "3.61", "35"]
+    assert blocks[2][2].split()[5] == "±"
+    assert "(2 draws a layer)" in out
     assert max(len(line) for line in out.splitlines()) <= 150
 
 
@@ -57,7 +57,7 @@ def test_quick_leaves_out_what_takes_long(capsys):
         capsys, "compare", *of("lora-r1", "full"), *BASE, "--quick", "--verbose", "--include", "layers.0."
     )
     assert code == 0
-    assert "Random:" not in out
+    assert "p: how often" not in out
     assert "Free up to" not in out
     assert "intruders by layer" in out
     assert re.search(r"^model\.layers\.0\.self_attn\.v_proj +\d +\d$", out, flags=re.MULTILINE)

@@ -79,7 +79,7 @@ def test_a_comparison_brings_its_overlaps_and_weights(tmp_path):
     data = data_of(page.read_text())
     assert len(data["reports"]) == 3
     assert len(data["overlaps"]) == 3
-    assert data["reports"][0]["null"]
+    assert data["reports"][0]["p"]
     assert data["reports"][0]["weights"]
     assert data["reports"][2]["matrices"] == {}  # a merge has no files of its own
 

@@ -26,20 +26,20 @@ def made(*of_layers, ratios=None, above=0):
 
 def test_a_cell():
     drawn = made(facts("drawn", [1, 3], "computed"), facts("below"))
-    assert by_chance(drawn.expected_by_chance) == "2.0 ± 1.4"
+    assert by_chance(drawn.expected_by_chance) == "2.0 ± 1.7"
     assert by_chance(made(facts("below")).expected_by_chance) == "0"
     assert by_chance(made(facts("unknown", reason="?")).expected_by_chance) == "-"
     many = made(*[facts("drawn", [9, 11], "computed")] * 12)
-    assert by_chance(many.expected_by_chance) == "120 ± 5"
+    assert by_chance(many.expected_by_chance) == "120 ± 6"
 
 
 def test_a_sentence():
     same = "in random updates with the same singular values"
     drawn, below, left = facts("drawn", [1, 3], "computed"), facts("below"), facts("left_out", reason="x")
     assert chance_in_words(made(below, below)) == f"0 {same}: 2 layers changed too little for any"
-    assert chance_in_words(made(drawn)) == f"2.0 ± 1.4 {same} (2 drawn for each of 1 layer)"
+    assert chance_in_words(made(drawn)) == f"2.0 ± 1.7 {same} (2 drawn for each of 1 layer)"
     assert chance_in_words(made(drawn, below)) == (
-        f"2.0 ± 1.4 {same} (2 drawn for each of 1 layer; 1 layer changed too little for any)"
+        f"2.0 ± 1.7 {same} (2 drawn for each of 1 layer; 1 layer changed too little for any)"
     )
     some = chance_in_words(made(drawn, drawn, left))
     assert "which stand for another 1: the mean is known to ±1.7" in some

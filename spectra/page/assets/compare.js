@@ -73,7 +73,7 @@ function drawComparison() {
   updateComparison();
   byId("comparison-note").textContent =
     "Counts leave out layers whose base is plain noise. Level puts the share into a word. Layers: those with any intruder. Counts compare only between updates of similar size. Choose a name to see that fine-tune below." +
-    " ‖ΔW‖₂/θ: the largest update of a layer beside the size at which a random one has its first intruder. By chance: the count of random updates with the same singular values, and its standard deviation. Energy: the intruders’ share of Σσ² of the vectors compared." +
+    " ‖ΔW‖₂/θ: the largest update of a layer beside the size at which a random one has its first intruder. By chance: the count of random updates with the same singular values, and how far a random total lies from it. Energy: the intruders’ share of Σσ² of the vectors compared." +
     (DATA.reports.some((report) => report.p)
       ? " p near 1 means fewer intruders than size and rank alone would bring."
       : "") +
