@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spectra.analysis.null import LARGEST_SHARE, SMALL, null_counts
+from spectra.analysis.null import by_low_rank, null_counts
 from spectra.analysis.threshold import predicted_threshold
 from spectra.svd import Answer, Question
 
@@ -52,11 +52,9 @@ class RandomUpdates:
 
     @property
     def seconds(self) -> float:
-        """About what one draw takes on one core; measured on two machines, within a factor of two."""
+        """About what one draw takes on one core: within a factor of three of what was measured on one machine."""
         p, q, r = min(self.shape), max(self.shape), self.update_values.size
-        if p < SMALL or 2 * LARGEST_SHARE * r > p:
-            return 5e-4 + 6e-10 * p * p * (q + p)
-        return 2e-3 + 1e-6 * p * (r + 10)
+        return 2e-3 + 1e-6 * p * (r + 10) if by_low_rank(p, r) else 5e-4 + 6e-10 * p * p * (q + p)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready objects, for the journal of a run."""

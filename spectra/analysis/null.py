@@ -67,6 +67,11 @@ def null_counts(
     return np.array([model.count(rng) for _ in range(draws)], dtype=np.int64)
 
 
+def by_low_rank(p: int, r: int) -> bool:
+    """Whether the low-rank solver pays for random updates of rank r, rather than an eigenproblem of p × p."""
+    return p >= SMALL and 2 * LARGEST_SHARE * r <= p
+
+
 def p_value(observed: int, counts: np.ndarray) -> float:
     """(1 + #{count ≥ observed})/(1 + draws): how rarely a random update has as many intruders.
 
@@ -114,7 +119,7 @@ class _RandomUpdates:
         r = B.shape[1]
         SF = self.S[:, None] * F
         eigenpairs = None
-        if wanted < self.p and self.p >= SMALL and 2 * LARGEST_SHARE * r <= self.p:
+        if wanted < self.p and by_low_rank(self.p, r):
             eye = torch.eye(r, dtype=torch.float64)
             middle = torch.cat([torch.cat([eye, eye], 1), torch.cat([eye, torch.zeros_like(eye)], 1)])
             eigenpairs = DiagonalPlusLowRank(self.S**2, torch.cat([B, SF], 1), middle).leading(wanted, TOLERANCE)

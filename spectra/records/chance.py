@@ -83,8 +83,8 @@ def expected_by_chance(facts: Sequence[Mapping[str, Any] | None]) -> ExpectedByC
     )
 
 
-def _unknown(fact: object) -> bool:
-    return fact is None or (isinstance(fact, dict) and fact["how"] == "unknown")
+def _unknown(fact: Mapping[str, Any] | None) -> bool:
+    return fact is None or bool(fact["how"] == "unknown")
 
 
 def _variance(counts: Sequence[float]) -> float:

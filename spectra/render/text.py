@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from spectra.errors import in_one_line
-from spectra.records.report import LayerReport, Report
+from spectra.records.report import LayerReport, Report, worst_layers
 from spectra.records.sweeps import mean_measure, mean_update_size
 from spectra.render.chance import by_chance, chance_in_words, nearness
 from spectra.render.columns import (
@@ -166,14 +166,11 @@ def remarks(report: Report) -> list[str]:
 
 
 def _worst(report: Report) -> str:
-    layers = sorted(
-        (layer for layer in report.layers if layer.intruders),
-        key=lambda layer: (bool(layer.noise_like_base), -layer.intruders),
-    )
+    layers = worst_layers(report, WORST_ROWS)
     if not layers:
         return ""
     rows = []
-    for layer in layers[:WORST_ROWS]:
+    for layer in layers:
         lowest, known = lowest_cosine(layer)
         rows.append([
             layer.name + (" *" if layer.noise_like_base else ""), str(layer.intruders), ranges(layer.intruder_indices),
@@ -185,7 +182,7 @@ def _worst(report: Report) -> str:
               "rank"]  # fmt: skip
     text = table(header, rows, left=(0, 2))
     text += "\nθ: the size at which a random update is expected to have its first intruder there"
-    if any(layer.noise_like_base for layer in layers[:WORST_ROWS]):
+    if any(layer.noise_like_base for layer in layers):
         text += "\n* its base is plain noise, where anything moves the vectors"
     return text
 

@@ -21,7 +21,7 @@ from spectra.runs.settings import Settings
 from spectra.svd import Question
 from spectra.svd.threads import using_threads
 
-SHARE = 0.08  # of the audit's own work; the thresholds take about another 3 %
+SHARE = 0.08  # of the audit's own work, without what the thresholds take
 AT_LEAST = 0.5  # seconds, however small the audit: of a small model nearly every layer is drawn
 NO_TIME = "left out, so that the audit takes not much longer"
 FEWEST, MOST = 2, 20  # draws of a layer: two tell a spread
@@ -84,7 +84,8 @@ def _fact(
 
 
 def seconds_of(layer: LayerReport) -> float:
-    """About what the analysis of a layer takes on one core; measured on two machines, within a factor of two."""
+    """About what the analysis of a layer takes on one core: within a factor of three of what was measured on one
+    machine."""
     if not layer.vectors:
         return 0.0
     p, q = min(layer.shape), max(layer.shape)

@@ -67,7 +67,7 @@ class Answer:
     methods : what was run, for the record.
     base_values : (p,) all singular values of W0, descending, or None where they were not computed.
     tuned_values : (p,) those of W1, to float64's accuracy, or None where they were not computed.
-    estimated_values : (p,) an estimate of them where they were not computed (:mod:`spectra.svd.density`).
+    estimated_values : (p,) an estimate of ``base_values`` where these were not computed (:mod:`spectra.svd.density`).
     cosines : (p, q) ⟨x_i, y_j⟩ of all of W0's vectors with W1's leading ones, q at least the number of matches;
         signs are arbitrary, and ties are as they came.  None where they were not computed.
     """

@@ -45,7 +45,7 @@ function drawComparison() {
     {
       title: "Energy",
       value: ({ report }) => report.energy,
-      cell: ({ report }) => (report.energy === null ? MINUS : `${fixed(100 * report.energy, 1)} %`),
+      cell: ({ report }) => (report.energy === null ? MINUS : `${fixed(100 * report.energy, 1)}%`),
     },
     ...(DATA.reports.some((report) => report.weights.length)
       ? [
